@@ -1,0 +1,524 @@
+"""The recipe: one validated, frozen description of a run.
+
+A recipe is YAML on disk, pydantic in memory and dotted ``key=value`` on the command line. What it does not
+know it refuses, naming the nearest key. Every run folder holds the resolved recipe, and a recipe loaded from
+there describes the same run again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+RECIPES = Path(__file__).parent / "recipes"
+"""The paper recipes that ship inside the package, ``<method>/<task>.yaml``."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one paragraph saying what was wanted, found, and how to mend it.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class MethodConfig(Section):
+    """One compression method's parameters; the base class of every entry of ``raybert.methods.METHODS``."""
+
+    name: str
+
+    def resolve(self, model_config: Any) -> MethodConfig:
+        """Settle every ``None``, ratio or share against the model's Hugging Face config; refuse what does not fit.
+
+        Args:
+            model_config: the Hugging Face config of the model that the method starts from.
+
+        Returns:
+            The same method with plain numbers everywhere; this is what is saved with the model.
+
+        Raises:
+            UserError: the method cannot be applied to this model.
+        """
+        raise NotImplementedError
+
+    def phases(self) -> list[Any]:
+        """The phases that carry the method out, in order (``raybert.phase.Phase``)."""
+        raise NotImplementedError
+
+    def student_config(self, model_config: Any) -> Any:
+        """The Hugging Face config that the finished model will have, from the one that the method starts from."""
+        raise NotImplementedError
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class DataConfig(Section):
+    """Where the rows come from and how they become tokens.
+
+    ``data=PATH`` on the command line is short for ``data.source=PATH``.
+    """
+
+    source: str | None = Field(
+        None,
+        description="A Hugging Face Hub data set, a GLUE or aclImdb folder, a SQuAD json folder, or a folder of files. "
+        "Nothing: the task's own Hub data set, or the generated rows of the demo task.",
+    )
+    train: str | None = Field(
+        None, description="File (csv, tsv, jsonl, parquet, json, txt), or split, to train on."
+    )
+    dev: str | None = Field(None, description="File, or split, to evaluate on.")
+    test: str | None = Field(
+        None, description="File, or split, without labels, to write predictions for."
+    )
+    subset: str | None = Field(None, description="The Hub data set's configuration name.")
+    text: str | None = Field(None, description="Column of the (first) text; for QA, the question.")
+    text_pair: str | None = Field(
+        None, description="Column of the second text; for QA, the context."
+    )
+    label: str | None = Field(None, description="Column of the label; for QA, the answers.")
+    labels: tuple[str, ...] | None = Field(
+        None, description="Label names in id order; nothing: those found, sorted."
+    )
+    separator: str = Field(
+        ",", description="What separates several labels in one cell of a multi-label file."
+    )
+    metric: str | None = Field(
+        None, description="The metric that ranks models; nothing: the task's own."
+    )
+    max_length: PositiveInt = Field(128, description="Tokens a row at most.")
+    stride: NonNegativeInt = Field(
+        64, description="QA: tokens by which the windows over a long context overlap."
+    )
+    max_answer: PositiveInt = Field(30, description="QA: tokens an answer at most.")
+    n_best: PositiveInt = Field(
+        20, description="QA: start and end candidates weighed for each window."
+    )
+    mask: Share = Field(0.15, description="MLM: share of tokens masked.")
+    limit: PositiveInt | None = Field(
+        None, description="Use only so many training rows, drawn with a fixed seed."
+    )
+    cache: str | None = Field(
+        None,
+        description="Folder of the tokenised data; nothing: $RAYBERT_CACHE or ~/.cache/raybert.",
+    )
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder that tokenised data is kept in, shared by all runs."""
+        return (
+            Path(self.cache or os.environ.get("RAYBERT_CACHE") or "~/.cache/raybert")
+            .expanduser()
+            .absolute()
+        )
+
+
+class TrainConfig(Section):
+    """How each phase is trained. Batch sizes are global: summed over workers and accumulation."""
+
+    epochs: NonNegativeFloat = Field(
+        3.0, description="Passes over the training rows, in each phase."
+    )
+    max_steps: PositiveInt | None = Field(
+        None, description="Optimiser steps at most, in each phase."
+    )
+    batch_size: PositiveInt = Field(32, description="Rows an optimiser step, over all workers.")
+    accumulation: PositiveInt = Field(
+        1, description="Forward passes that one optimiser step is split into."
+    )
+    lr: PositiveFloat = Field(2e-5, description="Peak learning rate.")
+    rates: dict[str, float] = Field(
+        default_factory=dict,
+        description="Learning rates by parameter name pattern; the first match wins, 0 keeps a parameter as it is.",
+    )
+    weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's, off biases and norms.")
+    warmup: Share = Field(
+        0.1, description="Share of a phase's steps in which the rate rises from 0."
+    )
+    schedule: Literal["linear", "constant"] = Field(
+        "linear", description="What the rate does after the warm-up."
+    )
+    clip: NonNegativeFloat = Field(1.0, description="Largest gradient norm; 0 does not clip.")
+    dropout: Share | None = Field(
+        None, description="Dropout while training; nothing: the model's own."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the device computes it natively, else fp32."
+    )
+    zero: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
+    eval_every: PositiveInt | Literal["epoch"] = Field(
+        "epoch", description="Steps between evaluations, or epoch."
+    )
+    save_every: PositiveInt | Literal["epoch"] = Field(
+        "epoch", description="Steps between checkpoints, or epoch."
+    )
+    eval_batch_size: PositiveInt = Field(
+        64, description="Rows an evaluation forward pass, on each worker."
+    )
+    keep: Literal["best", "last"] = Field("best", description="Which weights a phase ends with.")
+    seed: NonNegativeInt = Field(
+        42, description="Of the data order, dropout, new weights and the methods' draws."
+    )
+
+
+class KDConfig(Section):
+    """What the student learns from its teacher beside the labels; all zero is no distillation."""
+
+    alpha: Share = Field(0.0, description="Share of the loss that comes from the teacher's logits.")
+    temperature: PositiveFloat = Field(5.0, description="Of the logits.")
+    form: Literal["kl", "soft_ce"] = Field(
+        "kl", description="kl: T^2 KL, batch mean; soft_ce: cross-entropy, no T^2."
+    )
+    cls: NonNegativeFloat = Field(
+        0.0, description="Weight of the [CLS] vectors of matched layers (patient KD)."
+    )
+    normalize: bool = Field(True, description="Compare [CLS] vectors at unit length, as PKD does.")
+    hidden: NonNegativeFloat = Field(
+        0.0, description="Weight of the hidden states of matched layers."
+    )
+    attention: NonNegativeFloat = Field(
+        0.0, description="Weight of the attention of matched layers."
+    )
+    layer_map: tuple[PositiveInt, ...] | None = Field(
+        None,
+        description="For each student layer the teacher layer (from 1) it is matched with; nothing: evenly spaced.",
+    )
+
+    @property
+    def active(self) -> bool:
+        """Whether any term asks for a teacher."""
+        return bool(self.alpha or self.cls or self.hidden or self.attention)
+
+
+class ResourcesConfig(Section):
+    """What each worker gets."""
+
+    cpus: PositiveInt | None = Field(
+        None, description="CPU cores a worker; nothing: the machine's, shared out."
+    )
+    gpu: bool | None = Field(None, description="One GPU a worker; nothing: when there are enough.")
+    max_failures: NonNegativeInt = Field(
+        3, description="How often dead workers are replaced before giving up."
+    )
+
+
+class Recipe(Section):
+    """One run. ``method`` empty: fine-tune ``model``; otherwise compress ``teacher``."""
+
+    model: str | None = Field(None, description="Hub name or folder of the encoder to start from.")
+    task: str = Field("demo", description="A task's name; see `raybert tasks`.")
+    data: DataConfig = DataConfig()
+    teacher: str | None = Field(
+        None, description="Run or model folder; nothing: fine-tuned first from `model`."
+    )
+    method: tuple[SerializeAsAny[MethodConfig], ...] = Field(
+        (), description="The chain of compression methods."
+    )
+    finetune: TrainConfig = Field(
+        TrainConfig(), description="How the teacher is fine-tuned when `teacher` is not given."
+    )
+    train: TrainConfig = TrainConfig()
+    kd: KDConfig = KDConfig()
+    workers: PositiveInt = Field(1, description="Processes that train side by side.")
+    resources: ResourcesConfig = ResourcesConfig()
+    name: str | None = Field(
+        None, description="The run's name; nothing: from the task and the methods."
+    )
+    out: str | None = Field(None, description="The run folder; nothing: runs/<name>.")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_shorthand(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _methods(cls, value: Any) -> Any:
+        return tuple(_method(entry) for entry in _as_list(value))
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError(
+                "is not a plain folder name; use letters, digits, dot, dash and underscore"
+            )
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_name_and_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        filled = dict(data)
+        if not filled.get("name"):
+            if filled.get("out"):
+                stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(filled["out"])).name).lstrip(".-_")
+                filled["name"] = stem or "run"
+            else:
+                methods = [
+                    m.name for m in (_method(entry) for entry in _as_list(filled.get("method")))
+                ]
+                filled["name"] = "-".join(
+                    [str(filled.get("task", "demo")), *(methods or ["finetuned"])]
+                )
+        filled["out"] = str(filled.get("out") or Path("runs") / str(filled["name"]))
+        return filled
+
+    @property
+    def folder(self) -> Path:
+        """The run folder as an absolute path."""
+        return Path(self.out or "").expanduser().absolute()
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None or value == "":
+        return []
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, (dict, MethodConfig)):
+        return [value]
+    return list(value)
+
+
+def _method(entry: Any) -> MethodConfig:
+    """A method from its name, a ``{name: ..., parameter: ...}`` mapping, or ``{theseus: {...}}``."""
+    # The registry imports torch; the recipe's own module must not, so that the command line answers at once.
+    from raybert.methods import METHODS
+
+    if isinstance(entry, MethodConfig):
+        return entry
+    data = {"name": entry} if isinstance(entry, str) else dict(entry)
+    if "name" not in data and len(data) == 1:
+        name, parameters = next(iter(data.items()))
+        data = {"name": name, **(parameters or {})}
+    name = data.get("name")
+    if name not in METHODS:
+        hint = nearest(str(name), METHODS)
+        raise ValueError(f"unknown method {name!r}{hint}; known: {', '.join(METHODS)}")
+    try:
+        return METHODS[name].model_validate(data)
+    except ValidationError as error:
+        raise ValueError(_explain(error, METHODS[name], prefix=f"method {name}: ")) from None
+
+
+def nearest(word: str, known: Any) -> str:
+    """`` (did you mean 'x'?)`` for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _fields(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """The keys that the section at ``path`` knows, as dotted names."""
+    prefix = ""
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model, prefix = annotation, f"{prefix}{part}."
+    return [prefix + key for key in model.model_fields]
+
+
+def _all_keys(model: type[BaseModel]) -> list[str]:
+    keys = _fields(model, ())
+    sections = [k for k, f in model.model_fields.items() if isinstance(f.annotation, type)]
+    return keys + [k for s in sections for k in _fields(model, (s,)) if "." in k]
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """Pydantic's error as sentences that name the key, the value found, and what would do."""
+    sentences = []
+    for item in error.errors(include_url=False):
+        where = ".".join(
+            str(p)
+            for p in item["loc"]
+            if not str(p).startswith(("constrained", "literal", "function"))
+        )
+        if item["type"] == "extra_forbidden":
+            same_section = _fields(model, item["loc"][:-1])
+            hint = nearest(where, same_section) or nearest(str(item["loc"][-1]), _all_keys(model))
+            sentences.append(f"unknown key `{where}`{hint}; known here: {', '.join(same_section)}")
+        elif item["type"] == "value_error":
+            message = str(item["ctx"]["error"])
+            sentences.append(message if not where or where == "method" else f"`{where}` {message}")
+        else:
+            sentences.append(f"`{where}`: {item['msg'].lower()}, found {item['input']!r}")
+    return prefix + "; ".join(dict.fromkeys(sentences)) + "."
+
+
+def recipe_from(data: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """Validate nested recipe data.
+
+    Args:
+        data: the mapping, as YAML gives it.
+        origin: what to call the mapping in an error, for example the file's path.
+
+    Raises:
+        UserError: an unknown key (with the nearest known one), a wrong type, or a value out of range.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(error, Recipe, prefix=f"{origin}: ")) from None
+
+
+def load_recipe(name: str | None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A recipe from a YAML file or a shipped recipe's name, with dotted overrides on top.
+
+    Args:
+        name: path of a YAML file, the name of a shipped recipe (``theseus/mrpc``), or nothing.
+        overrides: ``key=value`` words; the value is read as YAML, the key may be dotted.
+
+    Raises:
+        UserError: the file is missing or not YAML, or the recipe is not valid.
+    """
+    data: dict[str, Any] = {}
+    origin = "recipe"
+    if name is not None:
+        path = recipe_path(name)
+        origin = str(path)
+        data = _read_yaml(path)
+    for word in overrides:
+        key, found, value = word.partition("=")
+        if not found or not key:
+            raise UserError(
+                f"`{word}` is not an override; write it as key=value, for example train.lr=3e-5."
+            )
+        _put(data, key.split("."), _parse_value(value))
+    return recipe_from(data, origin)
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe given as a path or as the name of a shipped one."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{name}.yaml"
+    # A shipped name never leaves the package: `..` would name any file on the machine.
+    if shipped.is_file() and shipped.resolve().is_relative_to(RECIPES.resolve()):
+        return shipped
+    names = sorted(
+        p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml")
+    )
+    raise UserError(
+        f"no recipe {name!r}: neither a file nor a shipped recipe{nearest(name, names)}. Shipped: {', '.join(names)}. "
+        "Overrides are written key=value."
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{path} holds a {type(data).__name__}; a recipe is a mapping of keys to values."
+        )
+    return data
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    # YAML 1.1 reads 3e-5 as a string for want of a dot.
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set a dotted key. ``method.theseus.layers=3`` reaches into the chain, adding the method when absent."""
+    if keys[0] == "method" and len(keys) == 3:
+        chain = [
+            dict(e) if isinstance(e, dict) else {"name": e} for e in _as_list(data.get("method"))
+        ]
+        entry = next((e for e in chain if e.get("name") == keys[1] or keys[1] in e), None)
+        if entry is None:
+            entry = {"name": keys[1]}
+            chain.append(entry)
+        (entry if "name" in entry else entry[keys[1]])[keys[2]] = value
+        data["method"] = chain
+        return
+    section = data
+    for key in keys[:-1]:
+        inner = section.get(key)
+        if isinstance(inner, str) and key == "data":
+            inner = {"source": inner}
+        section[key] = inner = dict(inner) if isinstance(inner, dict) else {}
+        section = inner
+    last = keys[-1]
+    if last == "data" and isinstance(section.get("data"), dict) and isinstance(value, str):
+        section["data"] = {**section["data"], "source": value}
+    else:
+        section[last] = value
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_schema() -> str:
+    """JSON Schema of the recipe, for editors, with each method's parameters spelled out."""
+    from raybert.methods import METHODS
+
+    schema = Recipe.model_json_schema(mode="validation")
+    definitions = schema.setdefault("$defs", {})
+    definitions.pop("MethodConfig", None)
+    choices: list[dict[str, Any]] = [
+        {"type": "string", "description": "Names of methods, separated by commas."}
+    ]
+    for name, method in METHODS.items():
+        own = method.model_json_schema(mode="validation")
+        definitions.update(own.pop("$defs", {}))
+        own["required"] = ["name"]
+        own["properties"]["name"] = {"const": name}
+        definitions[method.__name__] = own
+        choices.append({"$ref": f"#/$defs/{method.__name__}"})
+    entry = {"anyOf": choices}
+    described = schema["properties"]["method"].get("description", "")
+    schema["properties"]["method"] = {
+        "description": described,
+        "anyOf": [*choices, {"type": "array", "items": entry}],
+    }
+    data = schema["properties"]["data"]
+    schema["properties"]["data"] = {
+        "anyOf": [{"type": "string"}, {"$ref": data.get("$ref", "#/$defs/DataConfig")}]
+    }
+    return json.dumps(
+        {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": "raybert recipe",
+            **schema,
+        }
+    )
