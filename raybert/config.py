@@ -12,7 +12,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -49,6 +49,12 @@ class Section(BaseModel):
 
 class MethodConfig(Section):
     """One compression method's parameters; the base class of every entry of ``raybert.methods.METHODS``."""
+
+    leaves_trace: ClassVar[bool] = False
+    """Whether the finished structure is one that only raybert's classes can build."""
+
+    simulated: ClassVar[bool] = False
+    """Whether what comes out only computes like the compressed model, at the full model's cost."""
 
     name: str
 
@@ -350,6 +356,13 @@ def _all_keys(model: type[BaseModel]) -> list[str]:
     return keys + [k for s in sections for k in _fields(model, (s,)) if "." in k]
 
 
+def _elsewhere(word: str, model: type[BaseModel]) -> str:
+    """A hint at a key of another section that ends like ``word``."""
+    keys = {key.rpartition(".")[2]: key for key in _all_keys(model)}
+    close = difflib.get_close_matches(word, keys, n=1, cutoff=0.6)
+    return f" (did you mean {keys[close[0]]!r}?)" if close else ""
+
+
 def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """Pydantic's error as sentences that name the key, the value found, and what would do."""
     sentences = []
@@ -361,7 +374,7 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         )
         if item["type"] == "extra_forbidden":
             same_section = _fields(model, item["loc"][:-1])
-            hint = nearest(where, same_section) or nearest(str(item["loc"][-1]), _all_keys(model))
+            hint = nearest(where, same_section) or _elsewhere(str(item["loc"][-1]), model)
             sentences.append(f"unknown key `{where}`{hint}; known here: {', '.join(same_section)}")
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])

@@ -1,0 +1,166 @@
+"""From trained weights to the finished artifact: measure it, describe it, put it in its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raybert.bench import bench, disk_bytes, flops, hardware, parameters
+from raybert.checkpoint import World
+from raybert.config import Recipe, UserError, dump_recipe
+from raybert.data import prepare
+from raybert.evaluate import predict
+from raybert.metrics import floor, predictions, score
+from raybert.models import load, load_tokenizer, longest_input, model_folder, read_config
+from raybert.plan import LENGTH, Plan
+from raybert.report import model_card, write_run_report
+from raybert.results import RunReport, build
+from raybert.tasks import write_submission
+from raybert.train import FINAL
+
+BATCHES = (1, 8)
+"""Batch sizes that every run is timed at."""
+
+
+def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> RunReport:
+    """Measure a trained run beside its teacher and write model/, report.json and the report's pages.
+
+    Args:
+        plan: the run.
+        teacher: the teacher's model folder, if it had one.
+        tell: gets the report's notes.
+
+    Raises:
+        UserError: storage refused; the trained weights are still there.
+    """
+    recipe = plan.recipe
+    final = recipe.folder / "checkpoints" / FINAL
+    result = json.loads((final / "result.json").read_text(encoding="utf-8"))
+    measured = _measure(final, Path(teacher) if teacher else None)
+    for text in result["notes"]:
+        tell(f"note: {text}")
+    models = {
+        key: {"metrics": result[key], **measured["models"][key]}
+        for key in ("student", "teacher")
+        if result[key] is not None
+    }
+    position = result["position"]
+    report = build(
+        name=recipe.name or "run",
+        task=plan.data.task.name,
+        kind=plan.data.task.kind,
+        metric=plan.data.task.main,
+        model=recipe.model or recipe.teacher or plan.start,
+        methods=[method.model_dump(mode="json") for method in recipe.method],
+        seed=recipe.train.seed,
+        workers=recipe.workers,
+        student=models["student"],
+        teacher=models.get("teacher"),
+        floors=floor(plan.data.task, plan.data, "dev"),
+        training={
+            "steps": position["steps"],
+            "seconds": position["seconds"],
+            "tokens": position["tokens"],
+            "phases": position["finished"],
+        },
+        hardware=measured["hardware"],
+        latency=measured["latency"],
+        speedup=measured["speedup"],
+        simulated=any(method.simulated for method in recipe.method),
+        notes=result["notes"],
+    )
+    plain = not any(method.leaves_trace for method in recipe.method)
+    try:
+        _place_model(final, recipe, model_card(report, dump_recipe(recipe), plain=plain))
+        write_run_report(recipe.folder, report)
+    except OSError as error:
+        raise UserError(
+            f"the finished model could not be written to {recipe.folder}: {error}. Make room and start "
+            "the same command again; nothing is trained twice."
+        ) from None
+    return report
+
+
+def _measure(final: Path, teacher: Path | None) -> dict[str, Any]:
+    """Size and FLOPs of the finished model, and latency beside its teacher when there is one."""
+    length = min(LENGTH, longest_input(read_config(str(final))))
+    if teacher is None:
+        model = load(final)
+        sizes = {
+            "parameters": parameters(model),
+            "bytes": disk_bytes(final),
+            "flops": flops(model, length=length),
+        }
+        return {
+            "models": {"student": sizes},
+            "latency": [],
+            "speedup": [],
+            "hardware": hardware(),
+        }
+    shapes = [(batch, length) for batch in BATCHES]
+    result = bench(final, teacher, names=("student", "teacher"), shapes=shapes, seconds=2.0)
+    for sizes in result["models"].values():
+        sizes.pop("path")
+    return result
+
+
+def _place_model(final: Path, recipe: Recipe, card: str) -> None:
+    target, partial = recipe.folder / "model", recipe.folder / ".partial-model"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(final, partial, ignore=shutil.ignore_patterns("result.json"))
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+
+
+def evaluate_model(
+    model: str | Path, recipe: Recipe, split: str = "dev", submission: str | None = None
+) -> dict[str, Any]:
+    """Score a model folder on a task, and write predictions when asked to.
+
+    Args:
+        model: run or model folder.
+        recipe: its ``task``, ``data`` and ``train.eval_batch_size`` are used.
+        split: ``dev``, ``train`` or ``test``; a test split has no labels and gets no metrics.
+        submission: file or folder to write predictions to, in the task's own format.
+
+    Returns:
+        ``task``, ``split``, ``rows``, ``metrics`` and ``floors``, and ``submission`` if one was written.
+
+    Raises:
+        UserError: the model does not fit the task, or the split is not there.
+    """
+    folder = model_folder(model)
+    network = load(folder)
+    data = prepare(recipe.task, recipe.data, load_tokenizer(str(folder)))
+    if split not in data.splits:
+        raise UserError(
+            f"task {recipe.task} has no {split} rows here; there are {', '.join(data.splits)}."
+        )
+    outputs_needed = data.task.num_labels if data.task.kind not in ("qa", "mlm") else None
+    if outputs_needed is not None and network.config.num_labels != outputs_needed:
+        raise UserError(
+            f"{folder} has a head of {network.config.num_labels} outputs; task {recipe.task} needs "
+            f"{outputs_needed}. Name the task that it was fine-tuned for."
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = World(0, 1, device)
+    index, outputs = predict(network.to(device), data, split, world, recipe.train.eval_batch_size)
+    result: dict[str, Any] = {"task": data.task.name, "split": split, "rows": len(index)}
+    if split != "test":
+        result["metrics"] = score(data.task, data, split, index, outputs)
+        result["floors"] = floor(data.task, data, split)
+    elif submission is None:
+        raise UserError(
+            "test rows have no labels to score; give --submission FILE to predict them."
+        )
+    if submission is not None:
+        answers = predictions(data.task, data, split, index, outputs)
+        result["submission"] = str(write_submission(data.task, answers, submission))
+    return result

@@ -1,0 +1,274 @@
+"""Training state on storage: save it whole or not at all, find the last good one, restore it.
+
+A checkpoint is a folder that gets its name only once every file is written and listed, with size and
+checksum, in ``manifest.json``. One that was cut short or damaged later is passed over, with a warning,
+for the one before. The last two are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from raybert.config import UserError
+
+logger = logging.getLogger("raybert")
+
+KEPT = 2
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the workers, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def barrier(self) -> None:
+        """Wait for every worker."""
+        if self.size > 1:
+            dist.barrier()
+
+    def all_true(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on every worker."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+        return bool(value.item())
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over workers of a tensor, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's value, on every worker."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@dataclass
+class Position:
+    """How far a run has come.
+
+    Attributes:
+        phase: index of the phase.
+        step: its optimiser steps done.
+        best: the best dev score of the phase so far, and the step it was reached at.
+        log_lines: lines of metrics.jsonl that belong to the run up to here.
+        seconds: training time so far, all phases.
+        tokens: tokens processed so far, padding included, all phases and workers.
+        steps: optimiser steps so far, all phases.
+        finished: name, steps and seconds of each phase that has ended.
+    """
+
+    phase: int = 0
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    log_lines: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    finished: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save(folder: Path, engine: Any, position: Position, world: World, stage: int) -> Path:
+    """Write a checkpoint; every worker calls this.
+
+    Args:
+        folder: where a run's checkpoints are.
+        engine: the DeepSpeed engine.
+        position: how far the run has come.
+        world: this worker.
+        stage: the ZeRO stage.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: storage refused; what was saved before is still there.
+    """
+    target = folder / f"phase{position.phase}-step{position.step:07d}"
+    partial = folder / f".partial-{target.name}"
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    problem: Exception | None = None
+    try:
+        _write(partial, engine, position, world, stage)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = error
+    if world.all_true(problem is None) and world.rank == 0:
+        try:
+            _seal(partial, target)
+        except OSError as error:
+            problem = error
+    if not world.all_true(problem is None):
+        if world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _storage_error(target, folder, problem)
+    if world.rank == 0:
+        for old in _newest_first(folder)[KEPT:]:
+            shutil.rmtree(old)
+    return target
+
+
+def _write(partial: Path, engine: Any, position: Position, world: World, stage: int) -> None:
+    if stage:
+        engine.save_checkpoint(str(partial), tag="zero", save_latest=False)
+    elif world.rank == 0:
+        save_model(engine.module, str(partial / "model.safetensors"))
+        torch.save(engine.optimizer.state_dict(), partial / "optimizer.pt")
+    rng = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(world.device)
+    torch.save(rng, partial / f"rng-{world.rank}.pt")
+    if world.rank == 0:
+        state = {**asdict(position), "workers": world.size, "zero": stage}
+        (partial / "state.json").write_text(json.dumps(state))
+
+
+def _seal(partial: Path, target: Path) -> None:
+    files = [p for p in sorted(partial.rglob("*")) if p.is_file()]
+    manifest = {str(p.relative_to(partial)): [p.stat().st_size, _crc32(p)] for p in files}
+    (partial / MANIFEST).write_text(json.dumps(manifest))
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(partial, target)
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _storage_error(target: Path, folder: Path, problem: Exception | None) -> UserError:
+    why = " ".join(str(problem).split()) if problem else "another worker could not write"
+    kept = _newest_first(folder)
+    left = (
+        f"The last good checkpoint, {kept[0].name}, is untouched" if kept else "None was saved yet"
+    )
+    return UserError(
+        f"checkpoint {target.name} could not be written to {folder}: {why}. {left}; make room, or mend "
+        "the storage, and start the same command again: it continues there."
+    )
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("phase*-step*"), key=_place, reverse=True)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    phase, step = path.name.removeprefix("phase").split("-step")
+    return int(phase), int(step)
+
+
+def find_last_good(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
+    passed_over = []
+    for path in _newest_first(folder):
+        fault = _fault(path)
+        if fault is None:
+            return path, passed_over
+        passed_over.append(
+            f"checkpoint {path.name} is damaged ({fault}); falling back to the one before"
+        )
+    return None, passed_over
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or cut short"
+    for name, (size, checksum) in manifest.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _crc32(file) != checksum:
+            return f"{name} has another checksum"
+    return None
+
+
+def read_position(path: Path) -> tuple[Position, int, int]:
+    """A checkpoint's position, the number of workers that wrote it, and their ZeRO stage."""
+    state = json.loads((path / "state.json").read_text())
+    workers, stage = state.pop("workers"), state.pop("zero")
+    return Position(**state), workers, stage
+
+
+def restore(path: Path, engine: Any, world: World, stage: int) -> Position:
+    """Put the engine and the random state back to where a checkpoint left them.
+
+    Raises:
+        UserError: the checkpoint was written under ZeRO by another number of workers or stage.
+    """
+    position, workers, saved_stage = read_position(path)
+    if saved_stage != stage or (stage and workers != world.size):
+        raise UserError(
+            f"{path} was written by {workers} workers at ZeRO stage {saved_stage}; this run has "
+            f"{world.size} at stage {stage}. Continue with workers={workers} train.zero={saved_stage}, "
+            "or start another run folder."
+        )
+    if stage:
+        engine.load_checkpoint(str(path), tag="zero")
+    else:
+        load_model(engine.module, str(path / "model.safetensors"))
+        engine.optimizer.load_state_dict(
+            torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        )
+    engine.global_steps = position.step
+    rng_file = path / f"rng-{world.rank}.pt"
+    if rng_file.is_file():  # absent where there are more workers than before
+        rng = torch.load(rng_file, weights_only=True)
+        torch.set_rng_state(rng["cpu"])
+        if world.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], world.device)
+    return position
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's weights and buffers as safetensors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        save_model(model, str(partial))
+        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"weights could not be written to {path}: {' '.join(str(error).split())}. Make room, or mend "
+            "the storage, and start the same command again: it continues from its last checkpoint."
+        ) from None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Read what `save_weights` wrote."""
+    load_model(model, str(path))

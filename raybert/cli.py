@@ -1,0 +1,270 @@
+"""The command line. Everything that prints is here; everything heavy is imported when it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raybert import __version__
+
+if TYPE_CHECKING:
+    from raybert.config import Recipe
+
+EPILOG = """\
+examples:
+  raybert demo --out demo
+  raybert compress method=theseus task=mrpc data=glue/MRPC model=bert-base-uncased out=runs/mrpc
+  raybert compress theseus/mrpc model=bert-base-uncased data=glue/MRPC --dry-run
+  raybert bench runs/mrpc --against runs/mrpc/teacher
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 2 for a mistake that the user can mend; 1 for a failure; 130 when interrupted.
+    """
+    args = _parser().parse_args(argv)
+    from raybert.config import UserError
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _quiet_logs()
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"raybert: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "raybert: interrupted; the same command continues from the last checkpoint.",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raybert",
+        description="Turn a fine-tuned BERT into a smaller, faster one.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"raybert {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help_text, run in (
+        ("finetune", "fine-tune an encoder on a task: a teacher", _finetune),
+        ("compress", "compress a teacher, fine-tuning it first when none is given", _compress),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        _add_recipe(command)
+        command.add_argument("--print-recipe", action="store_true", help="show it resolved; stop")
+        command.add_argument("--dry-run", action="store_true", help="check all, predict; stop")
+        command.add_argument(
+            "--overwrite", action="store_true", help="remove the run in `out` first"
+        )
+        command.set_defaults(run=run)
+    command = commands.add_parser("evaluate", help="score a model on a task")
+    command.add_argument("model", help="run or model folder")
+    _add_recipe(command)
+    command.add_argument("--split", default="dev", help="dev (default), train or test")
+    command.add_argument("--submission", help="write predictions to this file or folder")
+    command.set_defaults(run=_evaluate)
+    _add_bench(commands)
+    command = commands.add_parser(
+        "report", help="compare finished runs: Markdown and one HTML page"
+    )
+    command.add_argument("runs", nargs="+", help="run folders")
+    command.add_argument("--out", default="report", help="folder for report.md and report.html")
+    command.set_defaults(run=_report)
+    command = commands.add_parser("demo", help="all of it, offline, in a few minutes")
+    command.add_argument("--out", default="demo", help="folder (default: demo)")
+    command.add_argument("--workers", type=int, help="workers (default: 2, or 1 on a single core)")
+    command.set_defaults(run=_demo)
+    command = commands.add_parser("tasks", help="list the tasks")
+    command.set_defaults(run=_tasks)
+    command = commands.add_parser("schema", help="print the recipe's JSON Schema, for editors")
+    command.set_defaults(run=_schema)
+    return parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE | key=value",
+        help="a recipe's file or shipped name, then overrides such as train.lr=3e-5",
+    )
+
+
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser("bench", help="measure size, FLOPs and latency, side by side")
+    command.add_argument("model", help="run or model folder, or an .onnx file")
+    command.add_argument("--against", help="the teacher, likewise")
+    command.add_argument("--batch", default="1,8", help="batch sizes (default 1,8)")
+    command.add_argument("--length", default="128", help="tokens a row (default 128)")
+    command.add_argument("--backend", choices=("torch", "onnx"), default="torch")
+    command.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    command.add_argument("--seconds", type=float, default=3.0, help="time a shape and model")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.set_defaults(run=_bench)
+
+
+def _recipe(words: Sequence[str]) -> Recipe:
+    from raybert.config import UserError, load_recipe
+
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise UserError(
+            f"one recipe at a time; found {' and '.join(names)}. Overrides are key=value."
+        )
+    return load_recipe(names[0] if names else None, [word for word in words if "=" in word])
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    return _train(args, "finetune")
+
+
+def _compress(args: argparse.Namespace) -> int:
+    return _train(args, "compress")
+
+
+def _train(args: argparse.Namespace, command: str) -> int:
+    recipe = _recipe(args.words)
+    if args.print_recipe or args.dry_run:
+        return _show(args, recipe)
+    from raybert import run
+    from raybert.report import summary_table
+    from raybert.results import read_runs
+
+    if args.overwrite:
+        _remove_run(recipe.folder)
+    if command == "finetune":
+        folder = run.finetune(recipe, tell=_tell)
+    else:
+        folder = run.compress(recipe, tell=_tell)
+    print(summary_table(read_runs([folder])))
+    print(f"model   {folder / 'model'}\nreport  {folder / 'report.html'}")
+    return 0
+
+
+def _show(args: argparse.Namespace, recipe: Recipe) -> int:
+    from raybert.config import dump_recipe
+    from raybert.plan import check_folder, describe, make_plan, resolve_paths
+
+    recipe = resolve_paths(recipe)
+    if args.print_recipe:
+        print(dump_recipe(recipe), end="")
+    if args.dry_run:
+        plan = make_plan(recipe)
+        if not args.overwrite:
+            check_folder(plan.recipe)
+        print(describe(plan))
+    return 0
+
+
+def _remove_run(folder: Path) -> None:
+    from raybert.config import UserError
+
+    if not folder.exists():
+        return
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder; --overwrite does not remove it.")
+    shutil.rmtree(folder)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from raybert.artifact import evaluate_model
+
+    recipe = _recipe(args.words)
+    result = evaluate_model(args.model, recipe, args.split, args.submission)
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    from raybert.config import UserError
+
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise UserError(f"{flag} {text!r} is not a list of positive numbers; write {flag} 1,8.")
+    return values
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from raybert.bench import bench, format_bench
+    from raybert.models import model_folder
+
+    shapes = [
+        (b, n) for n in _numbers(args.length, "--length") for b in _numbers(args.batch, "--batch")
+    ]
+    result = bench(
+        model_folder(args.model),
+        model_folder(args.against) if args.against else None,
+        shapes=shapes,
+        backend=args.backend,
+        threads=args.threads,
+        device=args.device,
+        seconds=args.seconds,
+    )
+    print(json.dumps(result, indent=2) if args.json else format_bench(result))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from raybert.report import summary_table, write_report
+    from raybert.results import read_runs
+
+    runs = [Path(run) for run in args.runs]
+    write_report(runs, Path(args.out))
+    print(summary_table(read_runs(runs)))
+    print(f"report  {Path(args.out) / 'report.html'}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from raybert.demo import run_demo
+
+    run_demo(Path(args.out), workers=args.workers, tell=_tell)
+    return 0
+
+
+def _tasks(args: argparse.Namespace) -> int:
+    from raybert.tasks import TASKS
+
+    for task in TASKS.values():
+        print(f"{task.name:<16} {task.kind:<16} {', '.join(task.metrics)}")
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from raybert.config import recipe_schema
+
+    print(recipe_schema())
+    return 0
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _quiet_logs() -> None:
+    """raybert's own warnings are shown; libraries speak up only for errors."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.getLogger("raybert").setLevel(logging.INFO)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")

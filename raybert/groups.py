@@ -1,0 +1,100 @@
+"""Runs that differ only by seed, as one: mean and sample standard deviation."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from raybert.results import Measured, Run, RunReport
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of ``n`` values; ``sd`` is None for a single one."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> Spread | None:
+        """Of the values; None when there are none or one of them is missing."""
+        known = [value for value in values if value is not None]
+        if not known or len(known) < len(values):
+            return None
+        # The module refuses infinities and NaN, which a diverged run may well report.
+        broken = not all(math.isfinite(value) for value in known)
+        sd = math.nan if broken else statistics.stdev(known) if len(known) > 1 else 0.0
+        return cls(sum(known) / len(known), sd if len(known) > 1 else None, len(known))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only by seed."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def first(self) -> RunReport:
+        """Any of the reports: for what all of them share."""
+        return self.runs[0].report
+
+    @property
+    def reports(self) -> list[RunReport]:
+        """The reports, in the order of the runs."""
+        return [run.report for run in self.runs]
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether these runs fine-tuned a teacher."""
+        return not self.first.methods
+
+    def teacher(self, value: Callable[[Measured], float]) -> Spread | None:
+        """Mean and deviation of a number of the teachers; one that all share counts once."""
+        values = [value(report.teacher) for report in self.reports if report.teacher]
+        return Spread.of(values[:1] if len(set(values)) == 1 else values)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether any run's compression is simulated."""
+        return any(report.simulated for report in self.reports)
+
+    def spread(self, value: Callable[[RunReport], float | None]) -> Spread | None:
+        """Mean and deviation of ``value(report)`` over the runs."""
+        return Spread.of([value(report) for report in self.reports])
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Group runs that differ only by seed, teachers first, each named by what sets it apart."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        members.setdefault(run.key, []).append(run)
+    # sorted() is stable: within teachers and students the given order stays.
+    bundles = sorted(members.values(), key=lambda bundle: bool(bundle[0].report.methods))
+    heads = [bundle[0].report for bundle in bundles]
+    labels = [_label(report, [r for r in heads if r is not report]) for report in heads]
+    placed = [(report.task, label) for report, label in zip(heads, labels, strict=True)]
+    return [
+        # What differs is then only in the recipes, so that the run's name has to tell them apart.
+        Group(
+            f"{label} [{report.name}]" if placed.count((report.task, label)) > 1 else label,
+            tuple(bundle),
+        )
+        for label, report, bundle in zip(labels, heads, bundles, strict=True)
+    ]
+
+
+def _label(report: RunReport, others: list[RunReport]) -> str:
+    """The chain's name, and the model and parameters that tell it from others of that chain."""
+    rivals = [r for r in others if (r.task, r.chain) == (report.task, report.chain)]
+    parts = [report.model] if any(rival.model != report.model for rival in rivals) else []
+    for i, method in enumerate(report.methods):
+        parts += [
+            f"{key}={value}"
+            for key, value in method.items()
+            if key != "seed" and any(rival.methods[i].get(key) != value for rival in rivals)
+        ]
+    return f"{report.chain} ({', '.join(parts)})" if parts else report.chain

@@ -1,0 +1,66 @@
+"""metrics.jsonl and TensorBoard: one line an event, and nothing twice when a run is continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """The log of one run; only the first worker's writes.
+
+    Args:
+        folder: the run folder.
+        writes: whether this worker writes.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool) -> None:
+        self.path, self.writes, self.lines = folder / FILE, writes, 0
+        self._file: Any = None
+        self._board: Any = None
+
+    def rewind(self, lines: int) -> None:
+        """Drop what a run wrote after the checkpoint that it now continues from."""
+        self.lines = lines
+        if not self.writes:
+            return
+        kept: list[str] = []
+        if self.path.is_file():
+            with self.path.open(encoding="utf-8") as file:
+                kept = file.readlines()[:lines]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".partial-{FILE}")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self.path)
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        from torch.utils.tensorboard import SummaryWriter
+
+        step = json.loads(kept[-1])["run_step"] if kept else 0
+        self._board = SummaryWriter(self.path.parent / "tensorboard", purge_step=step + 1)
+
+    def write(self, values: dict[str, Any], run_step: int) -> None:
+        """Append a line.
+
+        Args:
+            values: ``kind``, ``phase``, ``step`` and numbers.
+            run_step: optimiser steps over all phases, the horizontal axis in TensorBoard.
+        """
+        self.lines += 1
+        if not self.writes:
+            return
+        line = {"time": round(time.time(), 3), "run_step": run_step, **values}
+        self._file.write(json.dumps(line) + "\n")
+        for key, value in values.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{values['kind']}/{key}", value, run_step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()

@@ -1,0 +1,386 @@
+"""Loading encoders, and the Hugging Face classes of models whose structure compression has changed.
+
+A compressed class is its Hugging Face class whose ``__init__`` replays the surgery that
+``config.compression`` lists, so that ``save_pretrained``, ``from_pretrained``, safetensors and
+meta-device loading are transformers' own. A method that ends in a plain architecture leaves no trace:
+what it makes is loaded by stock transformers without raybert.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    DistilBertForQuestionAnswering,
+    DistilBertForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+)
+
+from raybert.config import MethodConfig, UserError
+from raybert.methods import METHODS
+from raybert.surgery import COMPRESSED_PREFIX, FAMILIES, family
+
+HEADS = {
+    "classification": AutoModelForSequenceClassification,
+    "multilabel": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "qa": AutoModelForQuestionAnswering,
+    "mlm": AutoModelForMaskedLM,
+}
+"""A task's kind -> the auto class of its head."""
+
+PROBLEMS = {
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
+
+PROBE = "probe.safetensors"
+"""Inputs and the logits they must give, beside the weights; see `load`."""
+
+
+def replay(model: nn.Module, compression: list[dict[str, Any]]) -> None:
+    """Redo the structural surgery of finished methods; the weights come from the checkpoint."""
+    for entry in compression:
+        for phase in METHODS[entry["name"]].model_validate(entry).phases():
+            phase.prepare(model)
+            phase.finish(model)
+
+
+class CompressedBertConfig(BertConfig):
+    """A BERT config with the list of methods that changed the model's structure."""
+
+    model_type = COMPRESSED_PREFIX + "bert"
+    compression: list | None = None
+
+
+class CompressedRobertaConfig(RobertaConfig):
+    """A RoBERTa config with the list of methods that changed the model's structure."""
+
+    model_type = COMPRESSED_PREFIX + "roberta"
+    compression: list | None = None
+
+
+class CompressedDistilBertConfig(DistilBertConfig):
+    """A DistilBERT config with the list of methods that changed the model's structure."""
+
+    model_type = COMPRESSED_PREFIX + "distilbert"
+    compression: list | None = None
+
+
+CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "bert": CompressedBertConfig,
+    "roberta": CompressedRobertaConfig,
+    "distilbert": CompressedDistilBertConfig,
+}
+
+_STOCK: dict[str, tuple[type[PreTrainedModel], ...]] = {
+    "bert": (BertForSequenceClassification, BertForQuestionAnswering, BertForMaskedLM),
+    "roberta": (RobertaForSequenceClassification, RobertaForQuestionAnswering, RobertaForMaskedLM),
+    "distilbert": (
+        DistilBertForSequenceClassification,
+        DistilBertForQuestionAnswering,
+        DistilBertForMaskedLM,
+    ),
+}
+
+
+def _compressed(stock: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type:
+    def __init__(self, config, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        replay(self, config.compression or [])
+
+    body = {"__init__": __init__, "config_class": config_class, "__module__": __name__}
+    body["__doc__"] = f"{stock.__name__} whose structure `config.compression` describes."
+    return type(f"Compressed{stock.__name__}", (stock,), body)
+
+
+COMPRESSED: dict[str, type[PreTrainedModel]] = {
+    stock.__name__: _compressed(stock, CONFIGS[name])
+    for name, classes in _STOCK.items()
+    for stock in classes
+}
+"""Stock class name -> its compressed class."""
+
+for _name, _config in CONFIGS.items():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    for _auto, _stock in zip(
+        (AutoModelForSequenceClassification, AutoModelForQuestionAnswering, AutoModelForMaskedLM),
+        _STOCK[_name],
+        strict=True,
+    ):
+        _auto.register(_config, COMPRESSED[_stock.__name__], exist_ok=True)
+
+
+def mark_compressed(model: PreTrainedModel, method: MethodConfig) -> None:
+    """Note in the config that ``method`` changed the structure, and take on the compressed class.
+
+    The model's modules are already as the finished method left them; only class and config change.
+    """
+    stock = type(model).__name__.removeprefix("Compressed")
+    done = list(model.config.compression or []) if stock != type(model).__name__ else []
+    data = {**model.config.to_dict(), "compression": [*done, method.model_dump(mode="json")]}
+    data.pop("model_type")
+    attention = model.config._attn_implementation
+    config = CONFIGS[family(model.config)].from_dict(data)
+    config._attn_implementation = attention
+    for module in model.modules():
+        if vars(module).get("config") is model.config and module is not model:
+            module.config = config
+    model.config = config
+    model.__class__ = COMPRESSED[stock]
+
+
+def read_config(name: str) -> Any:
+    """The Hugging Face config of a hub name or local folder.
+
+    Raises:
+        UserError: not a model folder, no such hub model, or a family that raybert does not know.
+    """
+    path = Path(name).expanduser()
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(
+            f"{name} is not a model folder: it holds no config.json. Give the folder that "
+            "save_pretrained wrote, or a run folder with a finished model."
+        )
+    try:
+        config = AutoConfig.from_pretrained(str(path) if path.exists() else name)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"model {name!r} cannot be read: {_first_sentence(error)} Give an existing folder, or the "
+            "name of a model on the Hugging Face Hub."
+        ) from None
+    if family(config) not in FAMILIES:
+        raise UserError(
+            f"{name} is a {config.model_type!r} model; raybert knows {', '.join(FAMILIES)} "
+            "(MiniLM and TinyBERT are bert)."
+        )
+    return config
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.split(". ")[0].rstrip(".") + "."
+
+
+def longest_input(config: Any) -> int:
+    """Tokens that a row may have at most."""
+    # RoBERTa counts positions from pad_token_id + 1.
+    offset = config.pad_token_id + 1 if family(config) == "roberta" else 0
+    return config.max_position_embeddings - offset
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a hub name or folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(Path(name).expanduser()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"no tokenizer in {name!r}: {_first_sentence(error)}") from None
+
+
+def load_for_task(
+    name: str,
+    task: Any,
+    *,
+    seed: int,
+    attention: str = "sdpa",
+    dropout: float | None = None,
+    new_head: bool = True,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model with the head that the task asks for, in float32.
+
+    Args:
+        name: hub name or folder.
+        task: a `raybert.tasks.Task` with its labels settled.
+        seed: of weights that the checkpoint does not have (a new head).
+        attention: ``sdpa``, or ``eager`` where attention is to be read.
+        dropout: replaces the model's own dropout rates.
+        new_head: whether a head that does not fit may be replaced by a new one; a teacher's may not.
+
+    Returns:
+        The model in evaluation mode, and the names of the weights that are new.
+
+    Raises:
+        UserError: the folder is no model, or its head does not fit the task and must not be replaced.
+    """
+    config = read_config(name)
+    if task.kind in PROBLEMS:
+        fits = config.num_labels == task.num_labels
+        if not new_head and not fits:
+            raise UserError(
+                f"{name} has a head of {config.num_labels} outputs; task {task.name} "
+                f"({task.kind}) needs {task.num_labels}. Fine-tune it on this task first, or name it "
+                "as `model` instead of `teacher`."
+            )
+        config.num_labels = task.num_labels
+        config.problem_type = PROBLEMS[task.kind]
+        if task.labels:
+            config.id2label = dict(enumerate(task.labels))
+            config.label2id = {label: i for i, label in enumerate(task.labels)}
+    if dropout is not None:
+        _set_dropout(config, dropout)
+    torch.manual_seed(seed)
+    try:
+        model, info = HEADS[task.kind].from_pretrained(
+            str(Path(name).expanduser()),
+            config=config,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=new_head,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from None
+    new = sorted(set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]})
+    if new and not new_head:
+        raise UserError(
+            f"{name} lacks the weights {', '.join(new[:3])}: it was not fine-tuned for {task.name} "
+            f"({task.kind}). Name a fine-tuned model as teacher, or name it as `model` instead."
+        )
+    return model.eval(), new
+
+
+def _set_dropout(config: Any, dropout: float) -> None:
+    names = (
+        ("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout")
+        if family(config) == "distilbert"
+        else ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+    )
+    for name in names:
+        setattr(config, name, dropout)
+
+
+def blank(config: Any, kind: str, chain: list[MethodConfig]) -> PreTrainedModel:
+    """The finished structure without weights, on the meta device, to be counted and not run.
+
+    Args:
+        config: the Hugging Face config of the model to start from.
+        kind: the task's kind, which decides the head.
+        chain: resolved methods.
+    """
+    with torch.device("meta"):
+        model = HEADS[kind].from_config(copy.deepcopy(config))
+        replay(model, [method.model_dump(mode="json") for method in chain])
+    return model.eval()
+
+
+def load(folder: str | Path, *, verify: bool = True, attention: str = "sdpa") -> PreTrainedModel:
+    """Load a finished model, compressed or plain, in evaluation mode.
+
+    Args:
+        folder: a model folder, or a run folder (its ``model`` is taken).
+        verify: run the stored probe inputs and compare with the stored logits, so that a library
+            upgrade that changes results is caught.
+        attention: attention implementation, ``sdpa`` or ``eager``.
+
+    Raises:
+        UserError: not a model folder, or its outputs are no longer what they were.
+    """
+    path = model_folder(folder)
+    config = read_config(str(path))
+    name = (config.architectures or [""])[0].removeprefix("Compressed")
+    stock = {c.__name__: c for classes in _STOCK.values() for c in classes}
+    if name not in stock:
+        raise UserError(
+            f"{path} holds a {name or 'model without an architecture'}; raybert loads models with one "
+            f"of these heads: {', '.join(stock)}."
+        )
+    model_class = (
+        COMPRESSED[name] if config.model_type.startswith(COMPRESSED_PREFIX) else stock[name]
+    )
+    try:
+        model = model_class.from_pretrained(
+            path, attn_implementation=attention, use_safetensors=True
+        ).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be loaded: {_first_sentence(error)}") from None
+    if verify and (path / PROBE).is_file():
+        verify_probe(model, path)
+    return model
+
+
+def model_folder(folder: str | Path) -> Path:
+    """The model folder of a run folder or of itself.
+
+    Raises:
+        UserError: the run is not finished, or there is no model.
+    """
+    path = Path(folder).expanduser()
+    if not (path / "recipe.yaml").is_file():
+        return path
+    if not (path / "model" / "config.json").is_file():
+        raise UserError(
+            f"{path} is a run that has not finished: it has no model yet. Start its command again; it "
+            "continues where it was last saved."
+        )
+    return path / "model"
+
+
+def write_probe(model: PreTrainedModel, folder: Path, batch: dict[str, torch.Tensor]) -> None:
+    """Store a few inputs with the outputs that the model gives for them.
+
+    Args:
+        model: in evaluation mode.
+        folder: the model folder.
+        batch: input_ids, attention_mask and, where the model takes them, token_type_ids, [B, T].
+    """
+    inputs = {
+        key: batch[key].cpu().contiguous()
+        for key in ("input_ids", "attention_mask", "token_type_ids")
+        if key in batch
+    }
+    save_file({**inputs, "expected": _probe_output(model, inputs)}, folder / PROBE)
+
+
+def verify_probe(model: PreTrainedModel, folder: Path) -> None:
+    """Compare the model's outputs on the stored inputs with the stored ones.
+
+    Raises:
+        UserError: they differ by more than float32 rounding explains.
+    """
+    stored = load_file(folder / PROBE)
+    expected = stored.pop("expected")
+    found = _probe_output(model, stored)
+    worst = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
+    if not worst <= 1e-3 * max(1.0, expected.abs().max().item()):
+        raise UserError(
+            f"{folder} gives other outputs than when it was made (largest difference {worst:.2g}): the "
+            "weights were damaged, or a library changed its results. Compare the versions in its "
+            "README.md, or load with verify=False if you know why."
+        )
+
+
+def _probe_output(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        out = model(**{k: v.to(device) for k, v in inputs.items()})
+    # A few of a vocabulary's columns tell as much as thirty thousand.
+    return out[0][..., :16].float().cpu().contiguous()

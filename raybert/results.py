@@ -1,0 +1,321 @@
+"""What a run found out: ``report.json``'s schema, what was retained, and run folders read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from raybert import __version__
+from raybert.config import UserError
+
+RETAINED = (
+    "Retained is (student - floor) / (teacher - floor), in the task's main metric. The floor is "
+    "the score of always answering the most frequent class (for other tasks, of a model that has "
+    "learned nothing). A plain ratio, student / teacher, is shown next to it: it flatters, since "
+    "a student that has learned nothing already keeps floor / teacher of it. Where the teacher is "
+    "not above the floor nothing can be retained, and n/a is shown."
+)
+"""How the headline number is defined; every report says so."""
+
+
+class Part(BaseModel):
+    """A frozen part of a report: unknown keys are refused, NaN survives JSON and back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class Parameters(Part):
+    """Counts of ``raybert.bench.parameters``."""
+
+    total: int
+    embeddings: int
+    rest: int
+
+
+class Bytes(Part):
+    """Sizes of ``raybert.bench.disk_bytes``."""
+
+    weights: int
+    total: int
+
+
+class Measured(Part):
+    """One model: its metrics on the evaluation rows, the main one as ``score``, and its costs."""
+
+    metrics: dict[str, float]
+    score: float
+    parameters: Parameters
+    bytes: Bytes
+    flops: int | None
+
+
+class LatencyRow(Part):
+    """A row of ``raybert.bench.latency``; ``model`` is ``student`` or ``teacher``."""
+
+    model: str
+    backend: str
+    device: str
+    batch: int
+    length: int
+    p50_ms: float
+    p95_ms: float
+    mean_ms: float
+    throughput: float
+    repeats: int
+    threads: int
+    peak_memory_mb: float
+
+
+class SpeedupRow(Part):
+    """A row of ``raybert.bench.speedups``, against the teacher."""
+
+    model: str
+    backend: str
+    batch: int
+    length: int
+    speedup: float
+
+
+class PhaseTime(Part):
+    """One phase: optimiser steps and wall-clock seconds."""
+
+    name: str
+    steps: int
+    seconds: float
+
+
+class Training(Part):
+    """The whole training: optimiser steps, wall-clock seconds, tokens seen."""
+
+    steps: int
+    seconds: float
+    tokens: int
+    phases: list[PhaseTime]
+
+
+class RunReport(Part):
+    """What ``report.json`` holds. Without methods, ``student`` is the fine-tuned teacher."""
+
+    raybert: str
+    name: str
+    created: str
+    task: str
+    kind: str
+    metric: str
+    model: str
+    methods: list[dict[str, Any]]
+    seed: int
+    workers: int
+    teacher: Measured | None
+    student: Measured
+    floor: float
+    floors: dict[str, float]
+    retained: float | None
+    ratio: float | None
+    latency: list[LatencyRow]
+    speedup: list[SpeedupRow]
+    simulated: bool
+    notes: list[str]
+    training: Training
+    hardware: dict[str, Any]
+
+    @property
+    def chain(self) -> str:
+        """The methods' names in order, or that there were none."""
+        return " + ".join(str(method["name"]) for method in self.methods) or "fine-tuned teacher"
+
+
+def retained(student: float, teacher: float, floor: float) -> float | None:
+    """The share of what the teacher had learned that the student still knows; see ``RETAINED``.
+
+    Returns:
+        1 for a student as good as its teacher, 0 for one at the floor, less below it; None when the
+        teacher is not above the floor.
+    """
+    return (student - floor) / (teacher - floor) if teacher > floor else None
+
+
+def build(
+    *,
+    name: str,
+    task: str,
+    kind: str,
+    metric: str,
+    model: str,
+    methods: Sequence[Mapping[str, Any]],
+    seed: int,
+    workers: int,
+    student: Mapping[str, Any],
+    teacher: Mapping[str, Any] | None,
+    floors: Mapping[str, float],
+    training: Mapping[str, Any],
+    hardware: Mapping[str, Any],
+    latency: Sequence[Mapping[str, Any]] = (),
+    speedup: Sequence[Mapping[str, Any]] = (),
+    simulated: bool = False,
+    notes: Sequence[str] = (),
+) -> RunReport:
+    """Assemble and validate a run's report, working out scores, ratio and retained share.
+
+    Args:
+        metric: the main metric, a key of both models' ``metrics`` and of ``floors``.
+        methods: the resolved parameters of each method, with its ``name``; none for a fine-tuned
+            teacher.
+        student, teacher: ``metrics``, ``parameters``, ``bytes`` and ``flops`` of each.
+        floors: each metric's score of a model that has learned nothing.
+        latency, speedup: rows of ``raybert.bench``, whose models are called ``student`` and
+            ``teacher``.
+        simulated: the compression saves nothing yet in this form; labelled so wherever the run is
+            shown.
+
+    Raises:
+        UserError: the main metric is missing, or a value has not the type that ``RunReport`` says.
+    """
+    for owner, metrics in (
+        ("the student", student["metrics"]),
+        ("the teacher", teacher["metrics"] if teacher else {metric: 0.0}),
+        ("the floors", floors),
+    ):
+        if metric not in metrics:
+            raise UserError(
+                f"{owner} lack the main metric {metric!r}; found: {', '.join(metrics)}."
+            )
+    score = float(student["metrics"][metric])
+    goal = float(teacher["metrics"][metric]) if teacher else None
+    floor = float(floors[metric])
+    data = {
+        "raybert": __version__,
+        "name": name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "task": task,
+        "kind": kind,
+        "metric": metric,
+        "model": model,
+        "methods": [dict(method) for method in methods],
+        "seed": seed,
+        "workers": workers,
+        "teacher": {**teacher, "score": goal} if teacher else None,
+        "student": {**student, "score": score},
+        "floor": floor,
+        "floors": dict(floors),
+        "retained": None if goal is None else retained(score, goal, floor),
+        "ratio": score / goal if goal else None,
+        "latency": [dict(row) for row in latency],
+        "speedup": [dict(row) for row in speedup],
+        "simulated": simulated,
+        "notes": list(notes),
+        "training": dict(training),
+        "hardware": dict(hardware),
+    }
+    return validated(data, f"the report of {name}")
+
+
+def validated(data: Any, origin: str) -> RunReport:
+    """``data`` as a report; ``UserError`` names ``origin`` and the values that do not fit."""
+    try:
+        return RunReport.model_validate(data)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"`{'.'.join(str(part) for part in item['loc'])}` {item['msg'].lower()}"
+            for item in error.errors(include_url=False)[:5]
+        )
+        raise UserError(
+            f"{origin} does not read as a report of raybert {__version__}: {wrong}. Write it again "
+            "with `raybert evaluate`."
+        ) from None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder read back: its report, the recipe's YAML, and the lines of ``metrics.jsonl``."""
+
+    report: RunReport
+    recipe: str
+    metrics: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What runs that differ only by seed have in common."""
+        report = self.report
+        methods = [{k: v for k, v in m.items() if k != "seed"} for m in report.methods]
+        shared = [report.task, report.model, methods, _without_seed(self.recipe)]
+        return json.dumps(shared, sort_keys=True, default=str)
+
+
+def _without_seed(recipe: str) -> Any:
+    """The recipe without seeds and what differs with them: name, folder, the teacher's folder."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k != "seed"}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    data = yaml.safe_load(recipe)
+    if not isinstance(data, dict):
+        return data
+    elsewhere = {"name", "out", "teacher", "resources"}
+    return strip({k: v for k, v in data.items() if k not in elsewhere})
+
+
+def read_run(folder: Path) -> Run:
+    """Read a finished run folder.
+
+    Raises:
+        UserError: it is no run folder, the run has not finished, or a file in it is damaged.
+    """
+    folder = Path(folder)
+    recipe, report = folder / "recipe.yaml", folder / "report.json"
+    if not recipe.is_file():
+        raise UserError(
+            f"{folder} is not a run folder: it has no recipe.yaml. Give folders under runs/."
+        )
+    if not report.is_file():
+        raise UserError(
+            f"{folder} has no report.json: its run has not finished. Start the same command again "
+            "to resume it."
+        )
+    return Run(
+        validated(_json(report), str(report)),
+        recipe.read_text(encoding="utf-8"),
+        tuple(read_metrics(folder / "metrics.jsonl")),
+    )
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunReport]:
+    """The reports of several run folders, in order. Raises ``UserError`` as ``read_run`` does."""
+    return [read_run(folder).report for folder in folders]
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line that a dying process cut short is left out.
+
+    Raises:
+        UserError: a line before the last is not JSON.
+    """
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise UserError(f"{file}, line {number} is not JSON; remove that line.") from None
+    return found
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file} is not JSON ({error}). Write it again with `raybert evaluate`."
+        ) from None

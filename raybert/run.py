@@ -1,0 +1,290 @@
+"""Drive a recipe on Ray: check, fine-tune the teacher, train, measure, write the artifact.
+
+The sole importer of ray. Several workers, or a cluster named by RAY_ADDRESS, get a Ray Train worker
+group; one worker without a cluster runs the same loop inside this process, with nothing to start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raybert.config import Recipe, UserError, dump_recipe
+from raybert.plan import Plan, check_folder, make_plan, resolve_paths
+
+if TYPE_CHECKING:
+    from raybert.train import Job
+
+logger = logging.getLogger("raybert")
+
+
+def finetune(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
+    """Fine-tune `recipe.model` on the task: a recipe with no methods.
+
+    Args:
+        recipe: its `method` must be empty.
+        tell: gets one line for each thing that happens.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: a mistake in the recipe, the data or the machine; nothing was lost.
+    """
+    if recipe.method:
+        raise UserError("finetune takes no method; use `raybert compress` to apply one.")
+    return _drive(resolve_paths(recipe), tell)
+
+
+def compress(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
+    """Carry out a recipe: fine-tune a teacher when none is given, compress it, measure the result.
+
+    The same recipe and folder continue a run that was interrupted, and return at once when finished.
+
+    Args:
+        recipe: with at least one method, or a `model` to be taught by a `teacher`.
+        tell: gets one line for each thing that happens.
+
+    Returns:
+        The run folder, with model/, report.json, report.html and the recipe.
+
+    Raises:
+        UserError: a mistake in the recipe, the data or the machine; nothing was lost.
+    """
+    if not recipe.method and not (recipe.teacher and recipe.model and recipe.kd.active):
+        raise UserError(
+            "nothing to compress with: give method=theseus, or a smaller `model` with a `teacher` and "
+            "kd.alpha above 0."
+        )
+    return _drive(resolve_paths(recipe), tell)
+
+
+def _drive(recipe: Recipe, tell: Callable[[str], None]) -> Path:
+    folder = recipe.folder
+    plan = make_plan(recipe)
+    if check_folder(plan.recipe if (folder / "recipe.yaml").is_file() else recipe):
+        if (folder / "report.json").is_file():
+            tell(f"{folder} is finished already")
+            return folder
+        tell(f"continuing {folder}")
+    _write_recipe(plan.recipe)
+    needs_teacher = bool(recipe.method) and recipe.teacher is None
+    teacher = str(_teacher(plan.recipe, tell)) if needs_teacher else recipe.teacher
+    if not (folder / "checkpoints" / "final").is_dir():
+        _fit(plan, teacher)
+    from raybert.artifact import assemble
+
+    tell("measuring")
+    assemble(plan, teacher, tell)
+    return folder
+
+
+def _teacher(recipe: Recipe, tell: Callable[[str], None]) -> Path:
+    """The model folder of a teacher fine-tuned in this run's own folder."""
+    own = recipe.model_copy(
+        update={
+            "method": (),
+            "kd": type(recipe.kd)(),
+            "train": recipe.finetune,
+            "name": f"{recipe.name}-teacher",
+            "out": str(recipe.folder / "teacher"),
+        }
+    )
+    tell(f"fine-tuning the teacher {recipe.model}")
+    return _drive(own, tell) / "model"
+
+
+def _write_recipe(recipe: Recipe) -> None:
+    try:
+        recipe.folder.mkdir(parents=True, exist_ok=True)
+        partial = recipe.folder / ".partial-recipe.yaml"
+        partial.write_text(dump_recipe(recipe), encoding="utf-8")
+        os.replace(partial, recipe.folder / "recipe.yaml")
+    except OSError as error:
+        raise UserError(f"cannot write to {recipe.folder}: {error}. Choose another out=.") from None
+
+
+# -- Ray -------------------------------------------------------------------------------------------
+
+
+def _fit(plan: Plan, teacher: str | None) -> None:
+    """Train all phases: one `fit()`, or the loop itself where there is nothing to distribute."""
+    from raybert.train import Job
+
+    recipe = plan.recipe
+    start = plan.start if plan.teacher or not recipe.method else (teacher or plan.start)
+    job = Job(recipe, plan.data.folder, start, teacher, bool(recipe.method) and start == teacher)
+    gpu = _uses_gpu(recipe)
+    local = recipe.workers == 1 and "RAY_ADDRESS" not in os.environ
+    returned = _run_here(job, gpu) if local else _run_on_ray(job, gpu)
+    if "error" in returned:
+        raise UserError(returned["error"])
+
+
+def _run_here(job: Job, gpu: bool) -> dict[str, Any]:
+    """The loop in this process, as a group of one worker."""
+    import torch
+
+    from raybert.checkpoint import World
+    from raybert.engine import alone, init_distributed
+    from raybert.train import run
+
+    device = torch.device("cuda:0" if gpu else "cpu")
+    with alone():
+        init_distributed(device)
+        return run(job, World(0, 1, device), _LocalHooks(), job.recipe.resources.cpus)
+
+
+def _run_on_ray(job: Job, gpu: bool) -> dict[str, Any]:
+    """The loop on a Ray Train worker group, restarted when a worker dies."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    recipe = job.recipe
+    with _cluster(recipe) as cpus:
+        result = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job, "gpu": gpu, "threads": cpus},
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=recipe.workers,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
+            ),
+            run_config=_run_config(recipe),
+        ).fit()
+    shutil.rmtree(recipe.folder / "ray", ignore_errors=True)
+    return result.return_value or {}
+
+
+def _run_config(recipe: Recipe) -> Any:
+    from ray.train import FailureConfig, RunConfig
+
+    # A name of its own each time: the run's state is in its checkpoints, and Ray would take a
+    # finished name as nothing left to do.
+    return RunConfig(
+        name=f"fit-{time.time_ns()}",
+        storage_path=str(recipe.folder / "ray"),
+        failure_config=FailureConfig(
+            max_failures=recipe.resources.max_failures, controller_failure_limit=3
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _cluster(recipe: Recipe) -> Iterator[int]:
+    """A Ray cluster: the one named by RAY_ADDRESS, or one on this machine; yields CPUs a worker."""
+    import ray
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    started = not ray.is_initialized()
+    if started:
+        options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+        if "RAY_ADDRESS" not in os.environ:
+            options |= {"num_cpus": os.cpu_count(), "include_dashboard": False}
+        ray.init(**options)
+    try:
+        total = int(ray.cluster_resources().get("CPU", 0))
+        cpus = recipe.resources.cpus or max(1, total // recipe.workers)
+        if cpus * recipe.workers > total:
+            raise UserError(
+                f"{recipe.workers} workers of {cpus} CPUs need {cpus * recipe.workers}; the cluster has "
+                f"{total}. Use fewer workers or resources.cpus."
+            )
+        yield cpus
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _uses_gpu(recipe: Recipe) -> bool:
+    if recipe.resources.gpu is not None:
+        return recipe.resources.gpu
+    import torch
+
+    return torch.cuda.device_count() >= recipe.workers
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What each worker of a group runs, in its own process."""
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    from raybert.checkpoint import World
+    from raybert.engine import init_distributed
+    from raybert.train import run
+
+    context, device = get_context(), get_device()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    init_distributed(device)
+    return run(config["job"], World(rank, size, device), _RayHooks(rank), config["threads"])
+
+
+class _LocalHooks:
+    """Progress on this terminal."""
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Nobody else is listening."""
+
+    def progress(self, total: int, label: str) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(total=total, desc=label, unit="step", mininterval=0.5)
+
+    def note(self, text: str) -> None:
+        logger.warning(text)
+
+
+class _RayHooks:
+    """Reports to Ray Train; the first worker's progress is drawn by the driver."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        import ray.train
+
+        ray.train.report(metrics)
+
+    def progress(self, total: int, label: str) -> Any:
+        if self.rank:
+            return _NoBar()
+        from ray.experimental import tqdm_ray
+
+        return _RayBar(tqdm_ray.tqdm(total=total, desc=label), label)
+
+    def note(self, text: str) -> None:
+        logger.warning(text)
+
+
+class _NoBar:
+    def update(self, n: int) -> None: ...
+
+    def set_postfix_str(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _RayBar:
+    """A bar that Ray draws in the driver; its description carries what tqdm shows at the end."""
+
+    def __init__(self, bar: Any, label: str) -> None:
+        self.bar, self.label = bar, label
+
+    def update(self, n: int) -> None:
+        if n:
+            self.bar.update(n)
+
+    def set_postfix_str(self, text: str) -> None:
+        self.bar.set_description(f"{self.label} {text}")
+
+    def close(self) -> None:
+        self.bar.close()

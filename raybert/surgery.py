@@ -1,0 +1,81 @@
+"""Where BERT, RoBERTa and DistilBERT keep their parts, and how to exchange them.
+
+Methods reach into a model through these functions alone, so a new model family is taught here once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+FAMILIES = {"bert": "bert", "roberta": "roberta", "distilbert": "distilbert"}
+"""Hugging Face ``model_type`` -> name of the backbone inside a model with a head."""
+
+COMPRESSED_PREFIX = "raybert_"
+"""What the ``model_type`` of a compressed class begins with."""
+
+
+def family(config: Any) -> str:
+    """The family of a Hugging Face config, compressed or not (``bert``, ``roberta``, ``distilbert``)."""
+    return config.model_type.removeprefix(COMPRESSED_PREFIX)
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The encoder below the head: the module that holds ``embeddings`` and the layers."""
+    return model.get_submodule(FAMILIES[family(model.config)])
+
+
+def embeddings(model: nn.Module) -> nn.Module:
+    """The embeddings of a model with a head."""
+    return backbone(model).get_submodule("embeddings")
+
+
+def _layer_holder(model: nn.Module) -> nn.Module:
+    distil = family(model.config) == "distilbert"
+    return backbone(model).get_submodule("transformer" if distil else "encoder")
+
+
+def encoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The encoder's layers in order; each maps hidden_states [B, T, H] to [B, T, H]."""
+    layers = _layer_holder(model).get_submodule("layer")
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def set_encoder_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Put other layers in the encoder. The modules are adopted, not copied, hooks included."""
+    _layer_holder(model).layer = nn.ModuleList(layers)
+
+
+def set_depth(model: nn.Module) -> None:
+    """Make the config, and what the layers know of their place, agree with the layers there are."""
+    layers = encoder_layers(model)
+    model.config.num_hidden_layers = len(layers)  # DistilBERT maps this name to its own
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                module.layer_idx = index
+
+
+def self_attention(layer: nn.Module) -> nn.Module:
+    """The module of a layer whose output is (context [B, T, H], attention [B, A, T, T] or None)."""
+    attention = layer.get_submodule("attention")
+    return attention if "sa_layer_norm" in dict(layer.named_children()) else attention.self
+
+
+def attention_block(layer: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any):
+    """The first half of a layer: attention, residual and norm. [B, T, H] -> [B, T, H]."""
+    if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
+        context, _ = layer.attention(hidden, *args, **kwargs)
+        return layer.sa_layer_norm(context + hidden)
+    return layer.attention(hidden, *args, **kwargs)[0]
+
+
+def ffn_block(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The second half of a layer: feed-forward, residual and norm. [B, T, H] -> [B, T, H]."""
+    if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
+        return layer.output_layer_norm(layer.ffn(hidden) + hidden)
+    return layer.feed_forward_chunk(hidden)

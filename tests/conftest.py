@@ -1,0 +1,145 @@
+"""Toy models and rows: small enough that a whole run takes a second on one core."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from raybert.config import Recipe, recipe_from
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+GOOD = ("good", "great", "fine", "lovely", "superb")
+BAD = ("bad", "awful", "poor", "dreadful", "weak")
+OTHER = ("the", "film", "was", "a", "plot", "actor", "very", "and", "not", "but")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+VOCAB = {word: i for i, word in enumerate((*SPECIAL, *GOOD, *BAD, *OTHER))}
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real GLUE and SQuAD files; tests that need them skip on machines that have none."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("real data files are not on this machine")
+    return SHARED_DATA
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that frames texts as BERT's does."""
+    tokenizer = Tokenizer(models.WordLevel(VOCAB, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def toy_encoder(family: str = "bert", layers: int = 4):
+    """A random encoder of one family."""
+    torch.manual_seed(0)
+    shared = {"vocab_size": len(VOCAB), "pad_token_id": 0, "initializer_range": 0.1}
+    if family == "distilbert":
+        return DistilBertModel(
+            DistilBertConfig(**shared, dim=32, hidden_dim=64, n_layers=layers, n_heads=2)
+        )
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 160,
+    }
+    if family == "roberta":
+        return RobertaModel(RobertaConfig(**shared, **sizes))
+    return BertModel(BertConfig(**shared, **sizes))
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a toy BERT encoder of four layers with its tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder")
+    toy_encoder().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, count: int, seed: int) -> None:
+    """Sentences with one telling word; its kind is the label."""
+    draw = random.Random(seed)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for _ in range(count):
+            good = draw.random() < 0.5
+            words = [draw.choice(OTHER) for _ in range(draw.randint(2, 9))]
+            words.insert(draw.randint(0, len(words)), draw.choice(GOOD if good else BAD))
+            writer.writerow([" ".join(words), "good" if good else "bad"])
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Recipe keys of a toy classification task in CSV files."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_rows(folder / "train.csv", 90, seed=1)
+    write_rows(folder / "dev.csv", 41, seed=2)
+    return {
+        "train": str(folder / "train.csv"),
+        "dev": str(folder / "dev.csv"),
+        "text": "text",
+        "label": "label",
+        "cache": str(folder / "cache"),
+    }
+
+
+@pytest.fixture(scope="session")
+def toy(encoder: Path, rows: dict[str, str]):
+    """Builds recipes of toy runs: ``toy(out, method=..., train={...})``."""
+
+    def make(out: Path, **keys) -> Recipe:
+        train = {"epochs": 2, "lr": 1e-3, "batch_size": 16, **keys.pop("train", {})}
+        finetune = {"epochs": 2, "lr": 3e-3, "batch_size": 16, **keys.pop("finetune", {})}
+        data = {**rows, "max_length": 32, **keys.pop("data", {})}
+        base = {"model": str(encoder), "task": "classification", "data": data}
+        if "teacher" in keys and "model" not in keys:
+            base.pop("model")
+        return recipe_from({**base, "train": train, "finetune": finetune, "out": str(out), **keys})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher(toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a toy teacher, fine-tuned once for all tests."""
+    from raybert.run import finetune
+
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    recipe = toy(folder, train={"epochs": 6, "lr": 5e-3})
+    return finetune(recipe, tell=lambda text: None)

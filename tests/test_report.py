@@ -1,0 +1,365 @@
+"""Reports: the retained share by hand, runs grouped by seed, a page that is safe and alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raybert.config import UserError
+from raybert.groups import Spread, group_runs
+from raybert.plots import BINS, curve, pareto
+from raybert.report import (
+    RunReport,
+    build,
+    model_card,
+    read_runs,
+    retained,
+    summary_table,
+    write_report,
+    write_run_report,
+)
+from raybert.results import Run, read_run
+
+THESEUS = {"name": "theseus", "layers": 3, "replacing_rate": 0.3}
+EVIL = '<script>alert("x")</script> $\\frac$ | _a'
+
+
+def measured(score: float, weights: int) -> dict[str, Any]:
+    return {
+        "metrics": {"f1": score, "accuracy": score - 0.1},
+        "parameters": {"total": weights // 4, "embeddings": 100, "rest": weights // 4 - 100},
+        "bytes": {"weights": weights, "total": weights + 500},
+        "flops": weights * 30,
+    }
+
+
+def timed(model: str, ms: float, batch: int) -> dict[str, Any]:
+    return {
+        "model": model,
+        "backend": "torch",
+        "device": "cpu",
+        "batch": batch,
+        "length": 128,
+        "p50_ms": ms,
+        "p95_ms": ms,
+        "mean_ms": ms,
+        "throughput": 1000 / ms,
+        "repeats": 10,
+        "threads": 2,
+        "peak_memory_mb": 100.0,
+    }
+
+
+def a_report(score: float = 0.83, **changes: Any) -> RunReport:
+    student = {"model": "student", "backend": "torch", "length": 128}
+    arguments: dict[str, Any] = {
+        "name": "mrpc-theseus",
+        "task": "mrpc",
+        "kind": "classification",
+        "metric": "f1",
+        "model": "owner/encoder",
+        "methods": [THESEUS],
+        "seed": 1,
+        "workers": 1,
+        "student": measured(score, 50_000_000),
+        "teacher": measured(0.86, 90_000_000),
+        "floors": {"f1": 0.81, "accuracy": 0.68},
+        "latency": [
+            timed(m, ms, b) for b in (1, 8) for m, ms in (("teacher", 40), ("student", 20))
+        ],
+        "speedup": [{**student, "batch": b, "speedup": 2.0} for b in (1, 8)],
+        "training": {"steps": 6, "seconds": 61.0, "tokens": 1000, "phases": []},
+        "hardware": {"cpu": "A CPU", "instructions": ["AVX2"], "gpu": None},
+        "notes": ["A note."],
+    }
+    return build(**{**arguments, **changes})
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Callable[..., Path]:
+    """Write a finished run folder and give its path."""
+
+    def write(place: str, score: float = 0.83, recipe: Any = None, **changes: Any) -> Path:
+        folder = tmp_path / place
+        folder.mkdir()
+        seed = changes.get("seed", 1)
+        known = {"name": place, "out": f"runs/{place}", "train": {"epochs": 3, "seed": seed}}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**known, **(recipe or {})}))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log()))
+        report = a_report(score, **{"name": place, **changes})
+        (folder / "report.json").write_text(report.model_dump_json())
+        return folder
+
+    return write
+
+
+def log() -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = [{"kind": "restart", "time": 1.0}]
+    for index, (phase, total) in enumerate((("replace", 4), ("successor", 2))):
+        place = {"phase": phase, "phase_index": index, "total": total}
+        lines += [
+            {**place, "kind": "train", "step": step, "loss": 1 / step}
+            for step in range(1, total + 1)
+        ]
+        lines.append({**place, "kind": "eval", "step": total, "f1": 0.8 + index / 100})
+    return lines
+
+
+def test_retained_by_hand() -> None:
+    assert retained(0.824, 0.852, 0.812) == pytest.approx(0.3)
+    assert retained(0.80, 0.852, 0.812) == pytest.approx(-0.3)
+    assert retained(0.9, 0.812, 0.812) is None
+    assert retained(0.9, 0.7, 0.812) is None
+
+
+def test_build_works_out_scores_ratio_and_retained() -> None:
+    report = a_report(0.83)
+    assert report.teacher is not None
+    assert (report.student.score, report.teacher.score, report.floor) == (0.83, 0.86, 0.81)
+    assert report.retained == pytest.approx(0.4)
+    assert report.ratio == pytest.approx(0.83 / 0.86)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", report.created)
+
+
+def test_build_refuses_what_does_not_fit() -> None:
+    with pytest.raises(UserError, match="the floors lack the main metric 'f1'; found: accuracy"):
+        a_report(floors={"accuracy": 0.5})
+    with pytest.raises(UserError, match=r"`training.steps`"):
+        a_report(training={"steps": "many", "seconds": 1, "tokens": 1, "phases": []})
+
+
+def test_a_teacher_has_nothing_to_retain() -> None:
+    report = a_report(methods=[], teacher=None)
+    assert (report.retained, report.ratio, report.chain) == (None, None, "fine-tuned teacher")
+
+
+def test_report_json_round_trips_even_with_nan(finished: Callable[..., Path]) -> None:
+    folder = finished("diverged")
+    write_run_report(folder, a_report(math.nan))
+    report = read_runs([folder])[0]
+    assert math.isnan(report.student.score)
+    assert "nan" in (folder / "report.md").read_text()
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "metrics.jsonl",
+        "recipe.yaml",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+
+
+def test_reading_tells_unfinished_from_damaged_from_strange(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    with pytest.raises(UserError, match="is not a run folder"):
+        read_runs([tmp_path])
+    folder = finished("run")
+    (folder / "report.json").write_text('{"raybert": "0.1.0", "surprise": 1}')
+    with pytest.raises(UserError, match=r"`surprise`|`name`"):
+        read_runs([folder])
+    (folder / "report.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_runs([folder])
+    (folder / "report.json").unlink()
+    with pytest.raises(UserError, match="has not finished"):
+        read_runs([folder])
+
+
+def test_only_a_cut_last_line_of_the_log_is_forgiven(finished: Callable[..., Path]) -> None:
+    file = finished("run") / "metrics.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"kind": "tra')
+    assert len(read_run(file.parent).metrics) == len(log())
+    file.write_text('{"kind": \n' + whole)
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        read_run(file.parent)
+
+
+def test_spread_is_mean_and_sample_deviation() -> None:
+    assert Spread.of([1.0, 2.0, 3.0]) == Spread(2.0, 1.0, 3)
+    assert Spread.of([1.5]) == Spread(1.5, None, 1)
+    assert Spread.of([1.0, None]) is None
+
+
+def test_seeds_are_grouped_and_anything_else_is_not(finished: Callable[..., Path]) -> None:
+    folders = [
+        finished("teacher", 0.86, methods=[], teacher=None),
+        *(finished(f"s{seed}", score, seed=seed) for seed, score in ((1, 0.82), (2, 0.84))),
+        finished("four", 0.83, methods=[{**THESEUS, "layers": 4}]),
+        finished("longer", 0.83, recipe={"train": {"epochs": 9, "seed": 1}}),
+    ]
+    groups = group_runs([read_run(folder) for folder in reversed(folders)])
+    assert groups[0].is_teacher
+    labels = {group.label: len(group.runs) for group in groups}
+    assert labels["fine-tuned teacher"] == 1
+    assert labels["theseus (layers=4)"] == 1
+    assert labels["theseus (layers=3) [longer]"] == 1
+    assert sorted(labels.values()) == [1, 1, 1, 2]
+    pair = next(group for group in groups if len(group.runs) == 2)
+    spread = pair.spread(lambda r: r.student.score)
+    assert spread is not None
+    assert spread.mean == pytest.approx(0.83)
+    assert spread.sd == pytest.approx(0.02 / math.sqrt(2))
+
+
+def test_a_group_of_seeds_is_one_row_with_its_deviation(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    folders = [finished(f"s{n}", score, seed=n) for n, score in ((1, 0.82), (2, 0.84))]
+    markdown, page = write_report([*folders, folders[0]], tmp_path / "out")
+    text = markdown.read_text()
+    assert text.count("theseus; mean ± sd, n = 2 seeds (1, 2)") == 1
+    assert "0.830 ± 0.014" in text
+    assert "40 ± 28 %" in text
+    assert "0.830 ± 0.014" in page.read_text()
+
+
+class Page(HTMLParser):
+    """Collects what a page would load or run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action", "data", "poster", "srcset"):
+                self.links.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+
+def test_page_stands_alone_and_holds_every_plot(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    folders = [finished("one"), finished("cola", task="cola")]
+    text = write_report(folders, tmp_path / "new" / "page.html")[1].read_text()
+    page = Page(text)
+    assert page.tags.count("svg") == 8
+    assert all(link.startswith("#") for link in page.links)
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
+    assert "script" not in page.tags
+    assert "<title>Compression report" in text
+    assert "(student - floor) / (teacher - floor)" in text
+    assert "successor" in text  # a phase's name, as text in a plot
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path: Path, finished: Callable[..., Path]) -> None:
+    folder = finished("one")
+    first = write_report([folder], tmp_path / "a")[1].read_bytes()
+    assert write_report([folder], tmp_path / "b")[1].read_bytes() == first
+
+
+def test_names_cannot_break_out_of_page_plot_or_table(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    hostile = {
+        "name": EVIL,
+        "task": EVIL,
+        "model": EVIL,
+        "notes": [EVIL],
+        "methods": [{"name": EVIL, "x": EVIL}],
+        "hardware": {EVIL: EVIL},
+    }
+    folder = finished("run", recipe={"note": EVIL}, **hostile)
+    markdown, page = write_report([folder], tmp_path / "out")
+    assert "script" not in Page(page.read_text()).tags
+    assert page.read_text().count("&lt;script&gt;") > 8
+    table = [line for line in markdown.read_text().splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    outside = [x for x in markdown.read_text().splitlines() if not x.startswith("    ")]
+    assert "<script" not in "\n".join(outside)
+    card = model_card(read_runs([folder])[0], "a: 1", plain=True)
+    assert "<script" not in card.split("---")[2]
+
+
+def test_simulated_compression_is_labelled_everywhere(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    folder = finished("run", simulated=True)
+    for file in write_report([folder], tmp_path / "out"):
+        assert "simulated" in file.read_text()
+    report = read_runs([folder])[0]
+    assert "simulated" in summary_table([report])
+    assert "simulated" in model_card(report, "", plain=True)
+    assert "simulated" not in summary_table([a_report()])
+
+
+def test_summary_shows_scores_retained_and_speed() -> None:
+    lines = summary_table([a_report(0.83), a_report(0.86, methods=[], teacher=None)]).splitlines()
+    assert lines[2].split() == [
+        "mrpc:",
+        "fine-tuned",
+        "teacher",
+        "f1",
+        "0.860",
+        "0.810",
+        "50.0",
+        "MB",
+    ]
+    assert lines[3].split()[:2] == ["mrpc:", "theseus"]
+    assert "40 %" in lines[3]
+    assert lines[3].endswith("2.00×")
+
+
+def test_not_measurable_is_said_so() -> None:
+    report = a_report(0.83, teacher=measured(0.80, 90), latency=[], speedup=[])
+    assert report.retained is None
+    assert summary_table([report]).count("n/a") == 2
+
+
+@pytest.mark.parametrize(("plain", "library"), [(True, "transformers"), (False, "raybert")])
+def test_model_card_is_read_by_the_hub(plain: bool, library: str) -> None:
+    card = model_card(a_report().model_dump(mode="json"), "model: owner/encoder\n", plain=plain)
+    _, front, body = card.split("---\n", 2)
+    data = yaml.safe_load(front)
+    assert data["library_name"] == library
+    assert data["base_model"] == "owner/encoder"
+    assert data["metrics"] == ["f1", "accuracy"]
+    assert {"raybert", "theseus", "mrpc"} <= set(data["tags"])
+    assert ("raybert.load(folder)" in body) is not plain
+    assert ("AutoModelForSequenceClassification" in body) is plain
+    for said in ("40 %", "layers = 3", "A note.", "A CPU", "2.00×"):
+        assert said in body
+
+
+def test_a_local_encoder_is_no_base_model(tmp_path: Path) -> None:
+    for name in (str(tmp_path), "./here/model", "encoder"):
+        assert "base_model" not in model_card(a_report(model=name), "", plain=True)
+
+
+def test_pareto_front_by_hand() -> None:
+    points = [(1.0, 0.5), (2.0, 0.4), (3.0, 0.7), (3.0, 0.6), (4.0, 0.7), (5.0, 0.9)]
+    assert pareto(points) == [(1.0, 0.5), (3.0, 0.7), (5.0, 0.9)]
+
+
+def test_curves_count_steps_through_and_keep_the_later_of_two() -> None:
+    again = {"kind": "train", "phase": "replace", "phase_index": 0, "step": 4, "total": 4}
+    run = Run(a_report(), "", (*log(), {**again, "loss": 7.0}))
+    first, second = curve(run, "train", "loss")
+    assert (first.name, first.start, second.name, second.start) == ("replace", 0, "successor", 4)
+    assert first.points[-1] == (4, 7.0)
+    assert [x for x, _ in second.points] == [5, 6]
+    assert [p.points for p in curve(run, "eval", "f1")] == [((4, 0.8),), ((6, 0.81),)]
+
+
+def test_long_curves_are_averaged() -> None:
+    place = {"kind": "train", "phase": "p", "phase_index": 0, "total": 600}
+    lines = tuple({**place, "step": step, "loss": float(step)} for step in range(1, 601))
+    (only,) = curve(Run(a_report(), "", lines), "train", "loss")
+    assert len(only.points) == BINS
+    assert only.points[0] == (5.5, 5.5)
