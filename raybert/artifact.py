@@ -11,22 +11,18 @@ from typing import Any
 
 import torch
 
-from raybert.bench import bench, disk_bytes, flops, hardware, parameters
+from raybert.bench import bench, count, hardware
 from raybert.checkpoint import World
 from raybert.config import Recipe, UserError, dump_recipe
 from raybert.data import prepare
 from raybert.evaluate import predict
 from raybert.metrics import floor, predictions, score
 from raybert.models import load, load_tokenizer, longest_input, model_folder, read_config
-from raybert.plan import LENGTH, Plan
+from raybert.plan import Plan
 from raybert.report import model_card, write_run_report
 from raybert.results import RunReport, build
 from raybert.tasks import write_submission
 from raybert.train import FINAL
-
-BATCHES = (1, 8)
-"""Batch sizes that every run is timed at."""
-
 
 def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> RunReport:
     """Measure a trained run beside its teacher and write model/, report.json and the report's pages.
@@ -42,7 +38,7 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
     recipe = plan.recipe
     final = recipe.folder / "checkpoints" / FINAL
     result = json.loads((final / "result.json").read_text(encoding="utf-8"))
-    measured = _measure(final, Path(teacher) if teacher else None)
+    measured = _measure(recipe, final, Path(teacher) if teacher else None)
     for text in result["notes"]:
         tell(f"note: {text}")
     models = {
@@ -87,24 +83,16 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
     return report
 
 
-def _measure(final: Path, teacher: Path | None) -> dict[str, Any]:
-    """Size and FLOPs of the finished model, and latency beside its teacher when there is one."""
-    length = min(LENGTH, longest_input(read_config(str(final))))
-    if teacher is None:
-        model = load(final)
-        sizes = {
-            "parameters": parameters(model),
-            "bytes": disk_bytes(final),
-            "flops": flops(model, length=length),
-        }
-        return {
-            "models": {"student": sizes},
-            "latency": [],
-            "speedup": [],
-            "hardware": hardware(),
-        }
-    shapes = [(batch, length) for batch in BATCHES]
-    result = bench(final, teacher, names=("student", "teacher"), shapes=shapes, seconds=2.0)
+def _measure(recipe: Recipe, final: Path, teacher: Path | None) -> dict[str, Any]:
+    """Size and FLOPs, and latency of a student beside its teacher."""
+    length = min(recipe.measure.length, longest_input(read_config(str(final))))
+    folders = {"student": final} | ({"teacher": teacher} if teacher else {})
+    if teacher is None or not recipe.measure.batches:
+        models = {key: count(folder, length) for key, folder in folders.items()}
+        return {"models": models, "latency": [], "speedup": [], "hardware": hardware()}
+    shapes = [(batch, length) for batch in recipe.measure.batches]
+    seconds = recipe.measure.seconds
+    result = bench(final, teacher, names=("student", "teacher"), shapes=shapes, seconds=seconds)
     for sizes in result["models"].values():
         sizes.pop("path")
     return result

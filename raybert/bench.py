@@ -222,12 +222,16 @@ def _measure(path: Path, length: int) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in files)
         counted = {"parameters": None, "flops": None}
         return {"path": str(path), "bytes": {"weights": size, "total": size}, **counted}
+    return {"path": str(path), **count(path, length)}
+
+
+def count(folder: Path, length: int) -> dict[str, Any]:
+    """``parameters``, ``bytes`` and ``flops`` (of one row of ``length`` tokens) of a model folder."""
     from raybert.models import load
 
-    size = disk_bytes(path)
-    model = load(path)
+    size = disk_bytes(folder)
+    model = load(folder)
     return {
-        "path": str(path),
         "parameters": parameters(model),
         "bytes": size,
         "flops": flops(model, length=length),

@@ -128,7 +128,13 @@ def _recipe(words: Sequence[str]) -> Recipe:
         raise UserError(
             f"one recipe at a time; found {' and '.join(names)}. Overrides are key=value."
         )
-    return load_recipe(names[0] if names else None, [word for word in words if "=" in word])
+    recipe = load_recipe(names[0] if names else None, [word for word in words if "=" in word])
+    if names and not Path(names[0]).expanduser().is_file():
+        authors = load_recipe(names[0]).model
+        used = recipe.teacher or recipe.model
+        if used != authors:
+            _tell(f"{names[0]} holds the authors' settings for {authors}; here it runs on {used}")
+    return recipe
 
 
 def _finetune(args: argparse.Namespace) -> int:

@@ -233,6 +233,16 @@ class ResourcesConfig(Section):
     )
 
 
+class MeasureConfig(Section):
+    """What the finished model is timed at, beside its teacher."""
+
+    batches: tuple[PositiveInt, ...] = Field(
+        (1, 8), description="Batch sizes; none: latency is not measured."
+    )
+    length: PositiveInt = Field(128, description="Tokens a row; FLOPs are stated at it too.")
+    seconds: PositiveFloat = Field(2.0, description="Timed seconds for each batch size and model.")
+
+
 class Recipe(Section):
     """One run. ``method`` empty: fine-tune ``model``; otherwise compress ``teacher``."""
 
@@ -250,6 +260,7 @@ class Recipe(Section):
     )
     train: TrainConfig = TrainConfig()
     kd: KDConfig = KDConfig()
+    measure: MeasureConfig = MeasureConfig()
     workers: PositiveInt = Field(1, description="Processes that train side by side.")
     resources: ResourcesConfig = ResourcesConfig()
     name: str | None = Field(

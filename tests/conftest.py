@@ -130,6 +130,7 @@ def toy(encoder: Path, rows: dict[str, str]):
         base = {"model": str(encoder), "task": "classification", "data": data}
         if "teacher" in keys and "model" not in keys:
             base.pop("model")
+        base["measure"] = {"batches": []}  # timing starts a process for each model
         return recipe_from({**base, "train": train, "finetune": finetune, "out": str(out), **keys})
 
     return make

@@ -233,7 +233,8 @@ def test_a_full_disk_names_itself_and_leaves_the_last_checkpoint(toy, tmp_path):
         ({"alpha": 0.5}, {"kd_logits"}),
         ({"alpha": 0.5, "form": "soft_ce"}, {"kd_logits"}),
         ({"cls": 10.0, "normalize": False}, {"kd_cls"}),
-        ({"hidden": 1.0, "attention": 1.0}, {"kd_hidden", "kd_attention"}),
+        ({"hidden": 1.0}, {"kd_hidden"}),
+        ({"attention": 1000.0}, {"kd_attention"}),
     ],
 )
 def test_each_distillation_term_is_there_and_falls(toy, teacher, tmp_path, kd, terms):
