@@ -17,15 +17,24 @@ from raybert.config import Recipe, UserError, dump_recipe
 from raybert.data import prepare
 from raybert.evaluate import predict
 from raybert.metrics import floor, predictions, score
-from raybert.models import load, load_tokenizer, longest_input, model_folder, read_config
+from raybert.models import (
+    check_head,
+    load,
+    load_tokenizer,
+    longest_input,
+    model_folder,
+    read_config,
+)
 from raybert.plan import Plan
 from raybert.report import model_card, write_run_report
 from raybert.results import RunReport, build
 from raybert.tasks import write_submission
 from raybert.train import FINAL
 
+
 def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> RunReport:
-    """Measure a trained run beside its teacher and write model/, report.json and the report's pages.
+    """Measure a trained run beside its teacher and write model/, report.json and the report's
+    pages.
 
     Args:
         plan: the run.
@@ -77,7 +86,8 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
         write_run_report(recipe.folder, report)
     except OSError as error:
         raise UserError(
-            f"the finished model could not be written to {recipe.folder}: {error}. Make room and start "
+            f"the finished model could not be written to {recipe.folder}: {error}. Make room and "
+            f"start "
             "the same command again; nothing is trained twice."
         ) from None
     return report
@@ -119,7 +129,8 @@ def evaluate_model(
         submission: file or folder to write predictions to, in the task's own format.
 
     Returns:
-        ``task``, ``split``, ``rows``, ``metrics`` and ``floors``, and ``submission`` if one was written.
+        ``task``, ``split``, ``rows``, ``metrics`` and ``floors``, and ``submission`` if one was
+        written.
 
     Raises:
         UserError: the model does not fit the task, or the split is not there.
@@ -131,12 +142,7 @@ def evaluate_model(
         raise UserError(
             f"task {recipe.task} has no {split} rows here; there are {', '.join(data.splits)}."
         )
-    outputs_needed = data.task.num_labels if data.task.kind not in ("qa", "mlm") else None
-    if outputs_needed is not None and network.config.num_labels != outputs_needed:
-        raise UserError(
-            f"{folder} has a head of {network.config.num_labels} outputs; task {recipe.task} needs "
-            f"{outputs_needed}. Name the task that it was fine-tuned for."
-        )
+    check_head(str(folder), network.config, data.task)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(0, 1, device)
     index, outputs = predict(network.to(device), data, split, world, recipe.train.eval_batch_size)

@@ -226,7 +226,7 @@ def _measure(path: Path, length: int) -> dict[str, Any]:
 
 
 def count(folder: Path, length: int) -> dict[str, Any]:
-    """``parameters``, ``bytes`` and ``flops`` (of one row of ``length`` tokens) of a model folder."""
+    """``parameters``, ``bytes`` and ``flops`` (of a row of ``length`` tokens) of a model folder."""
     from raybert.models import load
 
     size = disk_bytes(folder)

@@ -1,8 +1,8 @@
 """Training state on storage: save it whole or not at all, find the last good one, restore it.
 
-A checkpoint is a folder that gets its name only once every file is written and listed, with size and
-checksum, in ``manifest.json``. One that was cut short or damaged later is passed over, with a warning,
-for the one before. The last two are kept.
+A checkpoint is a folder that gets its name only once every file is written and listed, with size
+and checksum, in ``manifest.json``. One that was cut short or damaged later is passed over, with a
+warning, for the one before. The last two are kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raybert.config import UserError
@@ -139,7 +139,7 @@ def _write(partial: Path, engine: Any, position: Position, world: World, stage: 
     if stage:
         engine.save_checkpoint(str(partial), tag="zero", save_latest=False)
     elif world.rank == 0:
-        save_model(engine.module, str(partial / "model.safetensors"))
+        save_file(_copies(engine.module), partial / "model.safetensors")
         torch.save(engine.optimizer.state_dict(), partial / "optimizer.pt")
     rng = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
@@ -174,7 +174,8 @@ def _storage_error(target: Path, folder: Path, problem: Exception | None) -> Use
         f"The last good checkpoint, {kept[0].name}, is untouched" if kept else "None was saved yet"
     )
     return UserError(
-        f"checkpoint {target.name} could not be written to {folder}: {why}. {left}; make room, or mend "
+        f"checkpoint {target.name} could not be written to {folder}: {why}. {left}; make room, "
+        f"or mend "
         "the storage, and start the same command again: it continues there."
     )
 
@@ -234,13 +235,14 @@ def restore(path: Path, engine: Any, world: World, stage: int) -> Position:
     if saved_stage != stage or (stage and workers != world.size):
         raise UserError(
             f"{path} was written by {workers} workers at ZeRO stage {saved_stage}; this run has "
-            f"{world.size} at stage {stage}. Continue with workers={workers} train.zero={saved_stage}, "
+            f"{world.size} at stage {stage}. Continue with workers={workers} "
+            f"train.zero={saved_stage}, "
             "or start another run folder."
         )
     if stage:
         engine.load_checkpoint(str(path), tag="zero")
     else:
-        load_model(engine.module, str(path / "model.safetensors"))
+        load_weights(engine.module, path / "model.safetensors")
         engine.optimizer.load_state_dict(
             torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         )
@@ -259,16 +261,40 @@ def save_weights(model: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:
-        save_model(model, str(partial))
+        save_file(_copies(model), partial)
         os.replace(partial, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"weights could not be written to {path}: {' '.join(str(error).split())}. Make room, or mend "
+            f"weights could not be written to {path}: {' '.join(str(error).split())}. Make room, "
+            f"or mend "
             "the storage, and start the same command again: it continues from its last checkpoint."
         ) from None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Read what `save_weights` wrote."""
-    load_model(model, str(path))
+    """Read what `save_weights` wrote, into the tensors that the model has."""
+    stored = load_file(path)
+    tensors = _tensors(model)
+    if stored.keys() != tensors.keys():
+        raise ValueError(
+            f"{path} holds other tensors: {sorted(stored.keys() ^ tensors.keys())[:5]}"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[name])
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and persistent buffers by name, shared ones once."""
+    kept = model.state_dict(keep_vars=True).keys()
+    buffers = {name: tensor for name, tensor in model.named_buffers() if name in kept}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _copies(model: nn.Module) -> dict[str, torch.Tensor]:
+    # Copies, because ZeRO makes all weights views of one storage, which safetensors will not write.
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in _tensors(model).items()
+    }

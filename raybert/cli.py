@@ -1,4 +1,5 @@
-"""The command line. Everything that prints is here; everything heavy is imported when it is needed."""
+"""The command line. Everything that prints is here; everything heavy is imported when it is
+needed."""
 
 from __future__ import annotations
 
@@ -154,7 +155,7 @@ def _train(args: argparse.Namespace, command: str) -> int:
     from raybert.results import read_runs
 
     if args.overwrite:
-        _remove_run(recipe.folder)
+        _remove_run(recipe)
     if command == "finetune":
         folder = run.finetune(recipe, tell=_tell)
     else:
@@ -179,13 +180,25 @@ def _show(args: argparse.Namespace, recipe: Recipe) -> int:
     return 0
 
 
-def _remove_run(folder: Path) -> None:
+def _remove_run(recipe: Recipe) -> None:
+    """Remove the run in the way of a new one, but only for a recipe that could run without it."""
     from raybert.config import UserError
+    from raybert.plan import make_plan, resolve_paths
 
+    folder = recipe.folder
     if not folder.exists():
         return
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is not a run folder; --overwrite does not remove it.")
+    resolved = resolve_paths(recipe)
+    needed = {"teacher": resolved.teacher, "model": resolved.model, **resolved.data.model_dump()}
+    for key in ("teacher", "model", "source", "train", "dev", "test"):
+        if needed[key] and Path(needed[key]).resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--overwrite would remove {folder}, and with it the {key} that this run needs, "
+                f"{needed[key]}. Choose another out=."
+            )
+    make_plan(resolved)
     shutil.rmtree(folder)
 
 

@@ -1,8 +1,8 @@
 """The recipe: one validated, frozen description of a run.
 
-A recipe is YAML on disk, pydantic in memory and dotted ``key=value`` on the command line. What it does not
-know it refuses, naming the nearest key. Every run folder holds the resolved recipe, and a recipe loaded from
-there describes the same run again.
+A recipe is YAML on disk, pydantic in memory and dotted ``key=value`` on the command line. What it
+does not know it refuses, naming the nearest key. Every run folder holds the resolved recipe, and
+a recipe loaded from there describes the same run again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -35,7 +34,8 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one paragraph saying what was wanted, found, and how to mend it.
+    """A mistake that the user can mend: one paragraph saying what was wanted, found, and how to
+    mend it.
 
     The command line prints it without a traceback and exits with status 2.
     """
@@ -48,7 +48,8 @@ class Section(BaseModel):
 
 
 class MethodConfig(Section):
-    """One compression method's parameters; the base class of every entry of ``raybert.methods.METHODS``."""
+    """One compression method's parameters; the base class of every entry of
+    ``raybert.methods.METHODS``."""
 
     leaves_trace: ClassVar[bool] = False
     """Whether the finished structure is one that only raybert's classes can build."""
@@ -59,7 +60,8 @@ class MethodConfig(Section):
     name: str
 
     def resolve(self, model_config: Any) -> MethodConfig:
-        """Settle every ``None``, ratio or share against the model's Hugging Face config; refuse what does not fit.
+        """Settle every ``None``, ratio or share against the model's Hugging Face config; refuse
+        what does not fit.
 
         Args:
             model_config: the Hugging Face config of the model that the method starts from.
@@ -77,7 +79,8 @@ class MethodConfig(Section):
         raise NotImplementedError
 
     def student_config(self, model_config: Any) -> Any:
-        """The Hugging Face config that the finished model will have, from the one that the method starts from."""
+        """The Hugging Face config that the finished model will have, from the one that the method
+        starts from."""
         raise NotImplementedError
 
 
@@ -92,7 +95,8 @@ class DataConfig(Section):
 
     source: str | None = Field(
         None,
-        description="A Hugging Face Hub data set, a GLUE or aclImdb folder, a SQuAD json folder, or a folder of files. "
+        description="A Hugging Face Hub data set, a GLUE or aclImdb folder, a SQuAD json folder, "
+        "or a folder of files. "
         "Nothing: the task's own Hub data set, or the generated rows of the demo task.",
     )
     train: str | None = Field(
@@ -160,7 +164,8 @@ class TrainConfig(Section):
     lr: PositiveFloat = Field(2e-5, description="Peak learning rate.")
     rates: dict[str, float] = Field(
         default_factory=dict,
-        description="Learning rates by parameter name pattern; the first match wins, 0 keeps a parameter as it is.",
+        description="Learning rates by parameter name pattern; the first match wins, 0 keeps a "
+        "parameter as it is.",
     )
     weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's, off biases and norms.")
     warmup: Share = Field(
@@ -212,7 +217,8 @@ class KDConfig(Section):
     )
     layer_map: tuple[PositiveInt, ...] | None = Field(
         None,
-        description="For each student layer the teacher layer (from 1) it is matched with; nothing: evenly spaced.",
+        description="For each student layer the teacher layer (from 1) it is matched with; "
+        "nothing: evenly spaced.",
     )
 
     @property
@@ -324,8 +330,10 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _method(entry: Any) -> MethodConfig:
-    """A method from its name, a ``{name: ..., parameter: ...}`` mapping, or ``{theseus: {...}}``."""
-    # The registry imports torch; the recipe's own module must not, so that the command line answers at once.
+    """A method from its name, a ``{name: ..., parameter: ...}`` mapping, or ``{theseus:
+    {...}}``."""
+    # The registry imports torch; the recipe's own module must not, so that the command line
+    # answers at once.
     from raybert.methods import METHODS
 
     if isinstance(entry, MethodConfig):
@@ -403,7 +411,8 @@ def recipe_from(data: dict[str, Any], origin: str = "recipe") -> Recipe:
         origin: what to call the mapping in an error, for example the file's path.
 
     Raises:
-        UserError: an unknown key (with the nearest known one), a wrong type, or a value out of range.
+        UserError: an unknown key (with the nearest known one), a wrong type, or a value out of
+            range.
     """
     try:
         return Recipe.model_validate(data)
@@ -434,6 +443,10 @@ def load_recipe(name: str | None, overrides: list[str] | tuple[str, ...] = ()) -
                 f"`{word}` is not an override; write it as key=value, for example train.lr=3e-5."
             )
         _put(data, key.split("."), _parse_value(value))
+    named = {word.partition("=")[0] for word in overrides}
+    if "teacher" in named and "model" not in named:
+        # A file's `model` is what its teacher would be fine-tuned from; this one is there already.
+        data.pop("model", None)
     return recipe_from(data, origin)
 
 
@@ -450,7 +463,8 @@ def recipe_path(name: str) -> Path:
         p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml")
     )
     raise UserError(
-        f"no recipe {name!r}: neither a file nor a shipped recipe{nearest(name, names)}. Shipped: {', '.join(names)}. "
+        f"no recipe {name!r}: neither a file nor a shipped recipe{nearest(name, names)}. "
+        f"Shipped: {', '.join(names)}. "
         "Overrides are written key=value."
     )
 
@@ -481,7 +495,8 @@ def _parse_value(text: str) -> Any:
 
 
 def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Set a dotted key. ``method.theseus.layers=3`` reaches into the chain, adding the method when absent."""
+    """Set a dotted key. ``method.theseus.layers=3`` reaches into the chain, adding the method
+    when absent."""
     if keys[0] == "method" and len(keys) == 3:
         chain = [
             dict(e) if isinstance(e, dict) else {"name": e} for e in _as_list(data.get("method"))

@@ -1,4 +1,5 @@
-"""The DeepSpeed engine: how it is made, and how full weights are read from it. Sole importer of deepspeed."""
+"""The DeepSpeed engine: how it is made, and how full weights are read from it. Sole importer of
+deepspeed."""
 
 from __future__ import annotations
 

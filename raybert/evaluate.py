@@ -1,4 +1,5 @@
-"""Score a model on rows, exactly, whatever the number of workers: no row counted twice or dropped."""
+"""Score a model on rows, exactly, whatever the number of workers: no row counted twice or
+dropped."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ def logits_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def logits_soft_ce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy with the teacher's softened probabilities, batch mean, without the T^2 factor."""
+    """Cross-entropy with the teacher's softened probabilities, batch mean, without the T^2
+    factor."""
     classes = student.shape[-1]
     p = F.softmax(teacher.reshape(-1, classes) / temperature, dim=-1)
     q = F.log_softmax(student.reshape(-1, classes) / temperature, dim=-1)
@@ -40,7 +41,8 @@ def logits_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def logits_bce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``T^2`` times binary cross-entropy with the teacher's softened probabilities (multi-label)."""
+    """``T^2`` times binary cross-entropy with the teacher's softened probabilities
+    (multi-label)."""
     targets = torch.sigmoid(teacher / temperature)
     return F.binary_cross_entropy_with_logits(student / temperature, targets) * temperature**2
 
@@ -67,7 +69,8 @@ def cls_mse(student: list[Tensor], teacher: list[Tensor], normalize: bool) -> Te
 
 
 def hidden_mse(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
-    """Mean squared error of matched hidden_states [B, T, H] over real tokens (mask [B, T] of 0/1)."""
+    """Mean squared error of matched hidden_states [B, T, H] over real tokens (mask [B, T] of
+    0/1)."""
     _same_length(student, teacher)
     weight = mask.unsqueeze(-1).to(student[0].dtype)  # [B, T, 1]
     count = weight.sum() * student[0].shape[-1]
@@ -78,7 +81,8 @@ def hidden_mse(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Te
 
 
 def attention_mse(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
-    """Mean squared error of matched attention [B, A, T, T] over real query-key pairs (mask [B, T])."""
+    """Mean squared error of matched attention [B, A, T, T] over real query-key pairs (mask [B,
+    T])."""
     _same_length(student, teacher)
     pairs = (mask.unsqueeze(1) * mask.unsqueeze(2)).unsqueeze(1).to(student[0].dtype)  # [B,1,T,T]
     count = pairs.sum() * student[0].shape[1]

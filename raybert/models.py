@@ -2,8 +2,8 @@
 
 A compressed class is its Hugging Face class whose ``__init__`` replays the surgery that
 ``config.compression`` lists, so that ``save_pretrained``, ``from_pretrained``, safetensors and
-meta-device loading are transformers' own. A method that ends in a plain architecture leaves no trace:
-what it makes is loaded by stock transformers without raybert.
+meta-device loading are transformers' own. A method that ends in a plain architecture leaves no
+trace: what it makes is loaded by stock transformers without raybert.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -56,6 +56,14 @@ PROBLEMS = {
     "classification": "single_label_classification",
     "multilabel": "multi_label_classification",
     "regression": "regression",
+}
+
+_ARCHITECTURES = {
+    "classification": "ForSequenceClassification",
+    "multilabel": "ForSequenceClassification",
+    "regression": "ForSequenceClassification",
+    "qa": "ForQuestionAnswering",
+    "mlm": "ForMaskedLM",
 }
 
 PROBE = "probe.safetensors"
@@ -170,7 +178,8 @@ def read_config(name: str) -> Any:
         config = AutoConfig.from_pretrained(str(path) if path.exists() else name)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise UserError(
-            f"model {name!r} cannot be read: {_first_sentence(error)} Give an existing folder, or the "
+            f"model {name!r} cannot be read: {_first_sentence(error)} Give an existing folder, "
+            f"or the "
             "name of a model on the Hugging Face Hub."
         ) from None
     if family(config) not in FAMILIES:
@@ -179,6 +188,73 @@ def read_config(name: str) -> Any:
             "(MiniLM and TinyBERT are bert)."
         )
     return config
+
+
+def check_weights(name: str) -> None:
+    """Refuse a local model folder whose weights are pickled, missing or cut short; a hub name
+    passes.
+
+    Raises:
+        UserError: no safetensors file, or one whose size is not what its header says.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{name} holds no weights as safetensors. Pickled ones (pytorch_model.bin) are not "
+            f"read, "
+            "since they can run any code: load them once with transformers, where you trust "
+            "them, and "
+            "write them again with save_pretrained."
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{file} is damaged ({_first_sentence(error).rstrip('.')}); copy or make it again."
+            ) from None
+
+
+def check_head(name: str, config: Any, task: Any) -> None:
+    """Refuse a fine-tuned model whose head is not the one that the task asks for.
+
+    Args:
+        name: what to call the model.
+        config: its Hugging Face config.
+        task: a `raybert.tasks.Task` with its labels settled.
+
+    Raises:
+        UserError: no head, one of another kind or size, or labels in another order.
+    """
+    architecture = (config.architectures or ["a model without a head"])[0]
+    if not architecture.endswith(_ARCHITECTURES[task.kind]):
+        raise UserError(
+            f"{name} is {architecture}: it was not fine-tuned for {task.name} ({task.kind}). "
+            f"Fine-tune "
+            "it on this task first, or name it as `model` instead of `teacher`."
+        )
+    if task.kind not in PROBLEMS:
+        return
+    problem = PROBLEMS[task.kind]
+    if config.num_labels != task.num_labels or config.problem_type not in (None, problem):
+        raise UserError(
+            f"{name} has a head of {config.num_labels} outputs "
+            f"({config.problem_type or 'of no stated kind'}); task {task.name} ({task.kind}) needs "
+            f"{task.num_labels} ({problem}). Fine-tune it on this task first, or name it as "
+            f"`model` "
+            "instead of `teacher`."
+        )
+    own = [config.id2label[i] for i in range(config.num_labels)]
+    wanted = list(task.labels or ())
+    if own != wanted and sorted(own) == sorted(wanted):
+        raise UserError(
+            f"{name} has the labels in the order {', '.join(own)}; task {task.name} has them as "
+            f"{', '.join(wanted)}. Say data.labels=[{','.join(own)}]."
+        )
 
 
 def _first_sentence(error: Exception) -> str:
@@ -200,9 +276,17 @@ def load_tokenizer(name: str) -> Any:
         UserError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(str(Path(name).expanduser()))
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(name).expanduser()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"no tokenizer in {name!r}: {_first_sentence(error)}") from None
+    # Without any of its files transformers makes one up that knows special tokens alone.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(
+            f"no tokenizer in {name!r}: it holds neither tokenizer.json nor a vocabulary. Copy "
+            f"them "
+            "from the model that it was made of."
+        )
+    return tokenizer
 
 
 def load_for_task(
@@ -222,23 +306,20 @@ def load_for_task(
         seed: of weights that the checkpoint does not have (a new head).
         attention: ``sdpa``, or ``eager`` where attention is to be read.
         dropout: replaces the model's own dropout rates.
-        new_head: whether a head that does not fit may be replaced by a new one; a teacher's may not.
+        new_head: whether a head that does not fit may be replaced by a new one; a teacher's may
+            not.
 
     Returns:
         The model in evaluation mode, and the names of the weights that are new.
 
     Raises:
-        UserError: the folder is no model, or its head does not fit the task and must not be replaced.
+        UserError: the folder is no model, or its head does not fit the task and must not be
+            replaced.
     """
     config = read_config(name)
+    if not new_head:
+        check_head(name, config, task)
     if task.kind in PROBLEMS:
-        fits = config.num_labels == task.num_labels
-        if not new_head and not fits:
-            raise UserError(
-                f"{name} has a head of {config.num_labels} outputs; task {task.name} "
-                f"({task.kind}) needs {task.num_labels}. Fine-tune it on this task first, or name it "
-                "as `model` instead of `teacher`."
-            )
         config.num_labels = task.num_labels
         config.problem_type = PROBLEMS[task.kind]
         if task.labels:
@@ -310,18 +391,26 @@ def load(folder: str | Path, *, verify: bool = True, attention: str = "sdpa") ->
     stock = {c.__name__: c for classes in _STOCK.values() for c in classes}
     if name not in stock:
         raise UserError(
-            f"{path} holds a {name or 'model without an architecture'}; raybert loads models with one "
+            f"{path} holds a {name or 'model without an architecture'}; raybert loads models "
+            f"with one "
             f"of these heads: {', '.join(stock)}."
         )
     model_class = (
         COMPRESSED[name] if config.model_type.startswith(COMPRESSED_PREFIX) else stock[name]
     )
     try:
-        model = model_class.from_pretrained(
-            path, attn_implementation=attention, use_safetensors=True
-        ).eval()
+        model, info = model_class.from_pretrained(
+            path, attn_implementation=attention, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} cannot be loaded: {_first_sentence(error)}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would make them up
+        raise UserError(
+            f"{path} lacks the weights {', '.join(missing[:3])}: the folder was damaged, or its "
+            "config.json is another model's. Copy it again."
+        )
+    model.eval()
     if verify and (path / PROBE).is_file():
         verify_probe(model, path)
     return model
@@ -338,7 +427,8 @@ def model_folder(folder: str | Path) -> Path:
         return path
     if not (path / "model" / "config.json").is_file():
         raise UserError(
-            f"{path} is a run that has not finished: it has no model yet. Start its command again; it "
+            f"{path} is a run that has not finished: it has no model yet. Start its command "
+            f"again; it "
             "continues where it was last saved."
         )
     return path / "model"
@@ -372,7 +462,8 @@ def verify_probe(model: PreTrainedModel, folder: Path) -> None:
     worst = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
     if not worst <= 1e-3 * max(1.0, expected.abs().max().item()):
         raise UserError(
-            f"{folder} gives other outputs than when it was made (largest difference {worst:.2g}): the "
+            f"{folder} gives other outputs than when it was made (largest difference "
+            f"{worst:.2g}): the "
             "weights were damaged, or a library changed its results. Compare the versions in its "
             "README.md, or load with verify=False if you know why."
         )

@@ -82,8 +82,8 @@ class Phase:
 class Taps:
     """Records layers' outputs by forward hooks.
 
-    Transformers records hidden states with hooks that it installs once per model, so a layer that was
-    swapped in later gives none; these hooks are put on the layers as they are now.
+    Transformers records hidden states with hooks that it installs once per model, so a layer that
+    was swapped in later gives none; these hooks are put on the layers as they are now.
     """
 
     def __init__(self, model: nn.Module, *, hidden: bool, attention: bool) -> None:
@@ -151,13 +151,15 @@ def check_layer_map(layer_map: tuple[int, ...], student: int, teacher: int) -> N
     """
     if len(layer_map) != student:
         raise UserError(
-            f"kd.layer_map has {len(layer_map)} entries for a student of {student} layers; give one "
+            f"kd.layer_map has {len(layer_map)} entries for a student of {student} layers; give "
+            f"one "
             f"teacher layer for each, for example {list(even_layer_map(student, teacher))}."
         )
     outside = [layer for layer in layer_map if not 1 <= layer <= teacher]
     if outside:
         raise UserError(
-            f"kd.layer_map names teacher layer {outside[0]}; the teacher's layers are 1 to {teacher}."
+            f"kd.layer_map names teacher layer {outside[0]}; the teacher's layers are 1 to "
+            f"{teacher}."
         )
 
 

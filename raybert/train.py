@@ -53,6 +53,7 @@ from raybert.engine import (
     set_rate,
 )
 from raybert.evaluate import evaluate
+from raybert.metrics import floor
 from raybert.metrics_log import MetricsLog
 from raybert.models import load_for_task, load_tokenizer, mark_compressed, write_probe
 from raybert.phase import (
@@ -151,9 +152,9 @@ def run(job: Job, world: World, hooks: Hooks, threads: int | None = None) -> dic
         threads: CPU threads of this worker.
 
     Returns:
-        ``{}`` when the finished model lies in ``checkpoints/final``, or ``{"error": text}`` for what
-        the user can mend: raised on every worker alike, such an error must not look like a crash
-        that a restart could cure.
+        ``{}`` when the finished model lies in ``checkpoints/final``, or ``{"error": text}`` for
+        what the user can mend: raised on every worker alike, such an error must not look like a
+        crash that a restart could cure.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if threads:
@@ -425,7 +426,8 @@ class Trainer:
         losses, tokens, bad = recent.read(position.step)
         if bad is not None:
             raise UserError(
-                f"the loss became {bad[1]} at step {bad[0]} of phase {phase.name}. Nothing was saved "
+                f"the loss became {bad[1]} at step {bad[0]} of phase {phase.name}. Nothing was "
+                f"saved "
                 "since; the last good checkpoint is kept. Try a lower train.lr, train.clip=1, or "
                 "train.precision=fp32, in a new run folder or after removing this one."
             )
@@ -451,6 +453,11 @@ class Trainer:
             metrics = evaluate(engine.module, self.data, "dev", self.world, train.eval_batch_size)
         self._write("eval", phase, total, metrics)
         score = metrics[task.main]
+        if position.step == 0 and score <= floor(task, self.data, "dev")[task.main]:
+            self._note(
+                f"phase {phase.name} starts at chance ({task.main} {score:.3f}): its student has "
+                "everything to learn, so give it steps enough"
+            )
         if position.step and (position.best is None or score > position.best):
             position.best, position.best_step = score, position.step
             if train.keep == "best":
@@ -505,7 +512,8 @@ class Trainer:
             os.replace(partial, final)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the finished model could not be written to {final}: {error}. Make room, or mend the "
+                f"the finished model could not be written to {final}: {error}. Make room, or "
+                f"mend the "
                 "storage, and start the same command again."
             ) from None
 

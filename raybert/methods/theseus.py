@@ -1,12 +1,14 @@
-"""BERT-of-Theseus: compress by progressive module replacing (Xu et al., EMNLP 2020, arXiv 2002.02925).
+"""BERT-of-Theseus: compress by progressive module replacing (Xu et al., EMNLP 2020, arXiv
+2002.02925).
 
     raybert compress method=theseus task=mrpc data=GLUE/MRPC teacher=runs/mrpc-finetuned
 
-The fine-tuned model (predecessor, L layers) is divided into S groups of consecutive layers, and each
-group gets one successor layer, initialised from the predecessor's first S layers. In every training
-forward pass each group is replaced by its successor with probability p, so that successors learn to
-work among the predecessor's layers; p rises to 1, and what is left is an ordinary BERT of S layers.
-Only successors are trained, by the task loss alone unless distillation is asked for.
+The fine-tuned model (predecessor, L layers) is divided into S groups of consecutive layers, and
+each group gets one successor layer, initialised from the predecessor's first S layers. In every
+training forward pass each group is replaced by its successor with probability p, so that
+successors learn to work among the predecessor's layers; p rises to 1, and what is left is an
+ordinary BERT of S layers. Only successors are trained, by the task loss alone unless distillation
+is asked for.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Theseus(MethodConfig):
     )
     initialise: Literal["first", "spaced"] = Field(
         "first",
-        description="Successors start from the predecessor's first S layers (the paper), or from the "
+        description="Successors start from the predecessor's first S layers (the paper), or from "
+        "the "
         "last layer of each group.",
     )
     schedule: Literal["linear", "constant"] = Field(
@@ -76,7 +79,8 @@ class Theseus(MethodConfig):
     def _layers_agree_with_groups(self) -> Theseus:
         if self.groups and self.layers and len(self.groups) != self.layers:
             raise ValueError(
-                f"theseus.groups names {len(self.groups)} groups and theseus.layers is {self.layers}; "
+                f"theseus.groups names {len(self.groups)} groups and theseus.layers is "
+                f"{self.layers}; "
                 "they must agree, or leave one out"
             )
         return self
@@ -99,13 +103,15 @@ class Theseus(MethodConfig):
             if depth % layers:
                 divisors = [d for d in range(1, depth) if depth % d == 0]
                 raise UserError(
-                    f"theseus.layers {layers} does not divide the predecessor's {depth} layers; use one "
+                    f"theseus.layers {layers} does not divide the predecessor's {depth} layers; "
+                    f"use one "
                     f"of {divisors}, or give theseus.groups, for example {_uneven(depth, layers)}."
                 )
             groups = (depth // layers,) * layers
         elif sum(groups) != depth:
             raise UserError(
-                f"theseus.groups {list(groups)} adds up to {sum(groups)} layers; the predecessor has "
+                f"theseus.groups {list(groups)} adds up to {sum(groups)} layers; the predecessor "
+                f"has "
                 f"{depth}."
             )
         elif len(groups) == depth:
@@ -196,7 +202,8 @@ class Replace(Phase):
         set_encoder_layers(model, modules)
 
     def on_step(self, model: nn.Module, at: At) -> None:
-        """Draw which modules are replaced: the same on every rank, whatever else used randomness."""
+        """Draw which modules are replaced: the same on every rank, whatever else used
+        randomness."""
         self.probability = self.method.rate(at.step, at.total)
         modules = encoder_layers(model)
         draws = np.random.default_rng([at.seed, at.forward]).random((len(modules), 2))  # [S, 2]

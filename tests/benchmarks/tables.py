@@ -1,0 +1,190 @@
+"""The README's tables, written anew from the files in tests/benchmarks/results/.
+
+    python tests/benchmarks/tables.py [--check]
+
+What stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` belongs to this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from raybert.groups import Spread
+from raybert.tables import (
+    count,
+    duration,
+    escape_markdown,
+    markdown_table,
+    megabytes,
+    percent,
+    score,
+    times,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
+BENCHMARKS = ("step_time", "tokens", "distillation_step", "memory", "theseus_latency")
+COLUMNS = ["Task", "Method", "Metric", "Teacher", "Student", "Floor", "Retained", "Ratio"]
+COLUMNS += ["Size", "FLOPs", "Speed-up 1x128 / 8x128", "Seeds", "Trained for"]
+
+
+def spread(value: dict[str, Any] | None) -> Spread | None:
+    """A mean and deviation read back."""
+    return None if value is None else Spread(**value)
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A result file, or nothing where it has not been measured yet."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def machine(hardware: dict[str, Any]) -> str:
+    """Where something was measured, in a few words."""
+    name = hardware["gpu"] or hardware["cpu"]
+    sets = f" ({', '.join(hardware['instructions'])})" if hardware["instructions"] else ""
+    return (
+        f"{name}{sets}, {hardware['cores']} cores, {hardware['threads']} threads, "
+        f"{hardware['memory_gb']:.0f} GB, Python {hardware['python']}"
+    )
+
+
+def listed(versions: dict[str, Any]) -> str:
+    """Packages and their versions."""
+    return ", ".join(f"{package} {number}" for package, number in versions.items() if number)
+
+
+# -- quality ---------------------------------------------------------------------------------------
+
+
+def quality_row(group: dict[str, Any]) -> list[str]:
+    """One chain on one task."""
+    teacher, student = group["teacher"], group["student"]
+    speed = [spread(group["speedup"].get(f"torch {shape}")) for shape in ("1x128", "8x128")]
+    seconds = group["training_seconds"]
+    method = escape_markdown(group["label"]) + (" (simulated)" if group["simulated"] else "")
+
+    def of(key: str, unit: Callable[[float], str]) -> str:
+        return f"{unit(student[key]['mean'])} of {unit(teacher[key]['mean'])}"
+
+    return [
+        escape_markdown(group["task"]),
+        method,
+        escape_markdown(group["metric"]),
+        score(spread(teacher["score"])),
+        score(spread(student["score"])),
+        score(group["floor"]),
+        percent(spread(group["retained"])),
+        percent(spread(group["ratio"])),
+        of("bytes", megabytes),
+        of("flops", count),
+        " / ".join(times(value.mean if value else None) for value in speed),
+        str(group["n"]),
+        duration(seconds["mean"]) if seconds else "n/a",
+    ]
+
+
+def quality_table(groups: Sequence[dict[str, Any]]) -> str:
+    """The students beside their teachers, one row for the seeds of a chain and task."""
+    return markdown_table(COLUMNS, [quality_row(group) for group in groups if group["teacher"]])
+
+
+def quality() -> str:
+    """The table, where its numbers come from, and the commands."""
+    result = load("quality")
+    if result is None:
+        return "_Not measured yet: `python tests/benchmarks/quality.py RUN...`_"
+    groups = [group for group in result["groups"] if group["teacher"]]
+    notes, commands = [], []
+    for group in groups:
+        for hardware in group["hardware"]:
+            names = ("torch", "transformers")
+            used = {"raybert": group["raybert"][0], **{name: hardware[name] for name in names}}
+            notes.append(f"{group['date']}: {machine(hardware)}; {listed(used)}.")
+        seeds = ", ".join(str(seed) for seed in group["seeds"])
+        commands.append(f"# {group['task']}, {group['label']}, {group['encoder']}; seeds {seeds}")
+        commands += [group[key] for key in ("teacher_command", "command") if key in group]
+    return "\n\n".join(
+        [
+            quality_table(groups),
+            "Training time is the student's alone, a seed. " + " ".join(dict.fromkeys(notes)),
+            "\n".join(["```bash", *dict.fromkeys(commands), "```"]),
+        ]
+    )
+
+
+# -- speed -----------------------------------------------------------------------------------------
+
+
+def speed() -> str:
+    """Every figure of the benchmarks beside its target, and where the numbers come from."""
+    rows, notes = [], []
+    for name in BENCHMARKS:
+        result = load(name)
+        if result is None:
+            missing = [name.replace("_", " "), "not measured yet", "", ""]
+            rows.append([*missing, f"`python tests/benchmarks/{name}.py`"])
+            continue
+        for figure in result["figures"]:
+            met = {True: "yes", False: "no", None: ""}[figure["met"]]
+            measured = f"{figure['measured']:g} {figure['unit']}"
+            what = escape_markdown(figure["what"])
+            rows.append([what, measured, figure["target"], met, f"`{result['command']}`"])
+        used = f"{machine(result['hardware'])}; {listed(result['versions'])}"
+        notes.append(f"{result['date']}: {used}.")
+    table = markdown_table(["What", "Measured", "Target", "Met", "Command"], rows)
+    return "\n\n".join([table, " ".join(dict.fromkeys(notes))]).rstrip()
+
+
+TABLES: dict[str, Callable[[], str]] = {"quality": quality, "speed": speed}
+
+
+def rewritten(text: str) -> str:
+    """The README with every block written anew.
+
+    Raises:
+        ValueError: a block that no table is known for, or one that is not closed.
+    """
+    if len(re.findall(r"<!-- results:", text)) != len(BLOCK.findall(text)):
+        raise ValueError("a <!-- results:NAME --> has no <!-- /results --> after it")
+
+    def block(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"no table {match[2]!r}; known: {', '.join(TABLES)}")
+        return f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> int:
+    """Rewrite the README, or with ``--check`` tell whether that would change it."""
+    parser = argparse.ArgumentParser(description="the README's tables from the result files")
+    parser.add_argument("--check", action="store_true", help="exit 1 if they are out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    args = parser.parse_args()
+    before = args.readme.read_text(encoding="utf-8")
+    after = rewritten(before)
+    if after == before:
+        return 0
+    if args.check:
+        changes = difflib.unified_diff(before.splitlines(), after.splitlines(), "README", "results")
+        print("\n".join(changes))
+        print("README.md is out of date; run: python tests/benchmarks/tables.py", file=sys.stderr)
+        return 1
+    partial = args.readme.with_name(f".partial-{args.readme.name}")
+    partial.write_text(after, encoding="utf-8")
+    os.replace(partial, args.readme)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
