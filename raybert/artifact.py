@@ -13,7 +13,7 @@ import torch
 
 from raybert.bench import bench, count, hardware
 from raybert.checkpoint import World
-from raybert.config import Recipe, UserError, dump_recipe
+from raybert.config import Recipe, UserError, dump_recipe, load_recipe
 from raybert.data import prepare
 from raybert.evaluate import predict
 from raybert.metrics import floor, predictions, score
@@ -61,7 +61,7 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
         task=plan.data.task.name,
         kind=plan.data.task.kind,
         metric=plan.data.task.main,
-        model=recipe.model or recipe.teacher or plan.start,
+        model=encoder_name(recipe),
         methods=[method.model_dump(mode="json") for method in recipe.method],
         seed=recipe.train.seed,
         workers=recipe.workers,
@@ -91,6 +91,20 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
             "the same command again; nothing is trained twice."
         ) from None
     return report
+
+
+def encoder_name(recipe: Recipe) -> str:
+    """What the run's encoder is called: a hub name, or the end of a local path.
+
+    A teacher is called after what it was fine-tuned from, so that students of teachers that differ
+    only by seed are students of one encoder.
+    """
+    name = recipe.model or recipe.teacher or ""
+    held = Path(name).parent / "recipe.yaml"
+    if recipe.model is None and held.is_file():
+        name = load_recipe(str(held)).model or name
+    path = Path(name)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else name
 
 
 def _measure(recipe: Recipe, final: Path, teacher: Path | None) -> dict[str, Any]:
@@ -136,7 +150,7 @@ def evaluate_model(
         UserError: the model does not fit the task, or the split is not there.
     """
     folder = model_folder(model)
-    network = load(folder)
+    network: Any = load(folder)
     data = prepare(recipe.task, recipe.data, load_tokenizer(str(folder)))
     if split not in data.splits:
         raise UserError(

@@ -155,6 +155,7 @@ def mark_compressed(model: PreTrainedModel, method: MethodConfig) -> None:
     attention = model.config._attn_implementation
     config = CONFIGS[family(model.config)].from_dict(data)
     config._attn_implementation = attention
+    module: Any
     for module in model.modules():
         if vars(module).get("config") is model.config and module is not model:
             module.config = config
@@ -399,11 +400,12 @@ def load(folder: str | Path, *, verify: bool = True, attention: str = "sdpa") ->
         COMPRESSED[name] if config.model_type.startswith(COMPRESSED_PREFIX) else stock[name]
     )
     try:
-        model, info = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             path, attn_implementation=attention, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} cannot be loaded: {_first_sentence(error)}") from None
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would make them up
         raise UserError(

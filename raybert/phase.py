@@ -140,7 +140,7 @@ def _attentions(layer: nn.Module) -> list[nn.Module]:
 
 def even_layer_map(student: int, teacher: int) -> tuple[int, ...]:
     """For each student layer the evenly spaced teacher layer, both counted from 1; last to last."""
-    return tuple(round((i + 1) * teacher / student) for i in range(student))
+    return tuple(-(-(i + 1) * teacher // student) for i in range(student))
 
 
 def check_layer_map(layer_map: tuple[int, ...], student: int, teacher: int) -> None:

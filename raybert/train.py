@@ -46,6 +46,7 @@ from raybert.data import (
 )
 from raybert.engine import (
     autocast,
+    fill_gradients,
     gathered,
     make_engine,
     precision_for,
@@ -572,6 +573,8 @@ class _Distiller:
             # A draw that runs only frozen modules; every worker draws the same, so none waits.
             loss = loss + 0.0 * self.anchor.sum()
         self.engine.backward(loss)
+        if not self.engine.enable_backward_allreduce:
+            fill_gradients(self.engine.module)
         return {name: term.detach().float() * share for name, term in terms.items()}
 
     def _outputs(self, model_output: Any, which: int) -> Outputs:

@@ -15,12 +15,12 @@ import jsonschema
 import pytest
 import torch
 import yaml
+from conftest import BAD, GOOD, toy_encoder
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from conftest import BAD, GOOD, toy_encoder
 from raybert import __version__
 from raybert.cli import main
 from raybert.tasks import TASKS
@@ -38,6 +38,7 @@ class Bench:
         data = [f"data.{key}={value}" for key, value in self.rows.items()]
         start = [f"model={self.encoder}"] if model else []
         few = ["data.max_length=32", "train.max_steps=2", "finetune.max_steps=2"]
+        few += ["measure.batches=[]"]  # timing starts a process for each model
         return [*start, "task=classification", *data, *few, f"out={self.out}", *more]
 
     def file(self, name: str, *lines: str) -> Path:
@@ -56,18 +57,6 @@ def toys(tmp_path, encoder, rows, teacher) -> Bench:
 def no_loading_bars():
     """As the command line has it, which says so before transformers is imported."""
     disable_progress_bar()
-
-
-@pytest.fixture
-def instant_latency(monkeypatch):
-    """No timing: a run's two child processes take longer than the run."""
-
-    def rows(paths, shapes, **_):
-        fixed = {"backend": "torch", "device": "cpu", "p50_ms": 1.0, "p95_ms": 1.0, "mean_ms": 1.0}
-        fixed |= {"throughput": 1.0, "repeats": 1, "threads": 1, "peak_memory_mb": 1.0}
-        return [{"model": m, "batch": b, "length": n, **fixed} for m in paths for b, n in shapes]
-
-    monkeypatch.setattr("raybert.bench.latency", rows)
 
 
 def refused(capsys, argv: list[str], *told: str) -> str:
@@ -504,7 +493,7 @@ def test_evaluate_refuses_what_the_model_cannot_do(toys, capsys, words, told):
     refused(capsys, [*argv, *words], told)
 
 
-def test_bench_measures_two_models_and_speaks_json(toys, capsys, encoder):
+def test_bench_measures_two_models_and_speaks_json(toys, capsys):
     shallow = toys.folder / "shallow"
     shutil.copytree(toys.teacher / "model", shallow)
     argv = ["bench", str(shallow), "--against", str(toys.teacher), "--json"]
@@ -526,7 +515,7 @@ def test_bench_refuses_what_is_no_list_of_numbers(toys, capsys, flag, value):
     refused(capsys, ["bench", str(toys.teacher), flag, value], f"{flag} {value!r}")
 
 
-def test_compress_report_and_overwrite(toys, capsys, instant_latency):
+def test_compress_report_and_overwrite(toys, capsys):
     words = toys.words(f"teacher={toys.teacher}", "method=theseus", model=False)
     assert main(["compress", *words]) == 0
     told = capsys.readouterr()

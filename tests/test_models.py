@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from conftest import VOCAB, toy_encoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -19,7 +20,6 @@ from transformers import (
 )
 
 import raybert
-from conftest import VOCAB, toy_encoder
 from raybert.bench import parameters
 from raybert.config import MethodConfig, UserError
 from raybert.methods import METHODS
@@ -67,7 +67,7 @@ class Squeeze(Phase):
 
 
 class Levels(Phase):
-    """An int8 buffer beside every weight matrix of the layers as they are now, added to its output."""
+    """An int8 buffer beside every weight matrix that there is by now, added to its output."""
 
     def prepare(self, model: nn.Module) -> None:
         for layer in encoder_layers(model):
@@ -226,7 +226,7 @@ def test_marking_keeps_the_attention_and_all_modules_share_the_config(methods):
 def test_without_raybert_a_compressed_folder_is_refused_and_not_misread(methods, tmp_path):
     compressed(with_head("bert", "classification"), Bottleneck()).save_pretrained(tmp_path)
     code = (
-        "import sys; sys.modules['raybert'] = None\n"
+        "import sys; sys.modules['raybert'] = sys.modules['deepspeed'] = None\n"
         "from transformers import AutoModelForSequenceClassification as A\n"
         f"try: A.from_pretrained({str(tmp_path)!r})\n"
         "except ValueError as error: print('refused:', error)"

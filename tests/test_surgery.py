@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import VOCAB, toy_encoder
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from conftest import VOCAB, toy_encoder
 from raybert.models import CONFIGS
 from raybert.surgery import (
     attention_block,

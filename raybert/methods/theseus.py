@@ -157,7 +157,7 @@ class TheseusModule(nn.Module):
         super().__init__()
         self.predecessors = nn.ModuleList(predecessors)
         self.successor = successor
-        self.replaced = (True, True)  # attention, feed-forward
+        self.replaced: tuple[bool, bool] = (True, True)  # attention, feed-forward
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """hidden_states [B, T, H] -> [B, T, H]."""
@@ -205,7 +205,7 @@ class Replace(Phase):
         """Draw which modules are replaced: the same on every rank, whatever else used
         randomness."""
         self.probability = self.method.rate(at.step, at.total)
-        modules = encoder_layers(model)
+        modules: Any = encoder_layers(model)
         draws = np.random.default_rng([at.seed, at.forward]).random((len(modules), 2))  # [S, 2]
         replaced = (draws < self.probability).tolist()
         for module, (attention, feed_forward) in zip(modules, replaced, strict=True):
@@ -218,7 +218,8 @@ class Replace(Phase):
 
     def finish(self, model: nn.Module) -> None:
         """Keep the successors: a plain model of S layers."""
-        set_encoder_layers(model, [module.successor for module in encoder_layers(model)])
+        modules: Any = encoder_layers(model)
+        set_encoder_layers(model, [module.successor for module in modules])
         set_depth(model)
 
 

@@ -53,7 +53,7 @@ def machine(hardware: dict[str, Any]) -> str:
     name = hardware["gpu"] or hardware["cpu"]
     sets = f" ({', '.join(hardware['instructions'])})" if hardware["instructions"] else ""
     return (
-        f"{name}{sets}, {hardware['cores']} cores, {hardware['threads']} threads, "
+        f"{name}{sets}, cores: {hardware['cores']}, threads: {hardware['threads']}, "
         f"{hardware['memory_gb']:.0f} GB, Python {hardware['python']}"
     )
 

@@ -1,0 +1,313 @@
+"""What every method must hold to. A new method is run through all of it by its line in METHODS.
+
+One worker against two, and runs killed from outside, are in ``tests/test_train.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCAB, toy_encoder
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import raybert
+import raybert.train
+from raybert.bench import parameters
+from raybert.config import KDConfig, MethodConfig, UserError, recipe_from
+from raybert.methods import METHODS
+from raybert.models import COMPRESSED_PREFIX, HEADS, PROBLEMS, blank, mark_compressed
+from raybert.phase import At, Distillation, Outputs, Phase
+from raybert.plan import make_plan, resolve_paths
+from raybert.results import read_run
+from raybert.run import _fit, compress
+
+FAMILIES = ("bert", "roberta", "distilbert")
+KINDS = ("classification", "qa", "mlm")
+
+TOYS: dict[str, list[dict[str, Any]]] = {
+    "theseus": [
+        {},
+        {"modules": "sublayer", "groups": [1, 2, 1], "finetune_epochs": 1, "finetune_all": True},
+    ]
+}
+"""Parameters under which a method fits a toy model of 4 layers of 32; nothing: its own."""
+
+CASES = [{"name": name, **toys} for name in METHODS for toys in TOYS.get(name, [{}])]
+IDS = [f"{case['name']}{i}" for i, case in enumerate(CASES)]
+every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def method_of(case: dict[str, Any]) -> MethodConfig:
+    return METHODS[case["name"]].model_validate(case)
+
+
+def predecessor(family: str, kind: str = "classification") -> Any:
+    torch.manual_seed(1)
+    config: Any = copy.deepcopy(toy_encoder(family).config)
+    if kind == "classification":
+        config.problem_type = PROBLEMS[kind]
+    return HEADS[kind].from_config(config).eval()
+
+
+def rows(kind: str) -> dict[str, Tensor]:
+    ids = torch.randint(5, len(VOCAB), (4, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[2, 6:] = 0
+    inputs = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    if kind == "qa":
+        places = {"start_positions": torch.tensor([1, 2, 3, 4])}
+        return {**inputs, **places, "end_positions": torch.tensor([2, 3, 4, 5])}
+    labels = torch.where(ids % 5 == 0, ids, -100) if kind == "mlm" else torch.tensor([0, 1, 1, 0])
+    return {**inputs, "labels": labels}
+
+
+def outputs(model: Any) -> list[Tensor]:
+    model.eval()
+    with torch.no_grad():
+        out = model(**{k: v for k, v in rows("qa").items() if "position" not in k})
+    return Outputs(out).logits()
+
+
+def trained(phase: Phase, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a phase leaves in the optimiser."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        rate = next((r for p, r in phase.rates.items() if fnmatch.fnmatchcase(name, p)), None)
+        if rate is None or rate > 0:
+            found[name] = parameter
+    return found
+
+
+@dataclass
+class Finished:
+    """A finished model, and what was seen while its phases went by."""
+
+    model: Any
+    method: MethodConfig
+    config: Any  # of the predecessor
+    losses: list[float]
+    without_gradient: list[str]
+    moved: list[float]
+    """For each phase the largest change of a logit by `finish`."""
+
+
+def finished(case: dict[str, Any], family: str, kind: str) -> Finished:
+    """Take a toy model through a method's phases, a few steps each, as the loop does."""
+    model = predecessor(family, kind)
+    config = copy.deepcopy(model.config)
+    method = method_of(case).resolve(model.config)
+    result = Finished(model, method, config, [], [], [])
+    distillation = Distillation(KDConfig.model_validate({}), kind, ())
+    for phase in method.phases():
+        phase.prepare(model)
+        mine = trained(phase, model)
+        assert mine, f"{phase.name} trains nothing"
+        optimizer = torch.optim.AdamW(mine.values(), lr=1e-2)
+        model.train()
+        total = 4
+        for step in range(total):
+            phase.on_step(model, At(step=step, total=total, forward=step, seed=3))
+            batch = rows(kind)
+            terms = phase.losses(model, Outputs(model(**batch)), None, batch, distillation)
+            loss = torch.stack(list(terms.values())).sum()
+            result.losses.append(loss.item())
+            if loss.requires_grad:
+                loss.backward()
+                optimizer.step()
+        result.without_gradient += [
+            name
+            for name, parameter in mine.items()
+            if parameter.grad is None or not torch.isfinite(parameter.grad).all()
+        ]
+        assert all(math.isfinite(value) for value in phase.metrics(model).values())
+        before = outputs(model)
+        phase.finish(model)
+        after = outputs(model)
+        result.moved.append(
+            max((a - b).abs().max().item() for a, b in zip(before, after, strict=True))
+        )
+    if method.leaves_trace:
+        mark_compressed(model, method)
+    return result
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Finished models, each made once."""
+    kept: dict[tuple[str, str, str], Finished] = {}
+
+    def make(case: dict[str, Any], family: str, kind: str = "classification") -> Finished:
+        key = (json.dumps(case), family, kind)
+        if key not in kept:
+            kept[key] = finished(case, family, kind)
+        return kept[key]
+
+    return make
+
+
+@every_case
+@every_family
+def test_resolving_is_done_once_and_survives_json(case, family):
+    config = predecessor(family).config
+    before = config.to_dict()
+    method = method_of(case).resolve(config)
+    assert method.resolve(config) == method
+    again = METHODS[method.name].model_validate(json.loads(method.model_dump_json()))
+    assert again == method
+    assert config.to_dict() == before, "the config that it was shown is left as it was"
+    assert method.student_config(config).to_dict() != before or type(method).leaves_trace
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_unknown_parameters_are_refused(name):
+    with pytest.raises(UserError, match="unknown key `nonsense`"):
+        recipe_from({"method": [{"name": name, "nonsense": 1}]})
+
+
+@every_case
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_finite_and_all_that_is_trained_gets_a_gradient(made, case, family, kind):
+    done = made(case, family, kind)
+    assert all(math.isfinite(loss) and loss > 0 for loss in done.losses)
+    unused = "pooler"  # a head for tokens does not read the pooler
+    assert [name for name in done.without_gradient if unused not in name] == []
+
+
+@every_case
+@every_family
+def test_finishing_does_not_change_what_the_model_says(made, case, family):
+    done = made(case, family)
+    assert len(done.moved) == len(done.method.phases())
+    assert max(done.moved) < 1e-5
+
+
+@every_case
+@every_family
+def test_the_finished_model_has_the_config_that_was_announced(made, case, family):
+    done = made(case, family)
+    told = done.method.student_config(done.config).to_dict()
+    found = done.model.config.to_dict()
+    for key in set(told) - {"model_type", "architectures", "compression", "transformers_version"}:
+        assert found[key] == told[key], key
+    assert parameters(done.model)["total"] <= parameters(predecessor(family))["total"]
+
+
+@every_case
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_structure_is_replayed_from_the_config_alone(made, case, family, kind):
+    done = made(case, family, kind)
+    empty = blank(done.config, kind, [done.method])
+    assert all(tensor.is_meta for tensor in empty.parameters())
+    shapes = {k: (v.shape, v.dtype) for k, v in done.model.state_dict().items()}
+    assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == shapes
+    names = [name for name, _ in empty.named_parameters()]
+    assert names == [name for name, _ in done.model.named_parameters()]
+
+
+@every_case
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_saved_and_loaded_bit_for_bit(made, tmp_path, case, family, kind):
+    done = made(case, family, kind)
+    done.model.save_pretrained(tmp_path)
+    again = raybert.load(tmp_path)
+    assert type(again) is type(done.model)
+    compressed = again.config.model_type.startswith(COMPRESSED_PREFIX)
+    assert compressed == done.method.leaves_trace
+    assert not any(t.is_meta for t in [*again.parameters(), *again.buffers()])
+    for one, two in zip(outputs(again), outputs(done.model), strict=True):
+        assert torch.equal(one, two)
+
+
+# -- whole runs ------------------------------------------------------------------------------------
+
+
+def fit(recipe: Any) -> dict[str, Tensor]:
+    """Train a recipe's phases without measuring; the finished weights."""
+    plan = make_plan(resolve_paths(recipe))
+    _fit(plan, plan.teacher)
+    return load_file(plan.recipe.folder / "checkpoints" / "final" / "model.safetensors")
+
+
+@every_case
+def test_a_resumed_run_equals_the_uninterrupted(toy, teacher, tmp_path, monkeypatch, case):
+    keys = {"teacher": str(teacher), "method": [case], "train": {"epochs": 1, "save_every": 2}}
+    save, saves, stop = raybert.train.save, [], 0
+
+    def interrupted(*args: Any) -> Path:
+        saves.append(save(*args))
+        if len(saves) == stop:
+            raise KeyboardInterrupt
+        return saves[-1]
+
+    monkeypatch.setattr(raybert.train, "save", interrupted)
+    whole = fit(toy(tmp_path / "whole", **keys))
+    # In the middle of the last phase, and where the first of several phases has just ended.
+    for stop in {len(saves) - 2, len(saves) // 2}:
+        saves.clear()
+        recipe = toy(tmp_path / str(stop), **keys)
+        with pytest.raises(KeyboardInterrupt):
+            fit(recipe)
+        assert not (recipe.folder / "checkpoints" / "final").exists()
+        again = fit(recipe)
+        assert again.keys() == whole.keys()
+        for name, tensor in whole.items():
+            assert torch.equal(again[name], tensor), name
+
+
+@every_case
+def test_a_run_ends_in_a_model_and_a_full_report(toy, teacher, tmp_path, monkeypatch, case):
+    def rows(paths, shapes, **_):  # two child processes would take longer than the run
+        fixed = {"backend": "torch", "device": "cpu", "p50_ms": 1.0, "p95_ms": 1.0, "mean_ms": 1.0}
+        fixed |= {"throughput": 1.0, "repeats": 1, "threads": 1, "peak_memory_mb": 1.0}
+        return [{"model": m, "batch": b, "length": n, **fixed} for m in paths for b, n in shapes]
+
+    monkeypatch.setattr("raybert.bench.latency", rows)
+    recipe = toy(
+        tmp_path / "run",
+        teacher=str(teacher),
+        method=[case],
+        kd={"alpha": 0.5, "cls": 1.0},
+        train={"epochs": 1},
+        measure={"batches": [1, 8]},
+    )
+    folder = compress(recipe, tell=lambda text: None)
+    data = json.loads((folder / "report.json").read_text())
+    for key in ("task", "metric", "floor", "retained", "ratio", "latency", "simulated", "speedup"):
+        assert key in data, key
+    taught = json.loads((teacher / "report.json").read_text())["student"]
+    student, model = data["student"], raybert.load(folder)
+    assert data["teacher"]["metrics"] == pytest.approx(taught["metrics"])
+    for part in (student, data["teacher"]):
+        assert part["score"] == part["metrics"][data["metric"]]
+        assert part["flops"] > 0
+        assert part["bytes"]["weights"] > 0
+    assert student["parameters"] == parameters(model)
+    weights = (folder / "model" / "model.safetensors").stat().st_size
+    assert student["bytes"]["weights"] == pytest.approx(weights, abs=weights * 0.2)
+    assert data["ratio"] == pytest.approx(student["score"] / data["teacher"]["score"])
+    above = data["teacher"]["score"] - data["floor"]
+    assert data["retained"] == pytest.approx((student["score"] - data["floor"]) / above)
+    assert data["simulated"] is METHODS[case["name"]].simulated
+    assert [p["name"] for p in data["training"]["phases"]] == [
+        phase.name for phase in method_of(case).resolve(predecessor("bert").config).phases()
+    ]
+    assert {row["batch"] for row in data["latency"]} == {1, 8}
+    for name in ("report.html", "recipe.yaml", "metrics.jsonl", "model/README.md"):
+        assert (folder / name).stat().st_size > 0, name
+    assert read_run(folder).report.student.score == student["score"]
+    held = raybert.load_recipe(str(folder / "recipe.yaml")).method[0]
+    assert held == held.resolve(predecessor("bert").config), "the resolved method is kept"

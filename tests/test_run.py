@@ -1,0 +1,188 @@
+"""Whole runs: every kind of task, every family, and what ends up in the run folder."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BAD, GOOD, OTHER, make_tokenizer, toy_encoder
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+import raybert
+from raybert.artifact import evaluate_model
+from raybert.config import UserError, load_recipe, recipe_from
+from raybert.run import compress, finetune
+
+QUIET = {"tell": lambda text: None}
+
+
+def sentence(draw: random.Random, words: int = 6) -> str:
+    return " ".join(draw.choice((*OTHER, *GOOD, *BAD)) for _ in range(words))
+
+
+def qa_file(path: Path, count: int, no_answer: bool) -> None:
+    draw = random.Random(count)
+    questions = []
+    for number in range(count):
+        answer = draw.choice(GOOD)
+        context = f"{sentence(draw)} {answer} {sentence(draw)}"
+        entry = {"id": f"{path.stem}-{number}", "question": sentence(draw, 3)}
+        if no_answer and number % 3 == 0:
+            entry |= {"answers": [], "is_impossible": True}
+        else:
+            place = {"text": answer, "answer_start": context.index(f" {answer} ") + 1}
+            entry |= {"answers": [place], "is_impossible": False}
+        questions.append({"context": context, "qas": [entry]})
+    path.write_text(
+        json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": questions}]})
+    )
+
+
+def task_files(kind: str, folder: Path) -> dict[str, str]:
+    """Rows of one kind of task; the recipe's ``data`` keys for them."""
+    draw = random.Random(0)
+    files = {split: folder / f"{split}.jsonl" for split in ("train", "dev")}
+    if kind in ("squad", "squad2"):
+        files = {split: folder / f"{split}.json" for split in files}
+    elif kind == "mlm":
+        files = {split: folder / f"{split}.txt" for split in files}
+    for split, path in files.items():
+        count = {"train": 32, "dev": 17}[split]
+        if kind in ("squad", "squad2"):
+            qa_file(path, count, kind == "squad2")
+        elif kind == "mlm":
+            path.write_text("\n".join(sentence(draw, 20) for _ in range(count)))
+        else:
+            rows = []
+            for _ in range(count):
+                row = {"one": sentence(draw), "two": sentence(draw)}
+                score = sum(word in GOOD for word in row["one"].split())
+                row["y"] = {
+                    "regression": score + 0.5,
+                    "multilabel": [w for w in ("good", "bad") if w in row["one"]],
+                    "classification": "many" if score > 1 else "few",
+                }[kind]
+                rows.append(json.dumps(row))
+            path.write_text("\n".join(rows))
+    keys = {split: str(path) for split, path in files.items()}
+    if kind in ("classification", "regression", "multilabel"):
+        keys |= {"text": "one", "label": "y"}
+    if kind == "classification":
+        keys["text_pair"] = "two"
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("kind", "metrics"),
+    [
+        ("classification", {"accuracy", "f1"}),
+        ("regression", {"pearson", "spearman"}),
+        ("multilabel", {"accuracy", "f1"}),
+        ("squad", {"em", "f1"}),
+        ("squad2", {"em", "f1", "best_f1", "best_f1_threshold"}),
+        ("mlm", {"masked_accuracy", "perplexity"}),
+    ],
+)
+def test_every_kind_of_task_is_fine_tuned_distilled_and_compressed(
+    encoder, tmp_path, kind, metrics
+):
+    data = {**task_files(kind, tmp_path), "max_length": 32, "stride": 8}
+    data["cache"] = str(tmp_path / "cache")
+    train = {"epochs": 2, "lr": 1e-3, "batch_size": 16}
+    base = {"task": kind, "data": data, "train": train, "measure": {"batches": []}}
+    teacher = finetune(
+        recipe_from({**base, "model": str(encoder), "out": str(tmp_path / "teacher")}), **QUIET
+    )
+    kd = {"alpha": 0.5, "cls": 1.0, "hidden": 1.0}
+    keys = {"teacher": str(teacher), "method": "theseus", "kd": kd, "out": str(tmp_path / "small")}
+    recipe = recipe_from({**base, **keys})
+    report = json.loads((compress(recipe, **QUIET) / "report.json").read_text())
+    assert metrics <= report["student"]["metrics"].keys()
+    assert metrics <= report["teacher"]["metrics"].keys()
+    assert report["student"]["parameters"]["rest"] < report["teacher"]["parameters"]["rest"]
+    again = evaluate_model(tmp_path / "small", recipe)
+    assert again["metrics"] == pytest.approx(report["student"]["metrics"])
+    log = (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()
+    losses = [line for line in map(json.loads, log) if line["kind"] == "train"]
+    assert {"loss/task", "loss/kd_logits", "loss/kd_cls", "loss/kd_hidden"} <= losses[-1].keys()
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+@pytest.mark.parametrize("modules", ["layer", "sublayer"])
+def test_other_families_are_compressed(toy, tmp_path, family, modules):
+    toy_encoder(family).save_pretrained(tmp_path / "encoder")
+    make_tokenizer().save_pretrained(tmp_path / "encoder")
+    recipe = toy(
+        tmp_path / "run",
+        model=str(tmp_path / "encoder"),
+        method=[{"name": "theseus", "modules": modules}],
+        kd={"alpha": 0.5, "attention": 1.0},
+        train={"epochs": 1},
+        finetune={"epochs": 1},
+    )
+    compress(recipe, **QUIET)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.model_type == family
+    assert model.config.num_hidden_layers == 2
+    assert (tmp_path / "run" / "teacher" / "model" / "config.json").is_file()
+
+
+def test_the_run_folder_describes_and_reproduces_itself(toy, teacher, tmp_path):
+    recipe = toy(tmp_path / "run", teacher=str(teacher), method="theseus", measure={"batches": [1]})
+    folder = compress(recipe, **QUIET)
+    names = {path.name for path in folder.iterdir()}
+    files = {"recipe.yaml", "metrics.jsonl", "report.json", "report.html", "report.md", "model"}
+    assert files <= names
+    report = json.loads((folder / "report.json").read_text())
+    assert report["speedup"]
+    assert report["speedup"][0]["model"] == "student"
+    assert not report["simulated"]
+    assert report["floor"] == pytest.approx(max(22, 19) / 41, abs=0.1)
+    card = (folder / "model" / "README.md").read_text()
+    assert "AutoModel" in card
+    again = load_recipe(str(folder / "recipe.yaml"), [f"out={tmp_path / 'again'}"])
+    other = compress(again, **QUIET)
+    batch = make_tokenizer()(["the film was good"], return_tensors="pt")
+    first, second = raybert.load(folder), raybert.load(other)
+    with torch.no_grad():
+        assert torch.equal(first(**batch).logits, second(**batch).logits)
+
+
+def test_a_model_of_its_own_learns_from_a_teacher_without_a_method(toy, teacher, tmp_path):
+    toy_encoder(layers=1).save_pretrained(tmp_path / "small")
+    make_tokenizer().save_pretrained(tmp_path / "small")
+    recipe = toy(
+        tmp_path / "run",
+        model=str(tmp_path / "small"),
+        teacher=str(teacher),
+        kd={"alpha": 0.7, "hidden": 1.0, "layer_map": [4]},
+    )
+    report = json.loads((compress(recipe, **QUIET) / "report.json").read_text())
+    assert report["teacher"]["score"] > report["floor"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.num_hidden_layers == 1
+
+
+def test_a_successor_starts_another_task(toy, teacher, tmp_path):
+    first = compress(toy(tmp_path / "one", teacher=str(teacher), method="theseus"), **QUIET)
+    keys = task_files("squad", tmp_path)
+    recipe = toy(
+        tmp_path / "two",
+        model=str(first),
+        task="squad",
+        data={**keys, "text": None, "label": None, "stride": 8},
+    )
+    finetune(recipe, **QUIET)
+    model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "two" / "model")
+    assert model.config.num_hidden_layers == 2
+
+
+def test_methods_and_fine_tuning_are_not_confused(toy, tmp_path):
+    with pytest.raises(UserError, match="raybert compress"):
+        finetune(toy(tmp_path / "run", method="theseus"), **QUIET)
+    with pytest.raises(UserError, match="nothing to compress with"):
+        compress(toy(tmp_path / "run"), **QUIET)
+    assert not (tmp_path / "run").exists()
