@@ -87,8 +87,7 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
     except OSError as error:
         raise UserError(
             f"the finished model could not be written to {recipe.folder}: {error}. Make room and "
-            f"start "
-            "the same command again; nothing is trained twice."
+            "start the same command again; nothing is trained twice."
         ) from None
     return report
 

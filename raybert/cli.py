@@ -148,6 +148,9 @@ def _compress(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, command: str) -> int:
     recipe = _recipe(args.words)
+    from raybert.plan import check_command
+
+    check_command(recipe, command)
     if args.print_recipe or args.dry_run:
         return _show(args, recipe)
     from raybert import run

@@ -16,7 +16,8 @@ TEACHER_TRAINING = {"epochs": 2, "lr": 1e-4, "batch_size": 32}
 
 CHAINS: dict[str, dict] = {
     "theseus": {
-        "method": "theseus",
+        "method": {"name": "theseus", "initialise": "spaced"},
+        "kd": {"alpha": 0.5, "hidden": 10.0},
         "train": {"epochs": 3, "lr": 1e-4, "batch_size": 32},
     },
 }

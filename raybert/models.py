@@ -180,8 +180,7 @@ def read_config(name: str) -> Any:
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise UserError(
             f"model {name!r} cannot be read: {_first_sentence(error)} Give an existing folder, "
-            f"or the "
-            "name of a model on the Hugging Face Hub."
+            "or the name of a model on the Hugging Face Hub."
         ) from None
     if family(config) not in FAMILIES:
         raise UserError(
@@ -205,8 +204,7 @@ def check_weights(name: str) -> None:
     if not files:
         raise UserError(
             f"{name} holds no weights as safetensors. Pickled ones (pytorch_model.bin) are not "
-            f"read, "
-            "since they can run any code: load them once with transformers, where you trust "
+            "read, since they can run any code: load them once with transformers, where you trust "
             "them, and "
             "write them again with save_pretrained."
         )
@@ -246,8 +244,7 @@ def check_head(name: str, config: Any, task: Any) -> None:
             f"{name} has a head of {config.num_labels} outputs "
             f"({config.problem_type or 'of no stated kind'}); task {task.name} ({task.kind}) needs "
             f"{task.num_labels} ({problem}). Fine-tune it on this task first, or name it as "
-            f"`model` "
-            "instead of `teacher`."
+            "`model` instead of `teacher`."
         )
     own = [config.id2label[i] for i in range(config.num_labels)]
     wanted = list(task.labels or ())
@@ -284,8 +281,7 @@ def load_tokenizer(name: str) -> Any:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise UserError(
             f"no tokenizer in {name!r}: it holds neither tokenizer.json nor a vocabulary. Copy "
-            f"them "
-            "from the model that it was made of."
+            "them from the model that it was made of."
         )
     return tokenizer
 

@@ -152,8 +152,7 @@ def check_layer_map(layer_map: tuple[int, ...], student: int, teacher: int) -> N
     if len(layer_map) != student:
         raise UserError(
             f"kd.layer_map has {len(layer_map)} entries for a student of {student} layers; give "
-            f"one "
-            f"teacher layer for each, for example {list(even_layer_map(student, teacher))}."
+            f"one teacher layer for each, for example {list(even_layer_map(student, teacher))}."
         )
     outside = [layer for layer in layer_map if not 1 <= layer <= teacher]
     if outside:

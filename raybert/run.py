@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybert.config import Recipe, UserError, dump_recipe
-from raybert.plan import Plan, check_folder, make_plan, resolve_paths
+from raybert.plan import Plan, check_command, check_folder, make_plan, resolve_paths
 
 if TYPE_CHECKING:
     from raybert.train import Job
@@ -38,8 +38,7 @@ def finetune(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
     Raises:
         UserError: a mistake in the recipe, the data or the machine; nothing was lost.
     """
-    if recipe.method:
-        raise UserError("finetune takes no method; use `raybert compress` to apply one.")
+    check_command(recipe, "finetune")
     return _drive(resolve_paths(recipe), tell)
 
 
@@ -59,12 +58,7 @@ def compress(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
     Raises:
         UserError: a mistake in the recipe, the data or the machine; nothing was lost.
     """
-    if not recipe.method and not (recipe.teacher and recipe.model and recipe.kd.active):
-        raise UserError(
-            "nothing to compress with: give method=theseus, or a smaller `model` with a "
-            "`teacher` and "
-            "kd.alpha above 0."
-        )
+    check_command(recipe, "compress")
     return _drive(resolve_paths(recipe), tell)
 
 
@@ -151,7 +145,7 @@ def _run_on_ray(job: Job, gpu: bool) -> dict[str, Any]:
 
     recipe = job.recipe
     with _cluster(recipe) as cpus:
-        result = TorchTrainer(
+        trainer = TorchTrainer(
             _worker,
             train_loop_config={"job": job, "gpu": gpu, "threads": cpus},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -161,9 +155,22 @@ def _run_on_ray(job: Job, gpu: bool) -> dict[str, Any]:
                 resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
             ),
             run_config=_run_config(recipe),
-        ).fit()
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise UserError(
+                f"training failed {recipe.resources.max_failures + 1} times: {_last_line(error)}. "
+                "What was saved is kept; when the cause is mended, the same command continues."
+            ) from error
     shutil.rmtree(recipe.folder / "ray", ignore_errors=True)
     return result.return_value or {}
+
+
+def _last_line(error: BaseException) -> str:
+    """The line of a worker's failure that says what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else type(error).__name__
 
 
 def _run_config(recipe: Recipe) -> Any:

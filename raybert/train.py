@@ -428,8 +428,8 @@ class Trainer:
         if bad is not None:
             raise UserError(
                 f"the loss became {bad[1]} at step {bad[0]} of phase {phase.name}. Nothing was "
-                f"saved "
-                "since; the last good checkpoint is kept. Try a lower train.lr, train.clip=1, or "
+                "saved since; the last good checkpoint is kept. Try a lower train.lr, "
+                "train.clip=1, or "
                 "train.precision=fp32, in a new run folder or after removing this one."
             )
         position.tokens += tokens

@@ -47,9 +47,7 @@ def imported(path: Path, top_level_only: bool = False) -> set[str]:
 
 @pytest.mark.parametrize("package", ONLY_HERE)
 def test_only_one_room_imports(package):
-    importers = {
-        p.name for p in FILES if any(n.split(".")[0] == package for n in imported(p))
-    }
+    importers = {p.name for p in FILES if any(n.split(".")[0] == package for n in imported(p))}
     assert importers == ONLY_HERE[package]
 
 

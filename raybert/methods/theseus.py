@@ -49,8 +49,7 @@ class Theseus(MethodConfig):
     initialise: Literal["first", "spaced"] = Field(
         "first",
         description="Successors start from the predecessor's first S layers (the paper), or from "
-        "the "
-        "last layer of each group.",
+        "the last layer of each group.",
     )
     schedule: Literal["linear", "constant"] = Field(
         "linear", description="How p rises: min(1, k * step + b), or constant and then 1 (3.3)."
@@ -104,15 +103,14 @@ class Theseus(MethodConfig):
                 divisors = [d for d in range(1, depth) if depth % d == 0]
                 raise UserError(
                     f"theseus.layers {layers} does not divide the predecessor's {depth} layers; "
-                    f"use one "
-                    f"of {divisors}, or give theseus.groups, for example {_uneven(depth, layers)}."
+                    f"use one of {divisors}, or give theseus.groups, for example "
+                    f"{_uneven(depth, layers)}."
                 )
             groups = (depth // layers,) * layers
         elif sum(groups) != depth:
             raise UserError(
                 f"theseus.groups {list(groups)} adds up to {sum(groups)} layers; the predecessor "
-                f"has "
-                f"{depth}."
+                f"has {depth}."
             )
         elif len(groups) == depth:
             raise UserError("theseus.groups has one group a layer, which makes nothing smaller.")
