@@ -103,7 +103,7 @@ def encoder_name(recipe: Recipe) -> str:
     if recipe.model is None and held.is_file():
         name = load_recipe(str(held)).model or name
     path = Path(name)
-    return "/".join(path.parts[-2:]) if path.is_absolute() else name
+    return "/".join(("...", *path.parts[-2:])) if path.is_absolute() else name
 
 
 def _measure(recipe: Recipe, final: Path, teacher: Path | None) -> dict[str, Any]:
@@ -148,6 +148,12 @@ def evaluate_model(
     Raises:
         UserError: the model does not fit the task, or the split is not there.
     """
+    if submission is not None and recipe.task == "mlm":
+        raise UserError(
+            "masked language modelling has no predictions to submit; leave --submission."
+        )
+    if submission is not None and Path(submission).is_file():
+        raise UserError(f"{submission} exists and is not overwritten; choose another --submission.")
     folder = model_folder(model)
     network: Any = load(folder)
     data = prepare(recipe.task, recipe.data, load_tokenizer(str(folder)))

@@ -80,7 +80,8 @@ def _front_matter(report: RunReport, plain: bool) -> str:
 
 def _summary(report: RunReport) -> str:
     if not report.methods:
-        return f"{_safe(report.model)}, fine-tuned on {_safe(report.task)} with raybert."
+        done = "distilled" if report.teacher else "fine-tuned"
+        return f"{_safe(report.model)}, {done} on {_safe(report.task)} with raybert."
     text = (
         f"{_safe(report.model)}, fine-tuned on {_safe(report.task)} and compressed with raybert: "
         f"{_safe(report.chain)}."

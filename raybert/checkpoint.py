@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ logger = logging.getLogger("raybert")
 
 KEPT = 2
 MANIFEST = "manifest.json"
+BEST = "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,25 @@ class World:
             values /= self.size
         return values
 
+    def agreed(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, unless it fails on some worker: then all raise alike.
+
+        A worker that raised alone would leave the others waiting for it.
+        """
+        value, problem = None, ""
+        try:
+            value = make()
+        except UserError as error:
+            problem = str(error)
+        problems = [text for text in self.gather(problem) if text]
+        if problems:
+            raise UserError(problems[0])
+        return value
+
+    def on_first(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns on the first worker, on every worker; its error likewise."""
+        return self.gather(self.agreed(make if self.rank == 0 else lambda: None))[0]
+
     def gather(self, value: Any) -> list[Any]:
         """Every worker's value, on every worker."""
         if self.size == 1:
@@ -80,6 +101,7 @@ class Position:
         tokens: tokens processed so far, padding included, all phases and workers.
         steps: optimiser steps so far, all phases.
         finished: name, steps and seconds of each phase that has ended.
+        notes: what the report should tell of the run.
     """
 
     phase: int = 0
@@ -91,9 +113,17 @@ class Position:
     tokens: int = 0
     steps: int = 0
     finished: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
-def save(folder: Path, engine: Any, position: Position, world: World, stage: int) -> Path:
+def save(
+    folder: Path,
+    engine: Any,
+    position: Position,
+    world: World,
+    stage: int,
+    best: Path | None = None,
+) -> Path:
     """Write a checkpoint; every worker calls this.
 
     Args:
@@ -102,6 +132,7 @@ def save(folder: Path, engine: Any, position: Position, world: World, stage: int
         position: how far the run has come.
         world: this worker.
         stage: the ZeRO stage.
+        best: file of the phase's best weights so far, kept with the checkpoint when there is one.
 
     Returns:
         The checkpoint's folder.
@@ -111,13 +142,19 @@ def save(folder: Path, engine: Any, position: Position, world: World, stage: int
     """
     target = folder / f"phase{position.phase}-step{position.step:07d}"
     partial = folder / f".partial-{target.name}"
-    if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    world.barrier()
     problem: Exception | None = None
+    if world.rank == 0:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            problem = error
+    if not world.all_true(problem is None):
+        raise _storage_error(target, folder, problem)
     try:
         _write(partial, engine, position, world, stage)
+        if world.rank == 0 and best is not None and best.is_file() and position.best is not None:
+            _link(best, partial / BEST)
     except (OSError, RuntimeError, SafetensorError) as error:
         problem = error
     if world.all_true(problem is None) and world.rank == 0:
@@ -131,8 +168,25 @@ def save(folder: Path, engine: Any, position: Position, world: World, stage: int
         raise _storage_error(target, folder, problem)
     if world.rank == 0:
         for old in _newest_first(folder)[KEPT:]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file that is only ever replaced whole; a copy where links are not had."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def bring_back_best(checkpoint: Path, best: Path) -> None:
+    """Put the best weights back to those of the checkpoint: later ones belong to lost steps."""
+    if (checkpoint / BEST).is_file():
+        partial = best.with_name(f".partial-{best.name}")
+        partial.unlink(missing_ok=True)
+        _link(checkpoint / BEST, partial)
+        os.replace(partial, best)
 
 
 def _write(partial: Path, engine: Any, position: Position, world: World, stage: int) -> None:
@@ -141,6 +195,9 @@ def _write(partial: Path, engine: Any, position: Position, world: World, stage: 
     elif world.rank == 0:
         save_file(_copies(engine.module), partial / "model.safetensors")
         torch.save(engine.optimizer.state_dict(), partial / "optimizer.pt")
+    scaler = engine.torch_autocast_z0_gradscaler if not stage else None
+    if scaler is not None and world.rank == 0:
+        torch.save(scaler.state_dict(), partial / "scaler.pt")
     rng = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(world.device)
@@ -240,12 +297,17 @@ def restore(path: Path, engine: Any, world: World, stage: int) -> Position:
             "or start another run folder."
         )
     if stage:
-        engine.load_checkpoint(str(path), tag="zero")
+        loaded, _ = engine.load_checkpoint(str(path), tag="zero")
+        if loaded is None:
+            raise UserError(f"DeepSpeed could not load {path}; remove that folder and start again.")
     else:
         load_weights(engine.module, path / "model.safetensors")
         engine.optimizer.load_state_dict(
             torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         )
+        if engine.torch_autocast_z0_gradscaler is not None and (path / "scaler.pt").is_file():
+            scale = torch.load(path / "scaler.pt", weights_only=True)
+            engine.torch_autocast_z0_gradscaler.load_state_dict(scale)
     engine.global_steps = position.step
     rng_file = path / f"rng-{world.rank}.pt"
     if rng_file.is_file():  # absent where there are more workers than before

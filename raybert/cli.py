@@ -27,6 +27,13 @@ examples:
 """
 
 
+RUN_FILES = {
+    *("recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "teacher", "model", "ray"),
+    *("report.json", "report.md", "report.html"),
+}
+"""What a run folder may hold, for `--overwrite` to remove it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -43,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except UserError as error:
+        print(f"raybert: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
         print(f"raybert: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -155,7 +165,7 @@ def _train(args: argparse.Namespace, command: str) -> int:
         return _show(args, recipe)
     from raybert import run
     from raybert.report import summary_table
-    from raybert.results import read_runs
+    from raybert.results import read_run
 
     if args.overwrite:
         _remove_run(recipe)
@@ -163,7 +173,7 @@ def _train(args: argparse.Namespace, command: str) -> int:
         folder = run.finetune(recipe, tell=_tell)
     else:
         folder = run.compress(recipe, tell=_tell)
-    print(summary_table(read_runs([folder])))
+    print(summary_table([read_run(folder)]))
     print(f"model   {folder / 'model'}\nreport  {folder / 'report.html'}")
     return 0
 
@@ -191,8 +201,13 @@ def _remove_run(recipe: Recipe) -> None:
     folder = recipe.folder
     if not folder.exists():
         return
-    if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder} is not a run folder; --overwrite does not remove it.")
+    # `recipe.yaml` is what users call their own file too: look at everything that would go.
+    strange = [p.name for p in folder.iterdir() if p.name not in RUN_FILES and p.name[0] != "."]
+    if strange or not (folder / "recipe.yaml").is_file() or (folder / ".git").exists():
+        raise UserError(
+            f"{folder} is not a run folder, or holds more than a run"
+            f"{f' ({strange[0]})' if strange else ''}; --overwrite does not remove it."
+        )
     resolved = resolve_paths(recipe)
     needed = {"teacher": resolved.teacher, "model": resolved.model, **resolved.data.model_dump()}
     for key in ("teacher", "model", "source", "train", "dev", "test"):
@@ -207,8 +222,12 @@ def _remove_run(recipe: Recipe) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from raybert.artifact import evaluate_model
+    from raybert.config import load_recipe
 
     recipe = _recipe(args.words)
+    own = Path(args.model).expanduser() / "recipe.yaml"
+    if own.is_file() and all("=" in word for word in args.words):
+        recipe = load_recipe(str(own), args.words)  # a run is scored on its own task, its own way
     result = evaluate_model(args.model, recipe, args.split, args.submission)
     print(json.dumps(result, indent=2))
     return 0
@@ -248,11 +267,11 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from raybert.report import summary_table, write_report
-    from raybert.results import read_runs
+    from raybert.results import read_run
 
     runs = [Path(run) for run in args.runs]
     write_report(runs, Path(args.out))
-    print(summary_table(read_runs(runs)))
+    print(summary_table([read_run(run) for run in runs]))
     print(f"report  {Path(args.out) / 'report.html'}")
     return 0
 

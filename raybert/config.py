@@ -326,6 +326,8 @@ def _as_list(value: Any) -> list[Any]:
         return [part.strip() for part in value.split(",") if part.strip()]
     if isinstance(value, (dict, MethodConfig)):
         return [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"method {value!r} is not a name, names with commas, or mappings")
     return list(value)
 
 
@@ -338,9 +340,19 @@ def _method(entry: Any) -> MethodConfig:
 
     if isinstance(entry, MethodConfig):
         return entry
+    if not isinstance(entry, (str, dict)):
+        raise ValueError(
+            f"method {entry!r} is not a name or a mapping; known: {', '.join(METHODS)}"
+        )
     data = {"name": entry} if isinstance(entry, str) else dict(entry)
     if "name" not in data and len(data) == 1:
         name, parameters = next(iter(data.items()))
+        if not isinstance(parameters, (dict, type(None))):
+            raise ValueError(
+                f"method parameters are written method.NAME.{name}={parameters}, and NAME is one "
+                f"of "
+                f"{', '.join(METHODS)}"
+            )
         data = {"name": name, **(parameters or {})}
     name = data.get("name")
     if name not in METHODS:
@@ -505,7 +517,10 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
         if entry is None:
             entry = {"name": keys[1]}
             chain.append(entry)
-        (entry if "name" in entry else entry[keys[1]])[keys[2]] = value
+        if "name" in entry:
+            entry[keys[2]] = value
+        else:
+            entry[keys[1]] = {**(entry[keys[1]] or {}), keys[2]: value}
         data["method"] = chain
         return
     section = data

@@ -9,7 +9,7 @@ from pathlib import Path
 from raybert.config import Recipe, UserError, recipe_from
 from raybert.plan import demo_encoder
 from raybert.report import summary_table, write_report
-from raybert.results import read_runs
+from raybert.results import read_run
 from raybert.run import compress, finetune
 
 TEACHER_TRAINING = {"epochs": 2, "lr": 1e-4, "batch_size": 32}
@@ -65,6 +65,6 @@ def run_demo(out: Path, workers: int | None, tell: Callable[[str], None]) -> Pat
         runs.append(compress(student, tell=tell))
     write_report(runs, out)
     tell("")
-    tell(summary_table(read_runs(runs)))
+    tell(summary_table([read_run(run) for run in runs]))
     tell(f"report  {out / 'report.html'}")
     return out / "report.html"

@@ -103,9 +103,6 @@ def import_deepspeed() -> Any:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
-        # An extension for inference only, whose compilation takes a minute and a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
@@ -114,8 +111,17 @@ def init_distributed(device: torch.device) -> None:
 
     Once a process: DeepSpeed holds on to the groups that it finds first.
     """
+    deepspeed = import_deepspeed()
+    if device.type == "cpu":
+        # Said outright, because on a machine with GPUs DeepSpeed would move the model to one.
+        from deepspeed.accelerator import set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        set_accelerator(CPU_Accelerator())
+        # An extension for inference only, whose compilation takes a minute and a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
-    import_deepspeed().init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ class Group:
     @property
     def is_teacher(self) -> bool:
         """Whether these runs fine-tuned a teacher."""
-        return not self.first.methods
+        return not self.first.methods and self.first.teacher is None
 
     def teacher(self, value: Callable[[Measured], float]) -> Spread | None:
         """Mean and deviation of a number of the teachers; one that all share counts once."""

@@ -69,25 +69,41 @@ def cls_mse(student: list[Tensor], teacher: list[Tensor], normalize: bool) -> Te
 
 
 def hidden_mse(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
-    """Mean squared error of matched hidden_states [B, T, H] over real tokens (mask [B, T] of
-    0/1)."""
+    """Mean squared error of matched hidden_states [B, T, H] over real tokens, then over rows.
+
+    Rows count alike whatever their length, so that how a batch is cut into chunks changes nothing.
+
+    Args:
+        student: hidden_states of the matched layers.
+        teacher: the same number of hidden_states.
+        mask: [B, T], 1 for real tokens and 0 for padding.
+    """
     _same_length(student, teacher)
     weight = mask.unsqueeze(-1).to(student[0].dtype)  # [B, T, 1]
-    count = weight.sum() * student[0].shape[-1]
-    terms = [
-        ((s - t).square() * weight).sum() / count for s, t in zip(student, teacher, strict=True)
-    ]
-    return torch.stack(terms).mean()
+    return _mean_over_rows(student, teacher, weight, student[0].shape[-1])
 
 
 def attention_mse(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
-    """Mean squared error of matched attention [B, A, T, T] over real query-key pairs (mask [B,
-    T])."""
+    """Mean squared error of matched attention [B, A, T, T] over real pairs, then over rows.
+
+    Args:
+        student: attention of the matched layers.
+        teacher: the same number of attention tensors.
+        mask: [B, T], 1 for real tokens and 0 for padding.
+    """
     _same_length(student, teacher)
-    pairs = (mask.unsqueeze(1) * mask.unsqueeze(2)).unsqueeze(1).to(student[0].dtype)  # [B,1,T,T]
-    count = pairs.sum() * student[0].shape[1]
+    weight = (mask.unsqueeze(1) * mask.unsqueeze(2)).unsqueeze(1).to(student[0].dtype)
+    return _mean_over_rows(student, teacher, weight, student[0].shape[1])  # weight: [B, 1, T, T]
+
+
+def _mean_over_rows(
+    student: list[Tensor], teacher: list[Tensor], weight: Tensor, width: int
+) -> Tensor:
+    """Squared differences, weighed, averaged within each row, then over rows and layers."""
+    count = weight.flatten(1).sum(1) * width  # [B]
     terms = [
-        ((s - t).square() * pairs).sum() / count for s, t in zip(student, teacher, strict=True)
+        (((s - t).square() * weight).flatten(1).sum(1) / count).mean()
+        for s, t in zip(student, teacher, strict=True)
     ]
     return torch.stack(terms).mean()
 

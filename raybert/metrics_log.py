@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import time
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("raybert")
 
 FILE = "metrics.jsonl"
 
@@ -32,7 +36,7 @@ class MetricsLog:
         kept: list[str] = []
         if self.path.is_file():
             with self.path.open(encoding="utf-8") as file:
-                kept = file.readlines()[:lines]
+                kept = _whole(file.readlines()[:lines])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".partial-{FILE}")
         partial.write_text("".join(kept), encoding="utf-8")
@@ -54,13 +58,30 @@ class MetricsLog:
         if not self.writes:
             return
         line = {"time": round(time.time(), 3), "run_step": run_step, **values}
-        self._file.write(json.dumps(line) + "\n")
-        for key, value in values.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"{values['kind']}/{key}", value, run_step)
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            for key, value in values.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{values['kind']}/{key}", value, run_step)
+        except OSError as error:
+            # The next checkpoint meets the same storage, and stops the run with a way to mend it.
+            logger.warning("%s could not be written: %s", self.path, error)
 
     def close(self) -> None:
         """Flush and close both."""
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
+        for log in (self._file, self._board):
+            if log is not None:
+                with contextlib.suppress(OSError):
+                    log.close()
+
+
+def _whole(lines: list[str]) -> list[str]:
+    """The lines up to the first that was cut short."""
+    kept = []
+    for line in lines:
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        kept.append(line)
+    return kept

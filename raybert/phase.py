@@ -36,9 +36,10 @@ class Outputs:
 
     def logits(self) -> list[Tensor]:
         """The head's outputs: one tensor, or start and end for question answering."""
+        # In float32: what autocast leaves in half precision is too coarse to be compared.
         if "start_logits" in self.model:
-            return [self.model.start_logits, self.model.end_logits]
-        return [self.model.logits]
+            return [self.model.start_logits.float(), self.model.end_logits.float()]
+        return [self.model.logits.float()]
 
 
 class Phase:
@@ -70,6 +71,10 @@ class Phase:
     ) -> dict[str, Tensor]:
         """Named, weighted terms; the loop sums and logs them."""
         return kd.losses(out, teacher, batch)
+
+    def warnings(self, total: int) -> list[str]:
+        """Sentences for the user, before training, when ``total`` steps do not suit the phase."""
+        return []
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Extra numbers for logs and reports."""
@@ -118,12 +123,12 @@ class Taps:
 
     def collect(self, model_output: Any) -> Outputs:
         """The outputs of the forward pass that just ended; forgets them."""
-        hidden = [self._hidden[i] for i in sorted(self._hidden)]
+        hidden = [self._hidden[i].float() for i in sorted(self._hidden)]
         attention = [self._attention[i] for i in sorted(self._attention)]
         if any(a is None for a in attention):
             raise RuntimeError("attention was not recorded: the model must run eager attention")
         self._hidden, self._attention = {}, {}
-        return Outputs(model_output, hidden, attention)
+        return Outputs(model_output, hidden, [a.float() for a in attention])
 
     def remove(self) -> None:
         """Take the hooks off."""

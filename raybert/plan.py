@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from raybert.bench import flops, parameters
-from raybert.config import DataConfig, Recipe, UserError, dump_recipe
+from raybert.config import DataConfig, KDConfig, Recipe, UserError, dump_recipe
 from raybert.data import TaskData, prepare, steps_per_epoch
 from raybert.engine import precision_for
 from raybert.models import (
@@ -44,7 +44,7 @@ class Plan:
         recipe: with absolute paths and every method resolved.
         data: the prepared task.
         start: model that the student (or the teacher to be fine-tuned) starts from.
-        teacher: the teacher's model folder; ``None`` while it is still to be fine-tuned.
+        teacher: the plan of the teacher that is fine-tuned first, when none is given.
         phases: name and optimiser steps of each phase.
         before: parameters, bytes and FLOPs of the model to start from, counted on its structure.
         after: the same of the finished model.
@@ -55,7 +55,7 @@ class Plan:
     recipe: Recipe
     data: TaskData
     start: str
-    teacher: str | None
+    teacher: Plan | None
     phases: list[tuple[str, int]]
     before: dict[str, Any]
     after: dict[str, Any]
@@ -94,9 +94,11 @@ def resolve_paths(recipe: Recipe) -> Recipe:
         if name is not None:
             local = Path(name).expanduser().exists()
             changes[key] = str(model_folder(name).absolute()) if local else name
+    # With a source, train, dev and test are names inside it: its files, or a hub data set's splits.
+    own = ("source",) if recipe.data.source else ("train", "dev", "test")
     places = {
         key: str(Path(value).expanduser().absolute())
-        for key in ("source", "train", "dev", "test")
+        for key in own
         if (value := getattr(recipe.data, key)) and Path(value).expanduser().exists()
     }
     changes["data"] = recipe.data.model_copy(update=places)
@@ -134,6 +136,12 @@ def check_folder(recipe: Recipe) -> bool:
             f"out=."
         )
     there = yaml.safe_load(held.read_text(encoding="utf-8"))
+    if not isinstance(there, dict):
+        raise UserError(
+            f"{held} is no recipe, so {folder} is not a run folder; nothing in it is touched. "
+            f"Choose "
+            "another out=."
+        )
     here = yaml.safe_load(dump_recipe(recipe))
     for key in FREE_TO_DIFFER:
         there.pop(key, None)
@@ -206,8 +214,35 @@ def make_plan(recipe: Recipe) -> Plan:
     before = _predict(config, data, [], length)
     after = _predict(config, data, chain, length)
     memory = _memory(recipe, config, before, after)
-    _check_memory(memory, recipe.workers)
-    return Plan(recipe, data, source, recipe.teacher, phases, before, after, memory)
+    _check_memory(memory, recipe)
+    notes = [
+        text
+        for entry, (_, steps) in zip(phases_of(recipe, config), phases, strict=True)
+        for text in entry.phase.warnings(steps)
+    ]
+    needs_teacher = bool(recipe.method) and recipe.teacher is None
+    first = make_plan(teacher_recipe(recipe)) if needs_teacher else None
+    return Plan(recipe, data, source, first, phases, before, after, memory, notes)
+
+
+def teacher_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of the teacher that is fine-tuned first, in the run's own folder."""
+    return recipe.model_copy(
+        update={
+            "method": (),
+            "kd": KDConfig(),
+            "train": recipe.finetune,
+            "name": f"{recipe.name}-teacher",
+            "out": str(recipe.folder / "teacher"),
+        }
+    )
+
+
+def own_cores() -> int:
+    """CPU cores that this process may use, which in a container are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def check_resources(recipe: Recipe) -> None:
@@ -226,7 +261,7 @@ def check_resources(recipe: Recipe) -> None:
         )
     if "RAY_ADDRESS" in os.environ:
         return
-    cores = os.cpu_count() or 1
+    cores = own_cores()
     needed = recipe.workers * (recipe.resources.cpus or 1)
     if needed > cores:
         raise UserError(
@@ -311,21 +346,30 @@ def _predict(config: Any, data: TaskData, chain: list[Any], length: int) -> dict
 
 
 def _memory(recipe: Recipe, config: Any, before: dict, after: dict) -> int:
-    """Bytes a worker needs, roughly: weights, gradients, Adam's two moments, activations,
-    teacher."""
-    train, data = recipe.train, recipe.data
+    """Bytes a worker needs, roughly.
+
+    Weights, gradients and Adam's two moments; the teacher's weights; activations, and with them
+    eager attention's maps and the logits over a vocabulary, where there are any.
+    """
+    train, length = recipe.train, recipe.data.max_length
     trained = max(before["parameters"]["total"], after["parameters"]["total"])
-    weights = 16 * trained + (4 * before["parameters"]["total"] if recipe.method else 0)
+    beside = recipe.method or (recipe.teacher and recipe.kd.active)
+    weights = 16 * trained + (4 * before["parameters"]["total"] if beside else 0)
     rows = -(-train.batch_size // (recipe.workers * train.accumulation))
-    a_token = config.num_hidden_layers * (14 * config.hidden_size + 4 * config.hidden_size * 2) * 4
-    return weights + rows * data.max_length * a_token
+    a_token = config.num_hidden_layers * 22 * config.hidden_size
+    if recipe.kd.attention:
+        a_token += config.num_hidden_layers * 4 * config.num_attention_heads * length
+    if recipe.task == "mlm":
+        a_token += 3 * config.vocab_size
+    return weights + rows * length * a_token * 4
 
 
-def _check_memory(memory: int, workers: int) -> None:
+def _check_memory(memory: int, recipe: Recipe) -> None:
     if "RAY_ADDRESS" in os.environ:
         return
+    workers = recipe.workers
     free = psutil.virtual_memory().available
-    if torch.cuda.is_available():
+    if torch.cuda.device_count() >= workers and recipe.resources.gpu is not False:
         free = torch.cuda.mem_get_info()[0] * torch.cuda.device_count()
     if memory * workers > free:
         raise UserError(
@@ -336,6 +380,12 @@ def _check_memory(memory: int, workers: int) -> None:
         )
 
 
+def _teacher_line(plan: Plan) -> str:
+    if plan.teacher is None:
+        return plan.recipe.teacher or "none"
+    return f"fine-tuned first ({plan.teacher.phases[0][1]} steps)"
+
+
 def describe(plan: Plan) -> str:
     """The plan as a few lines of text, for `--dry-run`."""
     recipe, task = plan.recipe, plan.data.task
@@ -344,7 +394,7 @@ def describe(plan: Plan) -> str:
         f"run       {recipe.name} -> {recipe.out}",
         f"task      {task.name} ({task.kind}, ranked by {task.main}); rows: {sizes}",
         f"start     {plan.start}",
-        f"teacher   {plan.teacher or ('fine-tuned first' if recipe.method else 'none')}",
+        f"teacher   {_teacher_line(plan)}",
         "phases    " + ", ".join(f"{name} ({steps} steps)" for name, steps in plan.phases),
         f"workers   {recipe.workers}; about {plan.memory / 2**30:.1f} GiB each",
     ]

@@ -95,10 +95,9 @@ def write_report(runs: Sequence[Path], out: Path) -> tuple[Path, Path]:
     return files
 
 
-def summary_table(reports: Sequence[RunReport | Mapping[str, Any]]) -> str:
-    """The reports as a plain table for the terminal; runs that differ only by seed share a line."""
-    known = [r if isinstance(r, RunReport) else validated(r, "report") for r in reports]
-    groups = group_runs([Run(report, "") for report in known])
+def summary_table(runs: Sequence[Run]) -> str:
+    """The runs as a plain table for the terminal; those that differ only by seed share a line."""
+    groups = group_runs(runs)
     head = ("run", "metric", "teacher", "student", "floor", "retained", "weights", "speed-up", "")
     rows = []
     for group in groups:

@@ -129,7 +129,9 @@ class RunReport(Part):
     @property
     def chain(self) -> str:
         """The methods' names in order, or that there were none."""
-        return " + ".join(str(method["name"]) for method in self.methods) or "fine-tuned teacher"
+        return " + ".join(str(method["name"]) for method in self.methods) or (
+            "distilled" if self.teacher else "fine-tuned teacher"
+        )
 
 
 def retained(student: float, teacher: float, floor: float) -> float | None:

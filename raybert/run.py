@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybert.config import Recipe, UserError, dump_recipe
-from raybert.plan import Plan, check_command, check_folder, make_plan, resolve_paths
+from raybert.plan import Plan, check_command, check_folder, make_plan, own_cores, resolve_paths
 
 if TYPE_CHECKING:
     from raybert.train import Job
@@ -70,31 +70,26 @@ def _drive(recipe: Recipe, tell: Callable[[str], None]) -> Path:
             tell(f"{folder} is finished already")
             return folder
         tell(f"continuing {folder}")
+    for text in plan.notes:
+        tell(f"note: {text}")
     _write_recipe(plan.recipe)
-    needs_teacher = bool(recipe.method) and recipe.teacher is None
-    teacher = str(_teacher(plan.recipe, tell)) if needs_teacher else recipe.teacher
-    if not (folder / "checkpoints" / "final").is_dir():
+    teacher = recipe.teacher
+    if plan.teacher is not None:
+        tell(f"fine-tuning the teacher {recipe.model}")
+        teacher = str(_drive(plan.teacher.recipe, tell) / "model")
+    final = folder / "checkpoints" / "final"
+    if not final.is_dir():
         _fit(plan, teacher)
+    if not final.is_dir():
+        raise UserError(
+            f"the workers trained, and {final} is not here: `out` must be on storage that all "
+            "machines share."
+        )
     from raybert.artifact import assemble
 
     tell("measuring")
     assemble(plan, teacher, tell)
     return folder
-
-
-def _teacher(recipe: Recipe, tell: Callable[[str], None]) -> Path:
-    """The model folder of a teacher fine-tuned in this run's own folder."""
-    own = recipe.model_copy(
-        update={
-            "method": (),
-            "kd": type(recipe.kd)(),
-            "train": recipe.finetune,
-            "name": f"{recipe.name}-teacher",
-            "out": str(recipe.folder / "teacher"),
-        }
-    )
-    tell(f"fine-tuning the teacher {recipe.model}")
-    return _drive(own, tell) / "model"
 
 
 def _write_recipe(recipe: Recipe) -> None:
@@ -115,16 +110,15 @@ def _fit(plan: Plan, teacher: str | None) -> None:
     from raybert.train import Job
 
     recipe = plan.recipe
-    start = plan.start if plan.teacher or not recipe.method else (teacher or plan.start)
+    start = teacher if plan.teacher is not None and teacher else plan.start
     job = Job(recipe, plan.data.folder, start, teacher, bool(recipe.method) and start == teacher)
-    gpu = _uses_gpu(recipe)
     local = recipe.workers == 1 and "RAY_ADDRESS" not in os.environ
-    returned = _run_here(job, gpu) if local else _run_on_ray(job, gpu)
+    returned = _run_here(job) if local else _run_on_ray(job)
     if "error" in returned:
         raise UserError(returned["error"])
 
 
-def _run_here(job: Job, gpu: bool) -> dict[str, Any]:
+def _run_here(job: Job) -> dict[str, Any]:
     """The loop in this process, as a group of one worker."""
     import torch
 
@@ -132,19 +126,20 @@ def _run_here(job: Job, gpu: bool) -> dict[str, Any]:
     from raybert.engine import alone, init_distributed
     from raybert.train import run
 
+    gpu = _takes_gpu(job.recipe, torch.cuda.device_count())
     device = torch.device("cuda:0" if gpu else "cpu")
     with alone():
         init_distributed(device)
         return run(job, World(0, 1, device), _LocalHooks(), job.recipe.resources.cpus)
 
 
-def _run_on_ray(job: Job, gpu: bool) -> dict[str, Any]:
+def _run_on_ray(job: Job) -> dict[str, Any]:
     """The loop on a Ray Train worker group, restarted when a worker dies."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     recipe = job.recipe
-    with _cluster(recipe) as cpus:
+    with _cluster(recipe) as (cpus, gpu):
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"job": job, "gpu": gpu, "threads": cpus},
@@ -163,7 +158,8 @@ def _run_on_ray(job: Job, gpu: bool) -> dict[str, Any]:
                 f"training failed {recipe.resources.max_failures + 1} times: {_last_line(error)}. "
                 "What was saved is kept; when the cause is mended, the same command continues."
             ) from error
-    shutil.rmtree(recipe.folder / "ray", ignore_errors=True)
+        finally:
+            shutil.rmtree(recipe.folder / "ray", ignore_errors=True)
     return result.return_value or {}
 
 
@@ -188,8 +184,8 @@ def _run_config(recipe: Recipe) -> Any:
 
 
 @contextlib.contextmanager
-def _cluster(recipe: Recipe) -> Iterator[int]:
-    """A Ray cluster: the one named by RAY_ADDRESS, or one on this machine; yields CPUs a worker."""
+def _cluster(recipe: Recipe) -> Iterator[tuple[int, bool]]:
+    """A Ray cluster, RAY_ADDRESS's or this machine's: CPUs a worker, and whether each has a GPU."""
     import ray
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -201,30 +197,33 @@ def _cluster(recipe: Recipe) -> Iterator[int]:
         if "RAY_ADDRESS" not in os.environ:
             # The dashboard, on loopback: Ray Train asks its State API which workers are left to
             # clean.
-            options |= {"num_cpus": os.cpu_count(), "include_dashboard": True}
+            options |= {"num_cpus": own_cores(), "include_dashboard": True}
             options |= {"dashboard_host": "127.0.0.1"}
         ray.init(**options)
     try:
-        total = int(ray.cluster_resources().get("CPU", 0))
+        there = ray.cluster_resources()
+        total = int(there.get("CPU", 0))
         cpus = recipe.resources.cpus or max(1, total // recipe.workers)
         if cpus * recipe.workers > total:
             raise UserError(
                 f"{recipe.workers} workers of {cpus} CPUs need {cpus * recipe.workers}; the "
-                f"cluster has "
-                f"{total}. Use fewer workers or resources.cpus."
+                f"cluster "
+                f"has {total}. Use fewer workers or resources.cpus."
             )
-        yield cpus
+        yield cpus, _takes_gpu(recipe, int(there.get("GPU", 0)))
     finally:
         if started:
             ray.shutdown()
 
 
-def _uses_gpu(recipe: Recipe) -> bool:
-    if recipe.resources.gpu is not None:
-        return recipe.resources.gpu
-    import torch
-
-    return torch.cuda.device_count() >= recipe.workers
+def _takes_gpu(recipe: Recipe, gpus: int) -> bool:
+    """Whether each worker gets a GPU: as the recipe says, else when there are enough."""
+    if recipe.resources.gpu and gpus < recipe.workers:
+        raise UserError(
+            f"{recipe.workers} workers want a GPU each; there are {gpus}. Use fewer workers, or "
+            "resources.gpu=false."
+        )
+    return gpus >= recipe.workers if recipe.resources.gpu is None else recipe.resources.gpu
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:

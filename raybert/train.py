@@ -11,11 +11,10 @@ import fnmatch
 import itertools
 import json
 import logging
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from torch import nn
 from raybert.checkpoint import (
     Position,
     World,
+    bring_back_best,
     find_last_good,
     load_weights,
     read_position,
@@ -37,7 +37,6 @@ from raybert.checkpoint import (
 )
 from raybert.config import MethodConfig, Recipe, UserError
 from raybert.data import (
-    MODEL_INPUTS,
     TaskData,
     load_prepared,
     prefetch,
@@ -46,7 +45,6 @@ from raybert.data import (
 )
 from raybert.engine import (
     autocast,
-    fill_gradients,
     gathered,
     make_engine,
     precision_for,
@@ -59,14 +57,10 @@ from raybert.metrics_log import MetricsLog
 from raybert.models import load_for_task, load_tokenizer, mark_compressed, write_probe
 from raybert.phase import (
     At,
-    Distillation,
-    Outputs,
     Phase,
-    Taps,
-    check_layer_map,
-    even_layer_map,
 )
-from raybert.surgery import encoder_layers
+from raybert.step import Distiller, Place, Recent, not_a_number
+from raybert.tasks import IGNORED
 
 logger = logging.getLogger("raybert")
 
@@ -103,7 +97,6 @@ class Job:
         start: hub name or folder that the student starts from.
         teacher: folder of the fine-tuned teacher; ``None`` when a teacher is being fine-tuned.
         keep_head: whether a head that does not fit the task is an error.
-        precision: ``fp32``, ``bf16`` or ``fp16``; ``auto`` is settled by the worker's device.
     """
 
     recipe: Recipe
@@ -160,13 +153,15 @@ def run(job: Job, world: World, hooks: Hooks, threads: int | None = None) -> dic
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if threads:
         torch.set_num_threads(threads)
-    trainer = Trainer(job, world, hooks)
+    trainer = None
     try:
+        trainer = world.agreed(lambda: Trainer(job, world, hooks))
         trainer.run()
     except UserError as error:
         return {"error": str(error)}
     finally:
-        trainer.log.close()
+        if trainer is not None:
+            trainer.log.close()
     return {}
 
 
@@ -180,30 +175,38 @@ class Trainer:
         self.data: TaskData = load_prepared(job.data)
         self.lengths = self.data.lengths("train")
         self.precision = precision_for(self.recipe.train.precision, world.device)
+        self.kind = self.data.task.kind
         self.log = MetricsLog(self.recipe.folder, writes=world.rank == 0)
-        self.notes: list[str] = []
         self.position = Position()
 
     # -- phases ------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Go through the phases, from the last good checkpoint on."""
-        checkpoint, passed_over = find_last_good(self.folder)
-        for text in passed_over:
-            self._note(text)
+        world = self.world
+        # One worker looks: on network storage two might see different folders, or chips compute
+        # different precisions, and both must be the same everywhere.
+        checkpoint, passed_over = world.on_first(lambda: find_last_good(self.folder))
+        precisions = set(world.gather(self.precision))
+        self.precision = precisions.pop() if len(precisions) == 1 else "fp32"
         if checkpoint is not None:
             self.position = read_position(checkpoint)[0]
+        for text in passed_over:
+            self._note(text)
         self.log.rewind(self.position.log_lines)
         first = self.position.phase
-        model, phases = self._build(first)
-        teacher = self._load_teacher()
+        model, phases = world.agreed(lambda: self._build(first))
+        teacher = world.agreed(self._load_teacher)
         for index in range(first, len(phases)):
             model = self._run_phase(index, phases[index], model, teacher, checkpoint)
             checkpoint = None
         self._finish(model, teacher)
 
     def _build(self, upto: int) -> tuple[Any, list[PhaseOf]]:
-        """The model as it is before phase ``upto``; earlier phases' surgery is replayed."""
+        """The model as it is before phase ``upto``, as to structure: earlier surgery is replayed.
+
+        The weights that earlier phases trained come from the checkpoint that is restored next.
+        """
         model, new = load_for_task(
             self.job.start,
             self.data.task,
@@ -218,8 +221,6 @@ class Trainer:
         for entry in phases[:upto]:
             entry.phase.prepare(model)
             self._finish_phase(entry, model)
-        if upto:
-            load_weights(model, self.folder / f"phase{upto - 1}.safetensors")
         return model, phases
 
     def _attention(self) -> str:
@@ -261,7 +262,10 @@ class Trainer:
         model.to(self.world.device)
         engine = make_engine(model, self._groups(phase, model), self.recipe, self.precision)
         if checkpoint is not None:
+            notes = self.position.notes
             self.position = restore(checkpoint, engine, self.world, train.zero)
+            self.position.notes = notes
+            self.world.on_first(lambda: bring_back_best(checkpoint, self._best()))
             logger.info("continuing %s at step %d", phase.name, self.position.step)
         else:
             self.position = Position(
@@ -271,6 +275,7 @@ class Trainer:
                 tokens=self.position.tokens,
                 steps=self.position.steps,
                 finished=self.position.finished,
+                notes=self.position.notes,
             )
             if teacher is not None or self.recipe.method:
                 self._evaluate(engine, phase, total)
@@ -278,39 +283,28 @@ class Trainer:
         return self._end_phase(index, entry, engine)
 
     def _end_phase(self, index: int, entry: PhaseOf, engine: Any) -> Any:
-        """The model as the phase leaves it, also written for a run that is continued later."""
-        stage, weights = self.recipe.train.zero, self.folder / f"phase{index}.safetensors"
+        """The model as the phase leaves it, with its best weights or its last."""
+        stage = self.recipe.train.zero
         model = engine.module
         if self.recipe.train.keep == "best":
             self.world.barrier()
             with gathered(model, stage, writes=True):
                 load_weights(model, self._best())
         if stage == 3:  # the module's weights stay in parts, so it is made anew from the file
+            weights = self.folder / f"phase{index}.safetensors"
             with gathered(model, stage):
-                self._on_first(lambda: save_weights(model, weights))
+                self.world.on_first(lambda: save_weights(engine.module, weights))
             engine.destroy()
-            model, _ = self._build(index + 1)
+            model, _ = self.world.agreed(lambda: self._build(index + 1))
+            load_weights(model, weights)
         else:
             engine.destroy()
             self._finish_phase(entry, model)
-            self._on_first(lambda: save_weights(model, weights))
         spent = self.position.seconds - sum(done["seconds"] for done in self.position.finished)
         self.position.finished.append(
             {"name": entry.phase.name, "steps": self.position.step, "seconds": round(spent, 3)}
         )
         return model
-
-    def _on_first(self, write: Callable[[], None]) -> None:
-        """Let the first worker write, and all of them learn whether it could."""
-        problem = ""
-        if self.world.rank == 0:
-            try:
-                write()
-            except UserError as error:
-                problem = str(error)
-        problem = self.world.gather(problem)[0]
-        if problem:
-            raise UserError(problem)
 
     def steps(self, phase: Phase) -> int:
         """Optimiser steps of a phase."""
@@ -321,7 +315,14 @@ class Trainer:
     def _groups(self, phase: Phase, model: nn.Module) -> list[dict[str, Any]]:
         """Optimiser groups by learning rate and weight decay; rate 0 takes a parameter out."""
         base = phase.lr or self.recipe.train.lr
-        patterns = {**self.recipe.train.rates, **phase.rates}
+        patterns = [*self.recipe.train.rates.items(), *phase.rates.items()]
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in self.recipe.train.rates:
+            if not fnmatch.filter(names, pattern):
+                raise UserError(
+                    f"train.rates names {pattern!r}, which no parameter of phase {phase.name} is "
+                    f"called; they are called like {names[len(names) // 2]!r}."
+                )
         norms = {
             f"{name}.{key}" if name else key
             for name, module in model.named_modules()
@@ -330,7 +331,7 @@ class Trainer:
         }
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            rate = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), None)
+            rate = next((r for p, r in patterns if fnmatch.fnmatchcase(name, p)), None)
             rate = base if rate is None else rate
             parameter.requires_grad_(rate > 0)
             if rate > 0:
@@ -351,37 +352,91 @@ class Trainer:
         each = self._steps_per_epoch()
         eval_every = each if train.eval_every == "epoch" else train.eval_every
         save_every = each if train.save_every == "epoch" else train.save_every
-        distil = _Distiller(self, engine, phase, teacher)
+        distil = self.distiller(engine, phase, teacher)
         bar = self.hooks.progress(total, phase.name)
         bar.update(position.step)
-        recent = _Recent(self.world, train.accumulation)
+        recent = Recent(self.world, train.accumulation)
         engine.train()
         with contextlib.closing(distil), contextlib.closing(bar):
             for micro, rows in self._batches(position.step, total, recent):
                 began = time.perf_counter()
-                set_rate(engine, self.rate(position.step, total))
-                for chunk, batch in enumerate(micro):
-                    forward = position.step * train.accumulation + chunk
-                    phase.on_step(engine.module, At(position.step, total, forward, train.seed))
-                    recent.add(distil.forward_backward(batch, rows), batch["input_ids"].numel())
-                    engine.step()  # DeepSpeed counts: only a step's last chunk changes weights
-                position.step += 1
-                position.steps += 1
-                position.seconds += time.perf_counter() - began
+                self.step(distil, total, micro, rows, recent)
                 bar.update(1)
                 ends = position.step == total
                 evaluates = position.step % eval_every == 0 or ends
                 saves = position.step % save_every == 0 or ends
                 if evaluates or saves or position.step % LOG_EVERY == 0:
+                    position.tokens += recent.settle(position.step, phase.name)
+                position.seconds += time.perf_counter() - began
+                if not recent.rows:
                     self._log_train(engine, phase, total, recent, bar)
+                if evaluates or saves:
+                    self._check_weights(engine, phase)
                 if evaluates:
                     self._evaluate(engine, phase, total)
                 if saves:
                     position.log_lines = self.log.lines
-                    save(self.folder, engine, position, self.world, train.zero)
+                    save(self.folder, engine, position, self.world, train.zero, self._best())
+
+    def distiller(self, engine: Any, phase: Phase, teacher: Any) -> Distiller:
+        """What runs the phase's forward and backward passes."""
+        place = Place(self.world.device, self.precision)
+        return Distiller(engine, phase, teacher, self.recipe.kd, self.kind, place)
+
+    def step(
+        self,
+        distil: Distiller,
+        total: int,
+        micro: list[dict[str, torch.Tensor]],
+        rows: int,
+        recent: Recent,
+    ) -> None:
+        """One optimiser step.
+
+        Args:
+            distil: holds the engine and the phase.
+            total: the phase's steps.
+            micro: this worker's batch of each forward pass.
+            rows: the step's rows over all workers and passes.
+            recent: notes the losses.
+        """
+        position, train = self.position, self.recipe.train
+        engine, phase = distil.engine, distil.phase
+        set_rate(engine, self.rate(position.step, total))
+        for chunk, (batch, share) in enumerate(self._shares(micro, rows)):
+            forward = position.step * train.accumulation + chunk
+            phase.on_step(engine.module, At(position.step, total, forward, train.seed))
+            recent.add(distil.forward_backward(batch, share), batch["input_ids"].numel())
+            engine.step()  # DeepSpeed counts: only a step's last chunk changes weights
+        position.step += 1
+        position.steps += 1
+
+    def _shares(
+        self, micro: list[dict[str, torch.Tensor]], rows: int
+    ) -> list[tuple[dict[str, torch.Tensor], float]]:
+        """Each chunk with the factor that makes averaging over chunks and workers exact.
+
+        Losses are means over a chunk's rows (masked language modelling: masked tokens), and chunks
+        are not quite of one size.
+        """
+        chunks = self.world.size * len(micro)
+        if self.kind == "mlm":
+            own = [int((batch["labels"] != IGNORED).sum()) for batch in micro]
+            total = torch.tensor(float(sum(own)), device=self.world.device)
+            whole = self.world.mean(total).item() * self.world.size
+        else:
+            own, whole = [len(batch["index"]) for batch in micro], rows
+        return [(batch, n * chunks / whole) for batch, n in zip(micro, own, strict=True)]
+
+    def _check_weights(self, engine: Any, phase: Phase) -> None:
+        """Refuse to keep weights that are no numbers: a gradient can be bad where no loss is."""
+        trained = [p.detach() for p in engine.module.parameters() if p.requires_grad]
+        good = all(torch.isfinite(p).all().item() for p in trained)
+        if not self.world.all_true(good):
+            raise not_a_number("a weight", self.position.step, phase.name)
 
     def _batches(
-        self, start: int, total: int, recent: _Recent
+        self, start: int, total: int, recent: Recent
     ) -> Iterator[tuple[list[dict[str, torch.Tensor]], int]]:
         """From step ``start`` on: this worker's batches of a step, and the step's rows over all."""
         train, each = self.recipe.train, self._steps_per_epoch()
@@ -422,17 +477,8 @@ class Trainer:
 
     # -- bookkeeping -------------------------------------------------------------------------------
 
-    def _log_train(self, engine: Any, phase: Phase, total: int, recent: _Recent, bar: Any) -> None:
-        position = self.position
-        losses, tokens, bad = recent.read(position.step)
-        if bad is not None:
-            raise UserError(
-                f"the loss became {bad[1]} at step {bad[0]} of phase {phase.name}. Nothing was "
-                "saved since; the last good checkpoint is kept. Try a lower train.lr, "
-                "train.clip=1, or "
-                "train.precision=fp32, in a new run folder or after removing this one."
-            )
-        position.tokens += tokens
+    def _log_train(self, engine: Any, phase: Phase, total: int, recent: Recent, bar: Any) -> None:
+        position, losses = self.position, recent.means
         line = {
             "loss": sum(losses.values()),
             **{f"loss/{name}": value for name, value in losses.items()},
@@ -470,7 +516,7 @@ class Trainer:
 
     def _save_best(self, engine: Any) -> None:
         with gathered(engine.module, self.recipe.train.zero):
-            self._on_first(lambda: save_weights(engine.module, self._best()))
+            self.world.on_first(lambda: save_weights(engine.module, self._best()))
 
     def _write(self, kind: str, phase: Phase, total: int, values: dict[str, Any]) -> None:
         position = self.position
@@ -478,7 +524,7 @@ class Trainer:
         self.log.write({**place, "step": position.step, "total": total, **values}, position.steps)
 
     def _note(self, text: str) -> None:
-        self.notes.append(text)
+        self.position.notes.append(text)
         if self.world.rank == 0:
             self.hooks.note(text)
 
@@ -489,21 +535,22 @@ class Trainer:
         student_metrics = evaluate(model, self.data, "dev", world, rows)
         teacher_metrics = None
         if self.job.teacher:
-            teacher = teacher if teacher is not None else self._teacher_model()
+            teacher = teacher if teacher is not None else world.agreed(self._teacher_model)
             teacher_metrics = evaluate(teacher, self.data, "dev", world, rows)
         result = {
             "student": student_metrics,
             "teacher": teacher_metrics,
             "position": asdict(self.position),
             "precision": self.precision,
-            "notes": self.notes,
+            "notes": self.position.notes,
         }
-        self._on_first(lambda: self._write_final(model, result))
+        self.world.on_first(lambda: self._write_final(model, result))
 
     def _write_final(self, model: Any, result: dict[str, Any]) -> None:
         final, partial = self.folder / FINAL, self.folder / f".partial-{FINAL}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in (partial, final):
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
             model.save_pretrained(partial)
             load_tokenizer(self.job.start).save_pretrained(partial)
@@ -523,106 +570,3 @@ def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while group := list(itertools.islice(iterator, size)):
         yield group
-
-
-class _Distiller:
-    """One forward and backward pass, the teacher's beside it where one is asked for."""
-
-    def __init__(self, trainer: Trainer, engine: Any, phase: Phase, teacher: Any) -> None:
-        self.trainer, self.engine, self.phase = trainer, engine, phase
-        kd = trainer.recipe.kd
-        self.teacher = teacher if kd.active else None
-        depth = len(encoder_layers(engine.module))
-        layer_map: tuple[int, ...] = ()
-        self.taps: list[Taps] = []
-        if self.teacher is not None and (kd.cls or kd.hidden or kd.attention):
-            teacher_depth = len(encoder_layers(self.teacher))
-            layer_map = kd.layer_map or phase.layer_map or even_layer_map(depth, teacher_depth)
-            check_layer_map(layer_map, depth, teacher_depth)
-            wants = {"hidden": bool(kd.cls or kd.hidden), "attention": bool(kd.attention)}
-            self.taps = [Taps(engine.module, **wants), Taps(self.teacher, **wants)]
-        self.distillation = Distillation(kd, trainer.data.task.kind, layer_map)
-        self.anchor = next(p for p in engine.module.parameters() if p.requires_grad)
-
-    def forward_backward(
-        self, batch: dict[str, torch.Tensor], rows: int
-    ) -> dict[str, torch.Tensor]:
-        """Run one chunk.
-
-        Args:
-            batch: this worker's chunk.
-            rows: rows of the whole optimiser step, over all workers and chunks.
-
-        Returns:
-            The loss terms, detached, each times this chunk's share of the rows.
-        """
-        trainer = self.trainer
-        batch = {k: v.to(trainer.world.device, non_blocking=True) for k, v in batch.items()}
-        inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
-        out = self._outputs(self.engine(**inputs), 0)
-        taught = None
-        if self.teacher is not None:
-            with torch.no_grad(), autocast(trainer.precision, trainer.world.device):
-                taught = self._outputs(self.teacher(**inputs), 1)
-        terms = self.phase.losses(self.engine.module, out, taught, batch, self.distillation)
-        # Gradients are averaged over workers and chunks; uneven chunks must weigh by their rows.
-        chunks = trainer.world.size * trainer.recipe.train.accumulation
-        share = len(batch["index"]) * chunks / rows
-        loss = torch.stack([term.float() for term in terms.values()]).sum() * share
-        if not loss.requires_grad:
-            # A draw that runs only frozen modules; every worker draws the same, so none waits.
-            loss = loss + 0.0 * self.anchor.sum()
-        self.engine.backward(loss)
-        if not self.engine.enable_backward_allreduce:
-            fill_gradients(self.engine.module)
-        return {name: term.detach().float() * share for name, term in terms.items()}
-
-    def _outputs(self, model_output: Any, which: int) -> Outputs:
-        return self.taps[which].collect(model_output) if self.taps else Outputs(model_output)
-
-    def close(self) -> None:
-        """Take the hooks off."""
-        for taps in self.taps:
-            taps.remove()
-
-
-class _Recent:
-    """Loss terms since the last log line, kept on the device until they are read."""
-
-    def __init__(self, world: World, accumulation: int) -> None:
-        self.world, self.accumulation = world, accumulation
-        self.names: list[str] = []
-        self.rows: list[torch.Tensor] = []  # one [terms] a forward pass
-        self.tokens = 0
-        self.waited = 0.0  # seconds that the loop has waited for batches since the phase began
-
-    def add(self, terms: dict[str, torch.Tensor], tokens: int) -> None:
-        """Note one forward pass."""
-        self.names = list(terms)
-        self.rows.append(torch.stack(list(terms.values())))
-        self.tokens += tokens
-
-    def read(self, step: int) -> tuple[dict[str, float], int, tuple[int, float] | None]:
-        """The mean of each term over the steps noted, tokens over all workers, and what went bad.
-
-        Args:
-            step: the step that the last noted one ended.
-
-        Returns:
-            Means by name; tokens; and (step, loss) of the first loss that was not a number, if any.
-        """
-        values = torch.stack(self.rows)  # [forward passes, terms]
-        values = values.unflatten(0, (-1, self.accumulation)).mean(1)  # [steps, terms]
-        packed = torch.cat([values.flatten(), values.new_tensor([float(self.tokens)])])
-        packed = self.world.mean(packed).cpu()
-        values = packed[:-1].view(values.shape)
-        totals = values.sum(1)
-        bad = None
-        for i, total in enumerate(totals.tolist()):
-            if not math.isfinite(total):
-                bad = (step - len(totals) + 1 + i, total)
-                break
-        tokens = round(packed[-1].item() * self.world.size)
-        means = dict(zip(self.names, values.mean(0).tolist(), strict=True))
-        self.rows, self.tokens = [], 0
-        return means, tokens, bad

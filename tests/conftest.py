@@ -6,6 +6,7 @@ import csv
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -65,12 +66,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def toy_encoder(family: str = "bert", layers: int = 4):
     """A random encoder of one family."""
     torch.manual_seed(0)
-    shared = {"vocab_size": len(VOCAB), "pad_token_id": 0, "initializer_range": 0.1}
+    shared: dict[str, Any] = {"vocab_size": len(VOCAB), "pad_token_id": 0, "initializer_range": 0.1}
     if family == "distilbert":
         return DistilBertModel(
             DistilBertConfig(**shared, dim=32, hidden_dim=64, n_layers=layers, n_heads=2)
         )
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": layers,

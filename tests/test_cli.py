@@ -477,7 +477,7 @@ def test_evaluate_predicts_test_rows(toys, capsys):
     assert set(given) == {"good", "bad"}
     assert sum(a == b for a, b in zip(given, wanted, strict=True)) >= 8
     before = answers.read_bytes()
-    refused(capsys, argv, "already there")
+    refused(capsys, argv, "not overwritten")
     assert answers.read_bytes() == before
 
 

@@ -22,7 +22,7 @@ LAYERS = [
     {"qa", "batches", "tables"},
     {"data", "models", "bench", "plots", "card"},
     {"metrics", "checkpoint", "engine", "views"},
-    {"evaluate", "report"},
+    {"evaluate", "report", "step"},
     {"train"},
     {"plan"},
     {"artifact"},

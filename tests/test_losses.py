@@ -49,13 +49,25 @@ def test_padding_never_counts():
     whole = losses.hidden_mse([student], [teacher], mask)
     student[0, 3:] += 100
     torch.testing.assert_close(losses.hidden_mse([student], [teacher], mask), whole)
-    by_hand = ((student - teacher).square() * mask[..., None]).sum() / (8 * 8)
+    square = (student - teacher).square()
+    by_hand = (square[0, :3].mean() + square[1].mean()) / 2  # rows count alike
     torch.testing.assert_close(whole, by_hand)
     attention = torch.rand(2, 2, 5, 5)
     taught = torch.rand(2, 2, 5, 5)
     before = losses.attention_mse([attention], [taught], mask)
     attention[0, :, 3:], attention[0, :, :, 3:] = 9, 9
     torch.testing.assert_close(losses.attention_mse([attention], [taught], mask), before)
+
+
+def test_cutting_a_batch_into_chunks_changes_no_loss():
+    student, teacher = torch.randn(4, 5, 8), torch.randn(4, 5, 8)
+    mask = (torch.arange(5) < torch.tensor([[2], [5], [3], [4]])).long()
+    whole = losses.hidden_mse([student], [teacher], mask)
+    halves = [
+        losses.hidden_mse([student[part]], [teacher[part]], mask[part])
+        for part in (slice(2), slice(2, 4))
+    ]
+    torch.testing.assert_close(torch.stack(halves).mean(), whole)
 
 
 @pytest.mark.parametrize("count", [0, 1])

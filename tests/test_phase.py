@@ -301,11 +301,13 @@ def test_hidden_states_and_attention_are_matched_by_the_map():
     cls = sum((s[:, 0] - t[:, 0]).square().mean() for s, t in matched) / 2
     assert found["kd_cls"].item() == pytest.approx(3.0 * float(cls), rel=1e-5)
     real = mask.bool()
-    inside = sum((s - t)[real].square().mean() for s, t in matched) / 2
+    rows_apart = [(s[i] - t[i])[real[i]] for s, t in matched for i in range(3)]
+    inside = sum(gap.square().mean() for gap in rows_apart) / 6
     assert found["kd_hidden"].item() == pytest.approx(0.5 * float(inside), rel=1e-5)
     pairs = (real[:, None, :, None] & real[:, None, None, :]).expand(3, 2, 10, 10)
     twos = [(attention[0], taught_attention[1]), (attention[1], taught_attention[2])]
-    between = sum((s - t)[pairs].square().mean() for s, t in twos) / 2
+    maps_apart = [(s[i] - t[i])[pairs[i]] for s, t in twos for i in range(3)]
+    between = sum(gap.square().mean() for gap in maps_apart) / 6
     assert found["kd_attention"].item() == pytest.approx(2.0 * float(between), rel=1e-5)
 
 

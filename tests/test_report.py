@@ -294,13 +294,14 @@ def test_simulated_compression_is_labelled_everywhere(
     for file in write_report([folder], tmp_path / "out"):
         assert "simulated" in file.read_text()
     report = read_runs([folder])[0]
-    assert "simulated" in summary_table([report])
+    assert "simulated" in summary_table([Run(report, "")])
     assert "simulated" in model_card(report, "", plain=True)
-    assert "simulated" not in summary_table([a_report()])
+    assert "simulated" not in summary_table([Run(a_report(), "")])
 
 
 def test_summary_shows_scores_retained_and_speed() -> None:
-    lines = summary_table([a_report(0.83), a_report(0.86, methods=[], teacher=None)]).splitlines()
+    runs = [Run(a_report(0.83), ""), Run(a_report(0.86, methods=[], teacher=None), "")]
+    lines = summary_table(runs).splitlines()
     assert lines[2].split() == [
         "mrpc:",
         "fine-tuned",
@@ -319,7 +320,7 @@ def test_summary_shows_scores_retained_and_speed() -> None:
 def test_not_measurable_is_said_so() -> None:
     report = a_report(0.83, teacher=measured(0.80, 90), latency=[], speedup=[])
     assert report.retained is None
-    assert summary_table([report]).count("n/a") == 2
+    assert summary_table([Run(report, "")]).count("n/a") == 2
 
 
 @pytest.mark.parametrize(("plain", "library"), [(True, "transformers"), (False, "raybert")])

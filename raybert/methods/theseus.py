@@ -210,6 +210,17 @@ class Replace(Phase):
             apart = self.method.modules == "sublayer"
             module.replaced = (attention, feed_forward if apart else attention)
 
+    def warnings(self, total: int) -> list[str]:
+        """Says so when the replacing rate does not reach 1."""
+        last = self.method.rate(total - 1, total)
+        if last == 1.0:
+            return []
+        return [
+            f"theseus replaces with a rate of only {last:.2f} in the last of {total} steps, so its "
+            "successors never train on their own; give more steps, or leave k and "
+            "steps_for_replacing out"
+        ]
+
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """The replacing probability."""
         return {"replacing_rate": self.probability}

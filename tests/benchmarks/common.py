@@ -278,9 +278,9 @@ def make_trainer(recipe: Recipe, teacher: str | None = None) -> Trainer:
 
 def steps_of(trainer: Trainer, first: int, count: int) -> list[Step]:
     """The very batches that the trainer would train on, from step ``first`` on."""
-    from raybert.train import _Recent
+    from raybert.step import Recent
 
-    recent = _Recent(trainer.world, trainer.recipe.train.accumulation)
+    recent = Recent(trainer.world, trainer.recipe.train.accumulation)
     return list(trainer._batches(first, first + count, recent))
 
 
@@ -309,38 +309,30 @@ class Worker:
     """
 
     def __init__(self, trainer: Trainer, phase: Phase, total: int, teacher: Any = None) -> None:
+        from raybert.checkpoint import Position
         from raybert.engine import make_engine
-        from raybert.train import _Distiller
 
-        self.trainer, self.phase, self.total, self.step = trainer, phase, total, 0
+        self.trainer, self.phase, self.total = trainer, phase, total
+        trainer.position = Position()
         self.waited = self.seconds = 0.0
         model, _ = trainer._build(0)
         phase.prepare(model)
         model.to(trainer.world.device)
         groups = trainer._groups(phase, model)
         self.engine = make_engine(model, groups, trainer.recipe, trainer.precision)
-        self.distil = _Distiller(trainer, self.engine, phase, teacher)
+        self.distil = trainer.distiller(self.engine, phase, teacher)
         self.engine.train()
 
     def __call__(self, block: Sequence[Step]) -> None:
         """Train on the next ``len(block)`` steps, whose batches the trainer makes itself."""
-        from raybert.engine import set_rate
-        from raybert.phase import At
-        from raybert.train import _Recent
+        from raybert.step import Recent
 
-        trainer, train = self.trainer, self.trainer.recipe.train
+        trainer = self.trainer
         began = time.perf_counter()
-        recent = _Recent(trainer.world, train.accumulation)
-        last = self.step + len(block)
-        for micro, rows in trainer._batches(self.step, last, recent):
-            set_rate(self.engine, trainer.rate(self.step, self.total))
-            for chunk, batch in enumerate(micro):
-                at = At(self.step, self.total, self.step * train.accumulation + chunk, train.seed)
-                self.phase.on_step(self.engine.module, at)
-                tokens = batch["input_ids"].numel()
-                recent.add(self.distil.forward_backward(batch, rows), tokens)
-                self.engine.step()
-            self.step += 1
-        recent.read(self.step)
+        recent = Recent(trainer.world, trainer.recipe.train.accumulation)
+        first = trainer.position.step
+        for micro, rows in trainer._batches(first, first + len(block), recent):
+            trainer.step(self.distil, self.total, micro, rows, recent)
+        recent.settle(trainer.position.step, self.phase.name)
         self.waited += recent.waited
         self.seconds += time.perf_counter() - began
