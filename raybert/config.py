@@ -94,47 +94,50 @@ class DataConfig(Section):
     """
 
     source: str | None = Field(
-        None,
+        default=None,
         description="A Hugging Face Hub data set, a GLUE or aclImdb folder, a SQuAD json folder, "
         "or a folder of files. "
         "Nothing: the task's own Hub data set, or the generated rows of the demo task.",
     )
     train: str | None = Field(
-        None, description="File (csv, tsv, jsonl, parquet, json, txt), or split, to train on."
+        default=None,
+        description="File (csv, tsv, jsonl, parquet, json, txt), or split, to train on.",
     )
-    dev: str | None = Field(None, description="File, or split, to evaluate on.")
+    dev: str | None = Field(default=None, description="File, or split, to evaluate on.")
     test: str | None = Field(
-        None, description="File, or split, without labels, to write predictions for."
+        default=None, description="File, or split, without labels, to write predictions for."
     )
-    subset: str | None = Field(None, description="The Hub data set's configuration name.")
-    text: str | None = Field(None, description="Column of the (first) text; for QA, the question.")
+    subset: str | None = Field(default=None, description="The Hub data set's configuration name.")
+    text: str | None = Field(
+        default=None, description="Column of the (first) text; for QA, the question."
+    )
     text_pair: str | None = Field(
-        None, description="Column of the second text; for QA, the context."
+        default=None, description="Column of the second text; for QA, the context."
     )
-    label: str | None = Field(None, description="Column of the label; for QA, the answers.")
+    label: str | None = Field(default=None, description="Column of the label; for QA, the answers.")
     labels: tuple[str, ...] | None = Field(
-        None, description="Label names in id order; nothing: those found, sorted."
+        default=None, description="Label names in id order; nothing: those found, sorted."
     )
     separator: str = Field(
-        ",", description="What separates several labels in one cell of a multi-label file."
+        default=",", description="What separates several labels in one cell of a multi-label file."
     )
     metric: str | None = Field(
-        None, description="The metric that ranks models; nothing: the task's own."
+        default=None, description="The metric that ranks models; nothing: the task's own."
     )
-    max_length: PositiveInt = Field(128, description="Tokens a row at most.")
+    max_length: PositiveInt = Field(default=128, description="Tokens a row at most.")
     stride: NonNegativeInt = Field(
-        64, description="QA: tokens by which the windows over a long context overlap."
+        default=64, description="QA: tokens by which the windows over a long context overlap."
     )
-    max_answer: PositiveInt = Field(30, description="QA: tokens an answer at most.")
+    max_answer: PositiveInt = Field(default=30, description="QA: tokens an answer at most.")
     n_best: PositiveInt = Field(
-        20, description="QA: start and end candidates weighed for each window."
+        default=20, description="QA: start and end candidates weighed for each window."
     )
-    mask: Share = Field(0.15, description="MLM: share of tokens masked.")
+    mask: Share = Field(default=0.15, description="MLM: share of tokens masked.")
     limit: PositiveInt | None = Field(
-        None, description="Use only so many training rows, drawn with a fixed seed."
+        default=None, description="Use only so many training rows, drawn with a fixed seed."
     )
     cache: str | None = Field(
-        None,
+        default=None,
         description="Folder of the tokenised data; nothing: $RAYBERT_CACHE or ~/.cache/raybert.",
     )
 
@@ -152,71 +155,83 @@ class TrainConfig(Section):
     """How each phase is trained. Batch sizes are global: summed over workers and accumulation."""
 
     epochs: NonNegativeFloat = Field(
-        3.0, description="Passes over the training rows, in each phase."
+        default=3.0, description="Passes over the training rows, in each phase."
     )
     max_steps: PositiveInt | None = Field(
-        None, description="Optimiser steps at most, in each phase."
+        default=None, description="Optimiser steps at most, in each phase."
     )
-    batch_size: PositiveInt = Field(32, description="Rows an optimiser step, over all workers.")
+    batch_size: PositiveInt = Field(
+        default=32, description="Rows an optimiser step, over all workers."
+    )
     accumulation: PositiveInt = Field(
-        1, description="Forward passes that one optimiser step is split into."
+        default=1, description="Forward passes that one optimiser step is split into."
     )
-    lr: PositiveFloat = Field(2e-5, description="Peak learning rate.")
+    lr: PositiveFloat = Field(default=2e-5, description="Peak learning rate.")
     rates: dict[str, float] = Field(
         default_factory=dict,
         description="Learning rates by parameter name pattern; the first match wins, 0 keeps a "
         "parameter as it is.",
     )
-    weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's, off biases and norms.")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.01, description="AdamW's, off biases and norms."
+    )
     warmup: Share = Field(
-        0.1, description="Share of a phase's steps in which the rate rises from 0."
+        default=0.1, description="Share of a phase's steps in which the rate rises from 0."
     )
     schedule: Literal["linear", "constant"] = Field(
-        "linear", description="What the rate does after the warm-up."
+        default="linear", description="What the rate does after the warm-up."
     )
-    clip: NonNegativeFloat = Field(1.0, description="Largest gradient norm; 0 does not clip.")
+    clip: NonNegativeFloat = Field(
+        default=1.0, description="Largest gradient norm; 0 does not clip."
+    )
     dropout: Share | None = Field(
-        None, description="Dropout while training; nothing: the model's own."
+        default=None, description="Dropout while training; nothing: the model's own."
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 where the device computes it natively, else fp32."
+        default="auto", description="auto: bf16 where the device computes it natively, else fp32."
     )
-    zero: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
+    zero: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage.")
     eval_every: PositiveInt | Literal["epoch"] = Field(
-        "epoch", description="Steps between evaluations, or epoch."
+        default="epoch", description="Steps between evaluations, or epoch."
     )
     save_every: PositiveInt | Literal["epoch"] = Field(
-        "epoch", description="Steps between checkpoints, or epoch."
+        default="epoch", description="Steps between checkpoints, or epoch."
     )
     eval_batch_size: PositiveInt = Field(
-        64, description="Rows an evaluation forward pass, on each worker."
+        default=64, description="Rows an evaluation forward pass, on each worker."
     )
-    keep: Literal["best", "last"] = Field("best", description="Which weights a phase ends with.")
+    keep: Literal["best", "last"] = Field(
+        default="best", description="Which weights a phase ends with."
+    )
     seed: NonNegativeInt = Field(
-        42, description="Of the data order, dropout, new weights and the methods' draws."
+        default=42, description="Of the data order, dropout, new weights and the methods' draws."
     )
 
 
 class KDConfig(Section):
     """What the student learns from its teacher beside the labels; all zero is no distillation."""
 
-    alpha: Share = Field(0.0, description="Share of the loss that comes from the teacher's logits.")
-    temperature: PositiveFloat = Field(5.0, description="Of the logits.")
+    alpha: Share = Field(
+        default=0.0, description="Share of the loss that comes from the teacher's logits."
+    )
+    temperature: PositiveFloat = Field(default=5.0, description="Of the logits.")
     form: Literal["kl", "soft_ce"] = Field(
-        "kl", description="kl: T^2 KL, batch mean; soft_ce: cross-entropy, no T^2."
+        default="kl", description="kl: T^2 KL, batch mean; soft_ce: cross-entropy, no T^2."
     )
     cls: NonNegativeFloat = Field(
-        0.0, description="Weight of the [CLS] vectors of matched layers (patient KD)."
+        default=0.0, description="Weight of the [CLS] vectors of matched layers (patient KD)."
     )
-    normalize: bool = Field(True, description="Compare [CLS] vectors at unit length, as PKD does.")
+    normalize: bool = Field(
+        default=True, description="Compare [CLS] vectors at unit length, as PKD does."
+    )
     hidden: NonNegativeFloat = Field(
-        0.0, description="Weight of the hidden states of matched layers."
+        default=0.0, description="Weight of the hidden states of matched layers."
     )
     attention: NonNegativeFloat = Field(
-        0.0, description="Weight of the attention of matched layers."
+        default=0.0, description="Weight of the attention of matched layers."
     )
     layer_map: tuple[PositiveInt, ...] | None = Field(
-        None,
+        default=None,
         description="For each student layer the teacher layer (from 1) it is matched with; "
         "nothing: evenly spaced.",
     )
@@ -231,11 +246,13 @@ class ResourcesConfig(Section):
     """What each worker gets."""
 
     cpus: PositiveInt | None = Field(
-        None, description="CPU cores a worker; nothing: the machine's, shared out."
+        default=None, description="CPU cores a worker; nothing: the machine's, shared out."
     )
-    gpu: bool | None = Field(None, description="One GPU a worker; nothing: when there are enough.")
+    gpu: bool | None = Field(
+        default=None, description="One GPU a worker; nothing: when there are enough."
+    )
     max_failures: NonNegativeInt = Field(
-        3, description="How often dead workers are replaced before giving up."
+        default=3, description="How often dead workers are replaced before giving up."
     )
 
 
@@ -243,36 +260,43 @@ class MeasureConfig(Section):
     """What the finished model is timed at, beside its teacher."""
 
     batches: tuple[PositiveInt, ...] = Field(
-        (1, 8), description="Batch sizes; none: latency is not measured."
+        default=(1, 8), description="Batch sizes; none: latency is not measured."
     )
-    length: PositiveInt = Field(128, description="Tokens a row; FLOPs are stated at it too.")
-    seconds: PositiveFloat = Field(2.0, description="Timed seconds for each batch size and model.")
+    length: PositiveInt = Field(
+        default=128, description="Tokens a row; FLOPs are stated at it too."
+    )
+    seconds: PositiveFloat = Field(
+        default=2.0, description="Timed seconds for each batch size and model."
+    )
 
 
 class Recipe(Section):
     """One run. ``method`` empty: fine-tune ``model``; otherwise compress ``teacher``."""
 
-    model: str | None = Field(None, description="Hub name or folder of the encoder to start from.")
-    task: str = Field("demo", description="A task's name; see `raybert tasks`.")
+    model: str | None = Field(
+        default=None, description="Hub name or folder of the encoder to start from."
+    )
+    task: str = Field(default="demo", description="A task's name; see `raybert tasks`.")
     data: DataConfig = DataConfig()
     teacher: str | None = Field(
-        None, description="Run or model folder; nothing: fine-tuned first from `model`."
+        default=None, description="Run or model folder; nothing: fine-tuned first from `model`."
     )
     method: tuple[SerializeAsAny[MethodConfig], ...] = Field(
-        (), description="The chain of compression methods."
+        default=(), description="The chain of compression methods."
     )
     finetune: TrainConfig = Field(
-        TrainConfig(), description="How the teacher is fine-tuned when `teacher` is not given."
+        default=TrainConfig(),
+        description="How the teacher is fine-tuned when `teacher` is not given.",
     )
     train: TrainConfig = TrainConfig()
     kd: KDConfig = KDConfig()
     measure: MeasureConfig = MeasureConfig()
-    workers: PositiveInt = Field(1, description="Processes that train side by side.")
+    workers: PositiveInt = Field(default=1, description="Processes that train side by side.")
     resources: ResourcesConfig = ResourcesConfig()
     name: str | None = Field(
-        None, description="The run's name; nothing: from the task and the methods."
+        default=None, description="The run's name; nothing: from the task and the methods."
     )
-    out: str | None = Field(None, description="The run folder; nothing: runs/<name>.")
+    out: str | None = Field(default=None, description="The run folder; nothing: runs/<name>.")
 
     @field_validator("data", mode="before")
     @classmethod
@@ -408,7 +432,7 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
             hint = nearest(where, same_section) or _elsewhere(str(item["loc"][-1]), model)
             sentences.append(f"unknown key `{where}`{hint}; known here: {', '.join(same_section)}")
         elif item["type"] == "value_error":
-            message = str(item["ctx"]["error"])
+            message = str(item.get("ctx", {})["error"])
             sentences.append(message if not where or where == "method" else f"`{where}` {message}")
         else:
             sentences.append(f"`{where}`: {item['msg'].lower()}, found {item['input']!r}")
@@ -510,12 +534,14 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
     """Set a dotted key. ``method.theseus.layers=3`` reaches into the chain, adding the method
     when absent."""
     if keys[0] == "method" and len(keys) == 3:
-        chain = [
+        chain: list[dict[str, Any]] = [
             dict(e) if isinstance(e, dict) else {"name": e} for e in _as_list(data.get("method"))
         ]
-        entry = next((e for e in chain if e.get("name") == keys[1] or keys[1] in e), None)
+        entry: dict[str, Any] | None = next(
+            (e for e in chain if e.get("name") == keys[1] or keys[1] in e), None
+        )
         if entry is None:
-            entry = {"name": keys[1]}
+            entry = dict[str, Any](name=keys[1])
             chain.append(entry)
         if "name" in entry:
             entry[keys[2]] = value

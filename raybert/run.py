@@ -20,7 +20,7 @@ from raybert.config import Recipe, UserError, dump_recipe
 from raybert.plan import Plan, check_command, check_folder, make_plan, own_cores, resolve_paths
 
 if TYPE_CHECKING:
-    from raybert.train import Job
+    from raybert.job import Job
 
 logger = logging.getLogger("raybert")
 
@@ -107,7 +107,7 @@ def _write_recipe(recipe: Recipe) -> None:
 
 def _fit(plan: Plan, teacher: str | None) -> None:
     """Train all phases: one `fit()`, or the loop itself where there is nothing to distribute."""
-    from raybert.train import Job
+    from raybert.job import Job
 
     recipe = plan.recipe
     start = teacher if plan.teacher is not None and teacher else plan.start

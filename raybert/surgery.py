@@ -51,23 +51,23 @@ def set_encoder_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     _layer_holder(model).layer = nn.ModuleList(layers)
 
 
-def set_depth(model: nn.Module) -> None:
+def set_depth(model: Any) -> None:
     """Make the config, and what the layers know of their place, agree with the layers there are."""
     layers = encoder_layers(model)
     model.config.num_hidden_layers = len(layers)  # DistilBERT maps this name to its own
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if "layer_idx" in vars(module):
-                module.layer_idx = index
+                vars(module)["layer_idx"] = index
 
 
-def self_attention(layer: nn.Module) -> nn.Module:
+def self_attention(layer: Any) -> nn.Module:
     """The module of a layer whose output is (context [B, T, H], attention [B, A, T, T] or None)."""
     attention = layer.get_submodule("attention")
     return attention if "sa_layer_norm" in dict(layer.named_children()) else attention.self
 
 
-def attention_block(layer: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any):
+def attention_block(layer: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any):
     """The first half of a layer: attention, residual and norm. [B, T, H] -> [B, T, H]."""
     if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
         context, _ = layer.attention(hidden, *args, **kwargs)
@@ -75,7 +75,7 @@ def attention_block(layer: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs
     return layer.attention(hidden, *args, **kwargs)[0]
 
 
-def ffn_block(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def ffn_block(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     """The second half of a layer: feed-forward, residual and norm. [B, T, H] -> [B, T, H]."""
     if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
         return layer.output_layer_norm(layer.ffn(hidden) + hidden)

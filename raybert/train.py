@@ -15,9 +15,9 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from raybert.checkpoint import (
     save,
     save_weights,
 )
-from raybert.config import MethodConfig, Recipe, UserError
+from raybert.config import UserError
 from raybert.data import (
     TaskData,
     load_prepared,
@@ -52,6 +52,7 @@ from raybert.engine import (
     set_rate,
 )
 from raybert.evaluate import evaluate
+from raybert.job import Hooks, Job, PhaseOf, phase_steps, phases_of
 from raybert.metrics import floor
 from raybert.metrics_log import MetricsLog
 from raybert.models import load_for_task, load_tokenizer, mark_compressed, write_probe
@@ -69,71 +70,6 @@ FINAL = "final"
 
 LOG_EVERY = 10
 """Steps between log lines; losses are read back from the device, and checked, only then."""
-
-
-class Hooks(Protocol):
-    """What the loop tells the outside while it runs."""
-
-    def report(self, metrics: dict[str, Any]) -> None:
-        """New dev metrics; called on every worker."""
-        ...
-
-    def progress(self, total: int, label: str) -> Any:
-        """A progress bar with ``update(n)``, ``set_postfix_str(text)`` and ``close()``."""
-        ...
-
-    def note(self, text: str) -> None:
-        """A warning for the user; called on the first worker."""
-        ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a worker needs to know.
-
-    Attributes:
-        recipe: the resolved recipe.
-        data: folder of the prepared data.
-        start: hub name or folder that the student starts from.
-        teacher: folder of the fine-tuned teacher; ``None`` when a teacher is being fine-tuned.
-        keep_head: whether a head that does not fit the task is an error.
-    """
-
-    recipe: Recipe
-    data: Path
-    start: str
-    teacher: str | None
-    keep_head: bool
-
-
-@dataclass(frozen=True)
-class PhaseOf:
-    """A phase, the method it belongs to, and whether it is that method's last."""
-
-    phase: Phase
-    method: MethodConfig | None
-    last: bool
-
-
-def phases_of(recipe: Recipe, model_config: Any) -> list[PhaseOf]:
-    """The recipe's phases in order; without methods, one plain phase."""
-    if not recipe.method:
-        return [PhaseOf(Phase(), None, True)]
-    chain = []
-    for method in resolve_chain(recipe, model_config):
-        phases = method.phases()
-        chain += [PhaseOf(p, method, p is phases[-1]) for p in phases]
-    return chain
-
-
-def resolve_chain(recipe: Recipe, model_config: Any) -> list[MethodConfig]:
-    """Every method resolved against the model that the one before it leaves."""
-    resolved = []
-    for method in recipe.method:
-        method = method.resolve(model_config)
-        model_config = method.student_config(model_config)
-        resolved.append(method)
-    return resolved
 
 
 def run(job: Job, world: World, hooks: Hooks, threads: int | None = None) -> dict[str, Any]:
@@ -238,8 +174,9 @@ class Trainer:
         return self._teacher_model()
 
     def _teacher_model(self) -> Any:
+        teacher: Any
         teacher, _ = load_for_task(
-            self.job.teacher,
+            self.job.teacher or "",
             self.data.task,
             seed=0,
             attention=self._attention(),
@@ -251,7 +188,7 @@ class Trainer:
         self, index: int, entry: PhaseOf, model: Any, teacher: Any, checkpoint: Path | None
     ) -> Any:
         phase, train = entry.phase, self.recipe.train
-        total = self.steps(phase)
+        total = phase_steps(self.recipe, phase, len(self.lengths))
         if total == 0:
             phase.prepare(model)
             self._finish_phase(entry, model)
@@ -305,12 +242,6 @@ class Trainer:
             {"name": entry.phase.name, "steps": self.position.step, "seconds": round(spent, 3)}
         )
         return model
-
-    def steps(self, phase: Phase) -> int:
-        """Optimiser steps of a phase."""
-        train = self.recipe.train
-        epochs = train.epochs if phase.epochs is None else phase.epochs
-        return min(round(self._steps_per_epoch() * epochs), train.max_steps or 10**12)
 
     def _groups(self, phase: Phase, model: nn.Module) -> list[dict[str, Any]]:
         """Optimiser groups by learning rate and weight decay; rate 0 takes a parameter out."""

@@ -21,7 +21,7 @@ LAYERS = [
     {"features", "sources", "groups", "methods"},
     {"qa", "batches", "tables"},
     {"data", "models", "bench", "plots", "card"},
-    {"metrics", "checkpoint", "engine", "views"},
+    {"metrics", "checkpoint", "engine", "views", "job"},
     {"evaluate", "report", "step"},
     {"train"},
     {"plan"},

@@ -187,7 +187,7 @@ def test_zero_3_fine_tunes(toy, tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(toy, tmp_path):
     recipe = toy(tmp_path / "run", train={"lr": 1e30, "clip": 0.0, "warmup": 0.9, "save_every": 1})
-    with pytest.raises(UserError, match=r"the loss became (nan|inf).* at step \d+") as error:
+    with pytest.raises(UserError, match=r"stopped being a number at step \d+") as error:
         finetune(recipe, **QUIET)
     assert "last good checkpoint is kept" in str(error.value)
     kept, passed_over = find_last_good(tmp_path / "run" / "checkpoints")

@@ -37,41 +37,45 @@ class Theseus(MethodConfig):
 
     name: Literal["theseus"] = "theseus"
     layers: PositiveInt | None = Field(
-        None, description="Successor layers S; nothing: half the predecessor's."
+        default=None, description="Successor layers S; nothing: half the predecessor's."
     )
     groups: tuple[PositiveInt, ...] | None = Field(
-        None,
+        default=None,
         description="Predecessor layers that each successor stands for; nothing: equal groups.",
     )
     modules: Literal["layer", "sublayer"] = Field(
-        "layer", description="sublayer: attention and feed-forward are drawn apart."
+        default="layer", description="sublayer: attention and feed-forward are drawn apart."
     )
     initialise: Literal["first", "spaced"] = Field(
-        "first",
+        default="first",
         description="Successors start from the predecessor's first S layers (the paper), or from "
         "the last layer of each group.",
     )
     schedule: Literal["linear", "constant"] = Field(
-        "linear", description="How p rises: min(1, k * step + b), or constant and then 1 (3.3)."
+        default="linear",
+        description="How p rises: min(1, k * step + b), or constant and then 1 (3.3).",
     )
-    replacing_rate: Share = Field(0.3, description="p at first: b of the linear schedule.")
+    replacing_rate: Share = Field(default=0.3, description="p at first: b of the linear schedule.")
     k: PositiveFloat | None = Field(
-        None, description="Rise of p a step; nothing: p is 1 after `replacing_share` of the steps."
+        default=None,
+        description="Rise of p a step; nothing: p is 1 after `replacing_share` of the steps.",
     )
     steps_for_replacing: PositiveInt | None = Field(
-        None, description="Constant schedule: steps until p is 1; nothing: by `replacing_share`."
+        default=None,
+        description="Constant schedule: steps until p is 1; nothing: by `replacing_share`.",
     )
     replacing_share: Share = Field(
-        0.5, description="Share of the steps after which p is 1, where steps are not given."
+        default=0.5, description="Share of the steps after which p is 1, where steps are not given."
     )
     finetune_epochs: NonNegativeFloat = Field(
-        0.0, description="Epochs of a further fine-tuning of the successor, with a fresh optimiser."
+        default=0.0,
+        description="Epochs of a further fine-tuning of the successor, with a fresh optimiser.",
     )
     finetune_lr: PositiveFloat | None = Field(
-        None, description="Its peak learning rate; nothing: `train.lr`."
+        default=None, description="Its peak learning rate; nothing: `train.lr`."
     )
     finetune_all: bool = Field(
-        False, description="That fine-tuning trains embeddings, pooler and classifier too."
+        default=False, description="That fine-tuning trains embeddings, pooler and classifier too."
     )
 
     @model_validator(mode="after")

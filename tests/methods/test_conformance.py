@@ -238,7 +238,7 @@ def test_it_is_saved_and_loaded_bit_for_bit(made, tmp_path, case, family, kind):
 def fit(recipe: Any) -> dict[str, Tensor]:
     """Train a recipe's phases without measuring; the finished weights."""
     plan = make_plan(resolve_paths(recipe))
-    _fit(plan, plan.teacher)
+    _fit(plan, plan.recipe.teacher)
     return load_file(plan.recipe.folder / "checkpoints" / "final" / "model.safetensors")
 
 
