@@ -549,9 +549,9 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
             entry[keys[1]] = {**(entry[keys[1]] or {}), keys[2]: value}
         data["method"] = chain
         return
-    section = data
+    section: dict[str, Any] = data
     for key in keys[:-1]:
-        inner = section.get(key)
+        inner: Any = section.get(key)
         if isinstance(inner, str) and key == "data":
             inner = {"source": inner}
         section[key] = inner = dict(inner) if isinstance(inner, dict) else {}
