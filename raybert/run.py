@@ -235,7 +235,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     from raybert.engine import init_distributed
     from raybert.train import run
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    # Every report of every worker would be printed between the progress bars.
+    logging.disable(logging.INFO)
     warnings.simplefilter("ignore", FutureWarning)
     context, device = get_context(), get_device()
     rank, size = context.get_world_rank(), context.get_world_size()

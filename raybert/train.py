@@ -250,9 +250,10 @@ class Trainer:
         names = [name for name, _ in model.named_parameters()]
         for pattern in self.recipe.train.rates:
             if not fnmatch.filter(names, pattern):
-                raise UserError(
+                # Not an error: a name of one phase need not be one of the next.
+                self._note(
                     f"train.rates names {pattern!r}, which no parameter of phase {phase.name} is "
-                    f"called; they are called like {names[len(names) // 2]!r}."
+                    f"called; they are called like {names[len(names) // 2]!r}"
                 )
         norms = {
             f"{name}.{key}" if name else key
@@ -455,6 +456,8 @@ class Trainer:
         self.log.write({**place, "step": position.step, "total": total, **values}, position.steps)
 
     def _note(self, text: str) -> None:
+        if text in self.position.notes:  # said before an interruption
+            return
         self.position.notes.append(text)
         if self.world.rank == 0:
             self.hooks.note(text)
