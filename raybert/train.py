@@ -87,6 +87,7 @@ def run(job: Job, world: World, hooks: Hooks, threads: int | None = None) -> dic
         crash that a restart could cure.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
     trainer = None
@@ -96,6 +97,7 @@ def run(job: Job, world: World, hooks: Hooks, threads: int | None = None) -> dic
     except UserError as error:
         return {"error": str(error)}
     finally:
+        torch.set_num_threads(before)  # this may be the user's own process
         if trainer is not None:
             trainer.log.close()
     return {}
