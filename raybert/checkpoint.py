@@ -232,8 +232,7 @@ def _storage_error(target: Path, folder: Path, problem: Exception | None) -> Use
     )
     return UserError(
         f"checkpoint {target.name} could not be written to {folder}: {why}. {left}; make room, "
-        f"or mend "
-        "the storage, and start the same command again: it continues there."
+        "or mend the storage, and start the same command again: it continues there."
     )
 
 
@@ -293,8 +292,7 @@ def restore(path: Path, engine: Any, world: World, stage: int) -> Position:
         raise UserError(
             f"{path} was written by {workers} workers at ZeRO stage {saved_stage}; this run has "
             f"{world.size} at stage {stage}. Continue with workers={workers} "
-            f"train.zero={saved_stage}, "
-            "or start another run folder."
+            f"train.zero={saved_stage}, or start another run folder."
         )
     if stage:
         loaded, _ = engine.load_checkpoint(str(path), tag="zero")

@@ -30,7 +30,8 @@ def predict(
     Returns:
         On every worker, for all rows: their index [N], and arrays [N, ...] of what the task keeps.
     """
-    batcher, lengths = data.batcher(split), data.lengths(split)
+    batcher = data.batcher(split)
+    lengths = batcher.lengths
     own = eval_batches(lengths, batch_size, world.size, world.rank)
     rounds = max(
         len(eval_batches(lengths, batch_size, world.size, rank)) for rank in range(world.size)
