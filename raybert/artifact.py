@@ -79,6 +79,7 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
         speedup=measured["speedup"],
         simulated=any(method.simulated for method in recipe.method),
         notes=result["notes"],
+        facts=position["facts"],
     )
     plain = not any(method.leaves_trace for method in recipe.method)
     try:

@@ -102,6 +102,8 @@ class Position:
         steps: optimiser steps so far, all phases.
         finished: name, steps and seconds of each phase that has ended.
         notes: what the report should tell of the run.
+        settled: methods as they were settled against weights, by place in the chain.
+        facts: what phases told of their start: phase -> title -> name -> number.
     """
 
     phase: int = 0
@@ -114,6 +116,8 @@ class Position:
     steps: int = 0
     finished: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    settled: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
 def save(

@@ -58,6 +58,14 @@ class MethodConfig(Section):
     """Whether what comes out only computes like the compressed model, at the full model's cost."""
 
     name: str
+    epochs: NonNegativeFloat | None = Field(
+        default=None,
+        description="Epochs of each of the method's phases; nothing: `train.epochs`; 0: it is "
+        "applied without training.",
+    )
+    lr: PositiveFloat | None = Field(
+        default=None, description="Their peak learning rate; nothing: `train.lr`."
+    )
 
     def resolve(self, model_config: Any) -> MethodConfig:
         """Settle every ``None``, ratio or share against the model's Hugging Face config; refuse
@@ -73,6 +81,18 @@ class MethodConfig(Section):
             UserError: the method cannot be applied to this model.
         """
         raise NotImplementedError
+
+    def settle(self, model: Any, batches: list[dict[str, Any]]) -> MethodConfig:
+        """Settle what depends on weights, once, before the first phase; see `Phase.initialise`.
+
+        Args:
+            model: the model that the method starts from, in evaluation mode.
+            batches: the calibration rows of the method's first phase.
+
+        Returns:
+            The method as it goes on, and as it is saved with the model.
+        """
+        return self
 
     def phases(self) -> list[Any]:
         """The phases that carry the method out, in order (``raybert.phase.Phase``)."""

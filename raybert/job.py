@@ -10,6 +10,9 @@ from raybert.config import MethodConfig, Recipe
 from raybert.data import steps_per_epoch
 from raybert.phase import Phase
 
+Settled = dict[str, dict[str, Any]]
+"""Methods settled against weights, by place in the chain; strings, as JSON wants its keys."""
+
 
 class Hooks(Protocol):
     """What the loop tells the outside while it runs."""
@@ -48,28 +51,48 @@ class Job:
 
 @dataclass(frozen=True)
 class PhaseOf:
-    """A phase, the method it belongs to, and whether it is that method's last."""
+    """A phase, the method it belongs to, that one's place in the chain, and whether it is that
+    method's first or last."""
 
     phase: Phase
-    method: MethodConfig | None
-    last: bool
+    method: MethodConfig | None = None
+    place: int = 0
+    first: bool = True
+    last: bool = True
 
 
-def phases_of(recipe: Recipe, model_config: Any) -> list[PhaseOf]:
-    """The recipe's phases in order; without methods, one plain phase."""
+def phases_of(recipe: Recipe, model_config: Any, settled: Settled | None = None) -> list[PhaseOf]:
+    """The recipe's phases in order; without methods, one plain phase.
+
+    Args:
+        recipe: the recipe.
+        model_config: the Hugging Face config of the model to start from.
+        settled: see `resolve_chain`.
+    """
     if not recipe.method:
-        return [PhaseOf(Phase(), None, True)]
+        return [PhaseOf(Phase())]
     chain = []
-    for method in resolve_chain(recipe, model_config):
+    for place, method in enumerate(resolve_chain(recipe, model_config, settled)):
         phases = method.phases()
-        chain += [PhaseOf(p, method, p is phases[-1]) for p in phases]
+        chain += [PhaseOf(p, method, place, p is phases[0], p is phases[-1]) for p in phases]
     return chain
 
 
-def resolve_chain(recipe: Recipe, model_config: Any) -> list[MethodConfig]:
-    """Every method resolved against the model that the one before it leaves."""
+def resolve_chain(
+    recipe: Recipe, model_config: Any, settled: Settled | None = None
+) -> list[MethodConfig]:
+    """Every method resolved against the model that the one before it leaves.
+
+    Args:
+        recipe: the recipe.
+        model_config: the Hugging Face config of the model to start from.
+        settled: methods whose `settle` has been called, by place in the chain: they are as they
+            were then.
+    """
     resolved = []
-    for method in recipe.method:
+    for place, method in enumerate(recipe.method):
+        if settled and str(place) in settled:
+            method = type(method).model_validate(settled[str(place)])
         method = method.resolve(model_config)
         model_config = method.student_config(model_config)
         resolved.append(method)

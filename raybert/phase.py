@@ -52,6 +52,7 @@ class Phase:
         rates: learning rates by parameter name pattern; the first match wins, 0 keeps a parameter
             out of the optimiser, ``None`` is the phase's own rate. ``train.rates`` is asked first.
         layer_map: teacher layer (from 1) of each student layer; ``None`` is evenly spaced.
+        calibration: training rows that `initialise` wants to see.
     """
 
     name = "finetune"
@@ -59,6 +60,24 @@ class Phase:
     lr: float | None = None
     rates: dict[str, float | None] = {}  # noqa: RUF012 (never written to)
     layer_map: tuple[int, ...] | None = None
+    calibration: int = 0
+
+    def initialise(
+        self, model: nn.Module, batches: list[dict[str, Tensor]]
+    ) -> dict[str, dict[str, float]]:
+        """Before `prepare`, only where the phase begins: what depends on weights or rows.
+
+        A phase that is replayed, or continued from a checkpoint, gets its weights from there, and
+        this is not called.
+
+        Args:
+            model: as the phase before left it, in evaluation mode.
+            batches: `calibration` training rows, on the model's device; the same on every worker.
+
+        Returns:
+            What the report should tell: title -> name -> number.
+        """
+        return {}
 
     def prepare(self, model: nn.Module) -> None:
         """Surgery and initialisation, before the engine exists. Structure from shapes alone."""

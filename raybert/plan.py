@@ -208,7 +208,8 @@ def make_plan(recipe: Recipe) -> Plan:
         (entry.phase.name, phase_steps(recipe, entry.phase, rows))
         for entry in phases_of(recipe, config)
     ]
-    if not sum(steps for _, steps in phases):
+    untrained = [method.name for method in chain if method.epochs == 0]
+    if not sum(steps for _, steps in phases) and not untrained:
         raise UserError(
             "train.epochs 0 leaves no step to train; give train.epochs or train.max_steps."
         )

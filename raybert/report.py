@@ -199,6 +199,12 @@ def _markdown(runs: Sequence[Run], title: str) -> str:
         shown = [f"- {safe(key)}: {safe(plain(value))}" for key, value in machine.items()]
         parts.append(f"{safe(', '.join(names))}:\n\n" + "\n".join(shown))
     for run in runs:
+        for phase, tables_ in run.report.facts.items():
+            for title, values in tables_.items():
+                parts.append(f"## {safe(title.capitalize())} of {safe(run.report.name)}, {phase}")
+                rows = [[safe(name), f"{value:.4g}"] for name, value in values.items()]
+                parts.append(tables.markdown_table(["Where", title.capitalize()], rows))
+    for run in runs:
         parts.append(f"## Recipe of {safe(run.report.name)}")
         # Indented rather than fenced: nothing in a recipe can end it.
         parts.append("\n".join(f"    {line}" for line in run.recipe.splitlines()))

@@ -123,6 +123,7 @@ class RunReport(Part):
     speedup: list[SpeedupRow]
     simulated: bool
     notes: list[str]
+    facts: dict[str, dict[str, dict[str, float]]] = {}
     training: Training
     hardware: dict[str, Any]
 
@@ -163,6 +164,7 @@ def build(
     speedup: Sequence[Mapping[str, Any]] = (),
     simulated: bool = False,
     notes: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
 ) -> RunReport:
     """Assemble and validate a run's report, working out scores, ratio and retained share.
 
@@ -176,6 +178,7 @@ def build(
             ``teacher``.
         simulated: the compression saves nothing yet in this form; labelled so wherever the run is
             shown.
+        facts: what phases told of their start: phase -> title -> name -> number.
 
     Raises:
         UserError: the main metric is missing, or a value has not the type that ``RunReport`` says.
@@ -213,6 +216,7 @@ def build(
         "speedup": [dict(row) for row in speedup],
         "simulated": simulated,
         "notes": list(notes),
+        "facts": dict(facts or {}),
         "training": dict(training),
         "hardware": dict(hardware),
     }

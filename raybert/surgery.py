@@ -5,7 +5,7 @@ Methods reach into a model through these functions alone, so a new model family 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +22,56 @@ def family(config: Any) -> str:
     """The family of a Hugging Face config, compressed or not (``bert``, ``roberta``,
     ``distilbert``)."""
     return config.model_type.removeprefix(COMPRESSED_PREFIX)
+
+
+def compressed_by(config: Any) -> list[dict[str, Any]]:
+    """The methods that changed the structure of a config's model, as they were saved, in order."""
+    return list(vars(config).get("compression") or [])
+
+
+def swap(
+    model: nn.Module,
+    select: Callable[[str, nn.Module], bool],
+    make: Callable[[str, nn.Module], nn.Module],
+) -> int:
+    """Put another module in the place of every one that is selected.
+
+    Hooks on the old module are carried over, since transformers installs its own but once a model.
+    What stands below a module that was exchanged is left to ``make``. A module that stands in
+    several places is exchanged for one.
+
+    Args:
+        model: where to look.
+        select: whether the module of this name is exchanged.
+        make: the new module, made of the old one and its name; it adopts children and parameters.
+
+    Returns:
+        How many were exchanged.
+
+    Raises:
+        ValueError: none was selected.
+    """
+    made: dict[int, nn.Module] = {}
+
+    def visit(parent: nn.Module, path: str) -> None:
+        for key, child in list(parent.named_children()):
+            name = f"{path}.{key}" if path else key
+            if id(child) in made:
+                setattr(parent, key, made[id(child)])
+            elif select(name, child):
+                made[id(child)] = new = make(name, child)
+                new._forward_hooks = child._forward_hooks
+                new._forward_hooks_with_kwargs = child._forward_hooks_with_kwargs
+                new._forward_hooks_always_called = child._forward_hooks_always_called
+                new.train(child.training)
+                setattr(parent, key, new)
+            else:
+                visit(child, name)
+
+    visit(model, "")
+    if not made:
+        raise ValueError("no module was selected to be exchanged")
+    return len(made)
 
 
 def backbone(model: nn.Module) -> nn.Module:

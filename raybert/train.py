@@ -7,7 +7,9 @@ Reads from top to bottom: `run` sets a worker up, `Trainer.run` goes through the
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
+import functools
 import itertools
 import json
 import logging
@@ -15,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,8 @@ class Trainer:
         model, phases = world.agreed(lambda: self._build(first))
         teacher = world.agreed(self._load_teacher)
         for index in range(first, len(phases)):
+            if checkpoint is None:
+                phases = world.agreed(functools.partial(self._begin, index, phases, model))
             model = self._run_phase(index, phases[index], model, teacher, checkpoint)
             checkpoint = None
         self._finish(model, teacher)
@@ -153,13 +157,51 @@ class Trainer:
             dropout=self.recipe.train.dropout,
             new_head=not self.job.keep_head,
         )
-        phases = phases_of(self.recipe, model.config)
+        self.start_config = copy.deepcopy(model.config)
+        phases = phases_of(self.recipe, self.start_config, self.position.settled)
         if new and upto == 0:
             logger.info("new weights, not in %s: %s", self.job.start, ", ".join(new))
         for entry in phases[:upto]:
             entry.phase.prepare(model)
             self._finish_phase(entry, model)
         return model, phases
+
+    def _begin(self, index: int, phases: list[PhaseOf], model: Any) -> list[PhaseOf]:
+        """Let a phase that begins, and its method, see weights and calibration rows.
+
+        Returns:
+            The run's phases, those of the method made anew if it was settled.
+        """
+        entry, position = phases[index], self.position
+        position.phase, position.step = index, 0
+        # Each phase draws its own random numbers, whatever came before it.
+        seed_everything(self.recipe.train.seed + 7919 * index, 0)
+        model.to(self.world.device).eval()
+        batches = self._calibration(entry.phase.calibration, index)
+        if entry.method is not None and entry.first:
+            settled = entry.method.settle(model, batches)
+            if settled != entry.method:
+                position.settled[str(entry.place)] = settled.model_dump(mode="json")
+                phases = phases_of(self.recipe, self.start_config, position.settled)
+        facts = phases[index].phase.initialise(model, batches)
+        if facts:
+            position.facts[phases[index].phase.name] = facts
+        return phases
+
+    def _calibration(self, rows: int, index: int) -> list[dict[str, torch.Tensor]]:
+        """Training rows drawn for a phase, batched by length; the same on every worker."""
+        if not rows:
+            return []
+        train = self.recipe.train
+        draw = np.random.default_rng([train.seed, index, rows])
+        chosen = draw.permutation(len(self.lengths))[:rows]
+        chosen = chosen[np.argsort(self.lengths[chosen], kind="stable")]
+        batcher = self.data.batcher("train", train.seed)
+        batches = [
+            batcher(chosen[at : at + train.eval_batch_size])
+            for at in range(0, len(chosen), train.eval_batch_size)
+        ]
+        return [{k: v.to(self.world.device) for k, v in batch.items()} for batch in batches]
 
     def _attention(self) -> str:
         # Only eager attention can be read, and only then is its slowness worth paying for.
@@ -194,6 +236,7 @@ class Trainer:
         if total == 0:
             phase.prepare(model)
             self._finish_phase(entry, model)
+            self.position.finished.append({"name": phase.name, "steps": 0, "seconds": 0.0})
             return model
         phase.prepare(model)
         # Each phase draws its own random numbers, whatever came before it.
@@ -207,15 +250,8 @@ class Trainer:
             self.world.on_first(lambda: bring_back_best(checkpoint, self._best()))
             logger.info("continuing %s at step %d", phase.name, self.position.step)
         else:
-            self.position = Position(
-                phase=index,
-                log_lines=self.log.lines,
-                seconds=self.position.seconds,
-                tokens=self.position.tokens,
-                steps=self.position.steps,
-                finished=self.position.finished,
-                notes=self.position.notes,
-            )
+            fresh = {"phase": index, "step": 0, "best": None, "best_step": 0}
+            self.position = replace(self.position, **fresh, log_lines=self.log.lines)
             if teacher is not None or self.recipe.method:
                 self._evaluate(engine, phase, total)
         self._train(engine, phase, total, teacher)

@@ -186,6 +186,7 @@ class Replace(Phase):
 
     def __init__(self, method: Theseus) -> None:
         self.method = method
+        self.epochs, self.lr = method.epochs, method.lr
         self.probability = method.replacing_rate
         groups = method.groups or ()
         self.layer_map = tuple(sum(groups[: i + 1]) for i in range(len(groups)))

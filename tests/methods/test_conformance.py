@@ -10,6 +10,7 @@ import fnmatch
 import json
 import math
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class Finished:
     """A finished model, and what was seen while its phases went by."""
 
     model: Any
-    method: MethodConfig
+    chain: list[MethodConfig]  # resolved and settled
     config: Any  # of the predecessor
     losses: list[float]
     without_gradient: list[str]
@@ -101,14 +102,27 @@ class Finished:
     """For each phase the largest change of a logit by `finish`."""
 
 
-def finished(case: dict[str, Any], family: str, kind: str) -> Finished:
-    """Take a toy model through a method's phases, a few steps each, as the loop does."""
+def finished(chain: list[dict[str, Any]], family: str, kind: str) -> Finished:
+    """Take a toy model through methods' phases, a few steps each, as the loop does."""
     model = predecessor(family, kind)
-    config = copy.deepcopy(model.config)
-    method = method_of(case).resolve(model.config)
-    result = Finished(model, method, config, [], [], [])
+    result = Finished(model, [], copy.deepcopy(model.config), [], [], [])
+    for case in chain:
+        method = method_of(case).resolve(model.config)
+        method = method.settle(model, [rows(kind)])
+        go_through(method, kind, result)
+        if method.leaves_trace:
+            mark_compressed(model, method)
+        result.chain.append(method)
+    return result
+
+
+def go_through(method: MethodConfig, kind: str, result: Finished) -> None:
+    """One method's phases."""
+    model = result.model
     distillation = Distillation(KDConfig.model_validate({}), kind, ())
     for phase in method.phases():
+        model.eval()
+        phase.initialise(model, [rows(kind)])
         phase.prepare(model)
         mine = trained(phase, model)
         assert mine, f"{phase.name} trains nothing"
@@ -136,9 +150,6 @@ def finished(case: dict[str, Any], family: str, kind: str) -> Finished:
         result.moved.append(
             max((a - b).abs().max().item() for a, b in zip(before, after, strict=True))
         )
-    if method.leaves_trace:
-        mark_compressed(model, method)
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +157,13 @@ def made():
     """Finished models, each made once."""
     kept: dict[tuple[str, str, str], Finished] = {}
 
-    def make(case: dict[str, Any], family: str, kind: str = "classification") -> Finished:
-        key = (json.dumps(case), family, kind)
+    def make(
+        chain: dict[str, Any] | list[dict[str, Any]], family: str, kind: str = "classification"
+    ) -> Finished:
+        chain = [chain] if isinstance(chain, dict) else chain
+        key = (json.dumps(chain), family, kind)
         if key not in kept:
-            kept[key] = finished(case, family, kind)
+            kept[key] = finished(chain, family, kind)
         return kept[key]
 
     return make
@@ -189,7 +203,7 @@ def test_losses_are_finite_and_all_that_is_trained_gets_a_gradient(made, case, f
 @every_family
 def test_finishing_does_not_change_what_the_model_says(made, case, family):
     done = made(case, family)
-    assert len(done.moved) == len(done.method.phases())
+    assert len(done.moved) == len(done.chain[0].phases())
     assert max(done.moved) < 1e-5
 
 
@@ -197,7 +211,7 @@ def test_finishing_does_not_change_what_the_model_says(made, case, family):
 @every_family
 def test_the_finished_model_has_the_config_that_was_announced(made, case, family):
     done = made(case, family)
-    told = done.method.student_config(done.config).to_dict()
+    told = done.chain[0].student_config(done.config).to_dict()
     found = done.model.config.to_dict()
     for key in set(told) - {"model_type", "architectures", "compression", "transformers_version"}:
         assert found[key] == told[key], key
@@ -209,7 +223,7 @@ def test_the_finished_model_has_the_config_that_was_announced(made, case, family
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_structure_is_replayed_from_the_config_alone(made, case, family, kind):
     done = made(case, family, kind)
-    empty = blank(done.config, kind, [done.method])
+    empty = blank(done.config, kind, done.chain)
     assert all(tensor.is_meta for tensor in empty.parameters())
     shapes = {k: (v.shape, v.dtype) for k, v in done.model.state_dict().items()}
     assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == shapes
@@ -226,10 +240,56 @@ def test_it_is_saved_and_loaded_bit_for_bit(made, tmp_path, case, family, kind):
     again = raybert.load(tmp_path)
     assert type(again) is type(done.model)
     compressed = again.config.model_type.startswith(COMPRESSED_PREFIX)
-    assert compressed == done.method.leaves_trace
+    assert compressed == done.chain[0].leaves_trace
     assert not any(t.is_meta for t in [*again.parameters(), *again.buffers()])
     for one, two in zip(outputs(again), outputs(done.model), strict=True):
         assert torch.equal(one, two)
+
+
+# -- chains ----------------------------------------------------------------------------------------
+
+LEGAL = {
+    ("theseus", "lobert"),
+    ("theseus", "q8bert"),
+    ("lobert", "theseus"),
+    ("lobert", "q8bert"),
+    ("theseus", "lobert", "q8bert"),
+    ("lobert", "theseus", "q8bert"),
+}
+"""Orders that methods can be chained in; every other is refused by name."""
+
+ORDERS = [order for n in range(2, len(METHODS) + 1) for order in permutations(METHODS, n)]
+
+
+def cases_of(order: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [{"name": name, **TOYS.get(name, [{}])[0]} for name in order]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=",".join)
+@every_family
+def test_a_legal_chain_ends_in_a_model_that_loads(made, tmp_path, order, family):
+    if order not in LEGAL:
+        with pytest.raises(UserError) as refused:
+            finished(cases_of(order), family, "classification")
+        assert sum(name in str(refused.value) for name in order) >= 2
+        return
+    done = made(cases_of(order), family)
+    assert max(done.moved) < 1e-5
+    assert all(math.isfinite(loss) for loss in done.losses)
+    empty = blank(done.config, "classification", done.chain)
+    shapes = {k: (v.shape, v.dtype) for k, v in done.model.state_dict().items()}
+    assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == shapes
+    done.model.save_pretrained(tmp_path)
+    for one, two in zip(outputs(raybert.load(tmp_path)), outputs(done.model), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_not_applied_twice(name):
+    if not METHODS[name].leaves_trace:
+        return  # what it leaves is a plain model, like any other
+    with pytest.raises(UserError, match=rf"{name}.*{name}"):
+        finished(cases_of((name, name)), "bert", "classification")
 
 
 # -- whole runs ------------------------------------------------------------------------------------
