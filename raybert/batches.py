@@ -6,7 +6,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import datasets
 import numpy as np
@@ -238,7 +238,7 @@ class Prefetch:
 
     def __init__(
         self,
-        batcher: Batcher,
+        batcher: Callable[..., dict[str, Tensor]],
         plan: Iterable[np.ndarray],
         *,
         epoch: int = 0,
@@ -253,7 +253,13 @@ class Prefetch:
         )
         self._thread.start()
 
-    def _build(self, batcher: Batcher, plan: Iterable[np.ndarray], epoch: int, pin: bool) -> None:
+    def _build(
+        self,
+        batcher: Callable[..., dict[str, Tensor]],
+        plan: Iterable[np.ndarray],
+        epoch: int,
+        pin: bool,
+    ) -> None:
         try:
             for positions in plan:
                 batch = batcher(positions, epoch=epoch)
@@ -296,7 +302,7 @@ class Prefetch:
 
 
 def prefetch(
-    batcher: Batcher,
+    batcher: Callable[..., dict[str, Tensor]],
     plan: Iterable[np.ndarray],
     *,
     epoch: int = 0,
@@ -307,6 +313,7 @@ def prefetch(
     of the consumer.
 
     Args:
+        batcher: builds the batch of some rows: a `Batcher`, or what adds to its batches.
         epoch: draws the masks of masked language modelling.
         pin: put the tensors into page-locked memory, for asynchronous copies to a GPU.
 

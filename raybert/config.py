@@ -94,6 +94,10 @@ class MethodConfig(Section):
         """
         return self
 
+    def remarks(self) -> list[str]:
+        """What the reports should note of the finished model."""
+        return []
+
     def phases(self) -> list[Any]:
         """The phases that carry the method out, in order (``raybert.phase.Phase``)."""
         raise NotImplementedError
@@ -255,6 +259,20 @@ class KDConfig(Section):
         description="For each student layer the teacher layer (from 1) it is matched with; "
         "nothing: evenly spaced.",
     )
+    predictions: str = Field(
+        default="auto",
+        description="live: the teacher runs beside the student; saved: its logits and [CLS] states "
+        "are computed once and kept in data.cache; FOLDER: those that `raybert predict-teacher "
+        "--out FOLDER` wrote; auto: saved where alpha and cls are all that is asked for and every "
+        "row is seen at least once, else live.",
+    )
+
+    @property
+    def predictions_folder(self) -> Path | None:
+        """The folder of saved predictions that is named, if one is."""
+        if self.predictions in ("auto", "live", "saved"):
+            return None
+        return Path(self.predictions).expanduser().absolute()
 
     @property
     def active(self) -> bool:
@@ -311,6 +329,9 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     kd: KDConfig = KDConfig()
     measure: MeasureConfig = MeasureConfig()
+    export: Literal["onnx"] | None = Field(
+        default=None, description="onnx: also write the finished model for plain ONNX Runtime."
+    )
     workers: PositiveInt = Field(default=1, description="Processes that train side by side.")
     resources: ResourcesConfig = ResourcesConfig()
     name: str | None = Field(

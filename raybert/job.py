@@ -40,6 +40,7 @@ class Job:
         start: hub name or folder that the student starts from.
         teacher: folder of the fine-tuned teacher; ``None`` when a teacher is being fine-tuned.
         keep_head: whether a head that does not fit the task is an error.
+        predictions: folder of the teacher's saved predictions; ``None``: it runs where it is asked.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class Job:
     start: str
     teacher: str | None
     keep_head: bool
+    predictions: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def cls_mse(student: list[Tensor], teacher: list[Tensor], normalize: bool) -> Te
 
     Args:
         student: hidden_states [B, T, H] of the matched layers.
-        teacher: the same number of hidden_states [B, T, H].
+        teacher: the same number of hidden_states [B, T, H], or [B, 1, H] of [CLS] alone.
         normalize: compare unit vectors, as the paper does.
 
     Returns:

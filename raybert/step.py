@@ -12,6 +12,7 @@ from raybert.config import KDConfig, UserError
 from raybert.data import MODEL_INPUTS
 from raybert.engine import autocast, fill_gradients
 from raybert.phase import Distillation, Outputs, Phase, Taps, check_layer_map, even_layer_map
+from raybert.predictions import Predictions
 from raybert.surgery import encoder_layers
 
 
@@ -23,7 +24,10 @@ class Place(NamedTuple):
 
 
 class Distiller:
-    """One forward and backward pass, the teacher's beside it where one is asked for."""
+    """One forward and backward pass, the teacher's beside it where one is asked for.
+
+    The teacher is a model, or `Predictions` that the batches hold already.
+    """
 
     def __init__(
         self, engine: Any, phase: Phase, teacher: Any, kd: KDConfig, kind: str, place: Place
@@ -34,13 +38,15 @@ class Distiller:
         layer_map: tuple[int, ...] = ()
         self.taps: list[Taps] = []
         if self.teacher is not None and (kd.cls or kd.hidden or kd.attention):
-            teacher_depth = len(encoder_layers(self.teacher))
+            live = not isinstance(self.teacher, Predictions)
+            teacher_depth = len(encoder_layers(self.teacher)) if live else self.teacher.layers
             layer_map = kd.layer_map or phase.layer_map or even_layer_map(depth, teacher_depth)
             if not kd.layer_map:  # a phase's own map counts its start's layers, not the teacher's
                 layer_map = tuple(-(-t * teacher_depth // layer_map[-1]) for t in layer_map)
             check_layer_map(layer_map, depth, teacher_depth)
             wants = {"hidden": bool(kd.cls or kd.hidden), "attention": bool(kd.attention)}
-            self.taps = [Taps(engine.module, **wants), Taps(self.teacher, **wants)]
+            tapped = [engine.module, self.teacher] if live else [engine.module]
+            self.taps = [Taps(model, **wants) for model in tapped]
         self.distillation = Distillation(kd, kind, layer_map)
         self.anchor = next(p for p in engine.module.parameters() if p.requires_grad)
 
@@ -59,10 +65,7 @@ class Distiller:
         batch = {k: v.to(self.place.device, non_blocking=True) for k, v in batch.items()}
         inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
         out = self._outputs(self.engine(**inputs), 0)
-        taught = None
-        if self.teacher is not None:
-            with torch.no_grad(), autocast(self.place.precision, self.place.device):
-                taught = self._outputs(self.teacher(**inputs), 1)
+        taught = self._taught(inputs, batch)
         terms = self.phase.losses(self.engine.module, out, taught, batch, self.distillation)
         loss = torch.stack([term.float() for term in terms.values()]).sum() * share
         if not loss.requires_grad:
@@ -72,6 +75,16 @@ class Distiller:
         if not self.engine.enable_backward_allreduce:
             fill_gradients(self.engine.module)
         return {name: term.detach().float() * share for name, term in terms.items()}
+
+    def _taught(
+        self, inputs: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]
+    ) -> Outputs | None:
+        if self.teacher is None:
+            return None
+        if isinstance(self.teacher, Predictions):
+            return self.teacher.outputs(batch)
+        with torch.no_grad(), autocast(self.place.precision, self.place.device):
+            return self._outputs(self.teacher(**inputs), 1)
 
     def _outputs(self, model_output: Any, which: int) -> Outputs:
         return self.taps[which].collect(model_output) if self.taps else Outputs(model_output)

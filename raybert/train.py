@@ -62,6 +62,7 @@ from raybert.phase import (
     At,
     Phase,
 )
+from raybert.predictions import Predictions
 from raybert.step import Distiller, Place, Recent, not_a_number
 from raybert.tasks import IGNORED
 
@@ -116,6 +117,8 @@ class Trainer:
         self.lengths = self.data.lengths("train")
         self.precision = precision_for(self.recipe.train.precision, world.device)
         self.kind = self.data.task.kind
+        cls = self.recipe.kd.cls > 0
+        self.saved = Predictions(job.predictions, cls=cls) if job.predictions else None
         self.log = MetricsLog(self.recipe.folder, writes=world.rank == 0)
         self.position = Position()
 
@@ -215,7 +218,7 @@ class Trainer:
     def _load_teacher(self) -> Any:
         if not (self.job.teacher and self.recipe.kd.active):
             return None
-        return self._teacher_model()
+        return self._teacher_model() if self.saved is None else self.saved
 
     def _teacher_model(self) -> Any:
         teacher: Any
@@ -411,6 +414,8 @@ class Trainer:
         """From step ``start`` on: this worker's batches of a step, and the step's rows over all."""
         train, each = self.recipe.train, self._steps_per_epoch()
         batcher = self.data.batcher("train", train.seed)
+        if self.saved is not None:
+            batcher = self.saved.beside(batcher)
         for epoch in range(start // each, -(-total // each)):
             plan = train_steps(
                 self.lengths,
@@ -507,7 +512,8 @@ class Trainer:
         student_metrics = evaluate(model, self.data, "dev", world, rows)
         teacher_metrics = None
         if self.job.teacher:
-            teacher = teacher if teacher is not None else world.agreed(self._teacher_model)
+            if not isinstance(teacher, nn.Module):
+                teacher = world.agreed(self._teacher_model)
             teacher_metrics = evaluate(teacher, self.data, "dev", world, rows)
         result = {
             "student": student_metrics,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import HERE, options
 
-WITH_DATA = ("tokens", "step_time", "distillation_step")
+WITH_DATA = ("tokens", "step_time", "distillation_step", "cached_step")
 WITHOUT = ("memory", "theseus_latency")
 
 

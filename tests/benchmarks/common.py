@@ -260,7 +260,9 @@ def recipe_for(args: argparse.Namespace, folder: Path, **keys: Any) -> Recipe:
     return recipe_from({**base, "model": encoder(args), **keys})
 
 
-def make_trainer(recipe: Recipe, teacher: str | None = None) -> Trainer:
+def make_trainer(
+    recipe: Recipe, teacher: str | None = None, predictions: Path | None = None
+) -> Trainer:
     """raybert's own worker for a recipe, its rows tokenised."""
     import torch
 
@@ -272,7 +274,7 @@ def make_trainer(recipe: Recipe, teacher: str | None = None) -> Trainer:
     assert recipe.model is not None
     data = prepare(recipe.task, recipe.data, load_tokenizer(recipe.model))
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    job = Job(recipe, data.folder, recipe.model, teacher, keep_head=False)
+    job = Job(recipe, data.folder, recipe.model, teacher, False, predictions)
     return Trainer(job, World(0, 1, device), Silence())
 
 
