@@ -84,21 +84,22 @@ def embeddings(model: nn.Module) -> nn.Module:
     return backbone(model).get_submodule("embeddings")
 
 
-def _layer_holder(model: nn.Module) -> nn.Module:
+def layer_holder(model: nn.Module) -> nn.Module:
+    """The module that holds the encoder's layers, and what is theirs in common."""
     distil = family(model.config) == "distilbert"
     return backbone(model).get_submodule("transformer" if distil else "encoder")
 
 
 def encoder_layers(model: nn.Module) -> nn.ModuleList:
     """The encoder's layers in order; each maps hidden_states [B, T, H] to [B, T, H]."""
-    layers = _layer_holder(model).get_submodule("layer")
+    layers = layer_holder(model).get_submodule("layer")
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
 def set_encoder_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Put other layers in the encoder. The modules are adopted, not copied, hooks included."""
-    _layer_holder(model).layer = nn.ModuleList(layers)
+    layer_holder(model).layer = nn.ModuleList(layers)
 
 
 def set_depth(model: Any) -> None:
@@ -109,6 +110,21 @@ def set_depth(model: Any) -> None:
         for module in layer.modules():
             if "layer_idx" in vars(module):
                 vars(module)["layer_idx"] = index
+
+
+MATRICES = ("query", "key", "value", "attention_output", "intermediate", "output")
+"""A layer's six weight matrices, as raybert calls them in every family."""
+
+
+def matrices(layer: Any) -> dict[str, nn.Linear]:
+    """The linear maps of a stock layer, by their names in `MATRICES`."""
+    if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
+        attention, ffn = layer.attention, layer.ffn
+        found = (attention.q_lin, attention.k_lin, attention.v_lin, attention.out_lin)
+        return dict(zip(MATRICES, (*found, ffn.lin1, ffn.lin2), strict=True))
+    own, joined = layer.attention.self, layer.attention.output.dense
+    found = (own.query, own.key, own.value, joined, layer.intermediate.dense, layer.output.dense)
+    return dict(zip(MATRICES, found, strict=True))
 
 
 def self_attention(layer: Any) -> nn.Module:

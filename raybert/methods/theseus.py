@@ -25,6 +25,7 @@ from raybert.config import MethodConfig, Share, UserError
 from raybert.phase import At, Phase
 from raybert.surgery import (
     attention_block,
+    compressed_by,
     encoder_layers,
     ffn_block,
     set_depth,
@@ -94,6 +95,14 @@ class Theseus(MethodConfig):
         Raises:
             UserError: the groups do not add up, or S does not divide L.
         """
+        for entry in compressed_by(model_config):
+            # A method says so where its layers can be trained on and any of them left out.
+            if entry.get("bound_to_depth", True):
+                raise UserError(
+                    f"theseus cannot follow {entry['name']} here: its successors cannot stand for "
+                    "layers that share parameters, differ in rank or are no longer trained. Put "
+                    f"theseus before {entry['name']}."
+                )
         depth = model_config.num_hidden_layers
         groups = self.groups
         if groups is None:

@@ -385,7 +385,7 @@ def student(toy, teacher, tmp_path_factory) -> Path:
 def fit(recipe: Any) -> Path:
     """Train a recipe's phases, without measuring what comes out."""
     plan = make_plan(resolve_paths(recipe))
-    _fit(plan, plan.recipe.teacher)
+    _fit(plan, plan.recipe.teacher, None)
     return plan.recipe.folder / "checkpoints" / "final"
 
 

@@ -1,0 +1,105 @@
+"""Self-attention of BERT, RoBERTa and DistilBERT in three steps that a method can change.
+
+The classes here are the Hugging Face classes, so that transformers knows them for what they are;
+``forward`` is theirs too, written once as project, attend, output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import BertSelfAttention, eager_attention_forward
+from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
+from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+
+QKV = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values, each [B, T, H]."""
+
+
+class ProjectedAttention(nn.Module):
+    """Self-attention whose queries, keys and values come from one module, ``projection``.
+
+    That module maps hidden_states [B, T, H] to three tensors [B, T, H]. Subclasses also derive from
+    a Hugging Face class, whose sizes, dropout and config they keep.
+    """
+
+    dense: tuple[str, str, str] = ("query", "key", "value")
+    """What the Hugging Face class calls the three linear maps that `projection` stands for."""
+
+    @classmethod
+    def of(cls, attention: nn.Module, projection: nn.Module) -> ProjectedAttention:
+        """The attention with other projections; it adopts everything else, hooks included."""
+        new = cls.__new__(cls)
+        vars(new).update(vars(attention))
+        new._modules = {k: v for k, v in attention._modules.items() if k not in cls.dense}
+        new.add_module("projection", projection)
+        return new
+
+    def project(self, hidden: Tensor) -> QKV:
+        """hidden_states [B, T, H] -> queries, keys and values, each [B, T, H]."""
+        return self.projection(hidden)
+
+    def attend(self, qkv: Sequence[Tensor], mask: Tensor | None, **kwargs: Any):
+        """Three [B, A, T, D] -> the context [B, T, A, D], and the attention [B, A, T, T] or None.
+
+        ``mask`` is what transformers makes of attention_mask for the attention in use.
+        """
+        name = self.config._attn_implementation
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        dropout = self.dropout.p if self.training else 0.0
+        return function(self, *qkv, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def output(self, context: Tensor) -> Tensor:
+        """What becomes of the heads' joined context [B, T, H]."""
+        return context
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, T, H] -> context [B, T, H], and the attention [B, A, T, T] or None.
+
+        An encoder keeps no keys or values from one pass to the next: ``past_key_values`` is None.
+        """
+        shape = hidden_states.shape[:-1]
+        heads = (*shape, -1, self.attention_head_size)
+        qkv = [part.view(heads).transpose(1, 2) for part in self.project(hidden_states)]
+        context, weights = self.attend(qkv, attention_mask, **kwargs)
+        return self.output(context.reshape(*shape, -1)), weights
+
+
+class ProjectedBertAttention(ProjectedAttention, BertSelfAttention):
+    """BERT's."""
+
+
+class ProjectedRobertaAttention(ProjectedAttention, RobertaSelfAttention):
+    """RoBERTa's."""
+
+
+class ProjectedDistilBertAttention(ProjectedAttention, DistilBertSelfAttention):
+    """DistilBERT's, which holds the output projection as well."""
+
+    dense = ("q_lin", "k_lin", "v_lin")
+
+    def output(self, context: Tensor) -> Tensor:
+        """The joined context through the output projection. [B, T, H] -> [B, T, H]."""
+        return self.out_lin(context)
+
+
+PROJECTED: dict[type[nn.Module], type[ProjectedAttention]] = {
+    BertSelfAttention: ProjectedBertAttention,
+    RobertaSelfAttention: ProjectedRobertaAttention,
+    DistilBertSelfAttention: ProjectedDistilBertAttention,
+}
+"""Hugging Face class -> the class that takes its place."""
+
+
+def projected(attention: nn.Module, projection: nn.Module) -> ProjectedAttention:
+    """A stock self-attention module with its three projections replaced by one module."""
+    return PROJECTED[type(attention)].of(attention, projection)

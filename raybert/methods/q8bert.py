@@ -1,0 +1,357 @@
+"""Q8BERT: 8-bit weights and activations by quantisation-aware training (Zafrir et al., NeurIPS EMC2
+2019, arXiv 1910.06188; the straight-through estimator; integer arithmetic as in Jacob et al.,
+CVPR 2018).
+
+    raybert compress method=q8bert task=mrpc data=GLUE/MRPC teacher=runs/mrpc-finetuned
+
+While training, every linear layer rounds its weights and inputs to the integers that will stand for
+them, and embeddings their tables; gradients go through the rounding as if it were not there. The
+range of each layer's inputs is a moving average of the largest magnitude in a step, over all
+workers. At the end the integers themselves are what is left: int8 matrices, int32 biases, a scale
+for each, and a matrix product of integers.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, NonNegativeInt, model_validator
+from torch import Tensor, nn
+
+from raybert.config import MethodConfig, UserError
+from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, Range
+from raybert.int8 import Inputs, Int8Embedding, Scheme, backend, largest
+from raybert.phase import At, Distillation, Outputs, Phase
+from raybert.surgery import compressed_by, swap
+
+INPUTS: dict[str, Inputs] = {"ema": "static", "dynamic": "dynamic", "none": "float"}
+
+
+class Q8BERT(MethodConfig):
+    """Parameters of Q8BERT."""
+
+    leaves_trace = True
+
+    name: Literal["q8bert"] = "q8bert"
+    mode: Literal["ema", "dynamic", "none"] = Field(
+        default="ema",
+        description="How activations are scaled: by a moving average of their range, by each "
+        "batch's own, or not quantised at all.",
+    )
+    weight_bits: int = Field(default=8, ge=2, le=8, description="Bits of a weight.")
+    activation_bits: int = Field(default=8, ge=2, le=8, description="Bits of an activation.")
+    embeddings: bool = Field(default=True, description="Quantise embedding tables too.")
+    embedding_bits: int | None = Field(
+        default=None, ge=2, le=8, description="Bits of an embedding; nothing: weight_bits."
+    )
+    per_channel: bool = Field(
+        default=False,
+        description="A scale for each output of a layer and each row of a table, not one for all.",
+    )
+    requantise: bool = Field(
+        default=False, description="Quantise the outputs of linear layers too."
+    )
+    start_step: NonNegativeInt = Field(
+        default=0,
+        description="Step of the phase from which training sees quantised values; ranges are "
+        "observed from the first, and evaluation is always quantised.",
+    )
+    ema_decay: float = Field(
+        default=0.9999, ge=0, lt=1, description="Weight of the past in the moving average."
+    )
+    calibration_rows: NonNegativeInt = Field(
+        default=128, description="Training rows that the moving average starts from."
+    )
+    skip: tuple[str, ...] = Field(
+        default=(), description="Name patterns of modules that stay as they are."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Q8BERT:
+        if self.mode == "ema" and not self.calibration_rows:
+            raise ValueError(
+                "q8bert.calibration_rows is 0, which leaves the ranges of mode ema nothing to "
+                "start from; give some, for example 128, or use mode=dynamic"
+            )
+        if self.mode == "none" and self.requantise:
+            raise ValueError(
+                "q8bert.requantise quantises activations, and mode=none leaves them as they are; "
+                "use mode=ema or dynamic"
+            )
+        return self
+
+    @property
+    def simulated(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether no product of integers will run: mode none, or a processor without a fast one."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return self.mode == "none" or backend(device) == "float"
+
+    def resolve(self, model_config: Any) -> Q8BERT:
+        """Settle the bits of embeddings.
+
+        Raises:
+            UserError: the model is quantised already.
+        """
+        if any(entry["name"] == self.name for entry in compressed_by(model_config)):
+            raise UserError(
+                "q8bert cannot follow q8bert: the model is quantised already. Quantise the model "
+                "that it was made of, once, as the last method of a chain."
+            )
+        return self.model_copy(update={"embedding_bits": self.embedding_bits or self.weight_bits})
+
+    def student_config(self, model_config: Any) -> Any:
+        """The model's config with this method in its ``compression``."""
+        config = copy.deepcopy(model_config)
+        config.compression = [*compressed_by(config), self.model_dump(mode="json")]
+        return config
+
+    def phases(self) -> list[Phase]:
+        """One: training with quantised values."""
+        return [Quantise(self)]
+
+    def scheme(self, *, tied: bool = False) -> Scheme:
+        """How linear layers are quantised; a tied one has its weights from the embeddings."""
+        embedding_bits = self.embedding_bits or self.weight_bits
+        return Scheme(
+            weight_bits=embedding_bits if tied else self.weight_bits,
+            activation_bits=self.activation_bits,
+            inputs=INPUTS[self.mode],
+            per_row=self.per_channel,
+            requantise=self.requantise,
+        )
+
+    def remarks(self) -> list[str]:
+        """What bits below 8, and arithmetic that is not of integers, amount to."""
+        found = []
+        if min(self.weight_bits, self.embedding_bits or 8, self.activation_bits) < 8:
+            found.append(
+                "q8bert: bits below 8 save storage only (up to 4 of them are packed on disk); the "
+                "product is of 8-bit integers"
+            )
+        if self.mode == "none":
+            found.append(
+                "q8bert: with mode=none only weights are integers; they are multiplied as floats, "
+                "so this saves storage and no time"
+            )
+        elif self.simulated:
+            found.append(
+                "q8bert: this processor has no fast product of bytes for PyTorch, so there it "
+                "computes the same numbers in float32; the saving is in storage, and in ONNX"
+            )
+        return found
+
+
+# -- the phase -------------------------------------------------------------------------------------
+
+
+def tied_decoder(model: Any) -> str | None:
+    """Name of the layer whose weight is the word embeddings' table, if the model has one."""
+    decoder = model.get_output_embeddings()
+    names = (name for name, module in model.named_modules() if module is decoder)
+    name = None if decoder is None else next(names)
+    return name if f"{name}.weight" in model.all_tied_weights_keys else None
+
+
+def selected(model: Any, method: Q8BERT) -> Mapping[str, nn.Module]:
+    """The modules that are quantised, by name: every linear layer and every embedding.
+
+    Word embeddings and the decoder that shares their table go together: both, or neither.
+
+    Raises:
+        UserError: ``skip`` leaves none.
+    """
+    kinds = (nn.Linear, nn.Embedding) if method.embeddings else (nn.Linear,)
+    modules = dict(model.named_modules())
+    found = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, kinds) and not any(fnmatch.fnmatchcase(name, p) for p in method.skip)
+    }
+    decoder = tied_decoder(model)
+    if decoder is not None:
+        words = model.get_input_embeddings()
+        pair = {decoder, *(name for name, module in modules.items() if module is words)}
+        if not pair <= found.keys():
+            found = {name: module for name, module in found.items() if name not in pair}
+    if not found:
+        raise UserError(f"q8bert.skip {list(method.skip)} leaves nothing to quantise.")
+    return found
+
+
+def calibrate(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: list[dict[str, Tensor]]
+) -> dict[str, dict[str, float]]:
+    """Largest magnitudes of what goes into and comes out of layers, the mean over batches.
+
+    Args:
+        model: in evaluation mode.
+        layers: those to watch, by name. One may be called several times in a pass.
+        batches: of rows.
+
+    Returns:
+        ``input`` and ``output`` of each layer; of one that never ran, nothing.
+    """
+    now: dict[str, list[Tensor]] = {}
+    means: dict[str, Tensor] = {}  # [2]
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            now.setdefault(name, []).append(torch.stack([largest(args[0]), largest(output)]))
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    keys = ("input_ids", "attention_mask", "token_type_ids")
+    with torch.no_grad():
+        for batch in batches:
+            model(**{key: batch[key] for key in keys if key in batch})
+            for name, seen in now.items():
+                most = torch.stack(seen).amax(0).float() / len(batches)
+                means[name] = means[name] + most if name in means else most
+            now.clear()
+    for handle in handles:
+        handle.remove()
+    return {
+        name: dict(zip(("input", "output"), mean.tolist(), strict=True))
+        for name, mean in means.items()
+    }
+
+
+class Quantise(Phase):
+    """Train with quantised values; at the end the integers are left."""
+
+    name = "quantise"
+
+    def __init__(self, method: Q8BERT) -> None:
+        self.method = method
+        self.epochs, self.lr = method.epochs, method.lr
+        self.calibration = method.calibration_rows if method.mode == "ema" else 0
+        self.calibrated: dict[str, dict[str, float]] = {}
+        self.step: int | None = None
+
+    def initialise(
+        self, model: nn.Module, batches: list[dict[str, Tensor]]
+    ) -> dict[str, dict[str, float]]:
+        """Find where the moving averages start."""
+        if self.method.mode != "ema":
+            return {}
+        if not batches:
+            raise UserError("q8bert mode=ema needs calibration rows; there are none to train on.")
+        chosen = selected(model, self.method)
+        layers = {name: part for name, part in chosen.items() if isinstance(part, nn.Linear)}
+        self.calibrated = calibrate(model, layers, batches)
+        inputs = {name: seen["input"] for name, seen in self.calibrated.items()}
+        return {"Largest input of each layer (calibration rows)": inputs}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Put layers that compute with quantised values in the place of plain ones."""
+        method = self.method
+        chosen, decoder = selected(model, method), tied_decoder(model)
+
+        def make(name: str, module: nn.Module) -> nn.Module:
+            if isinstance(module, nn.Embedding):
+                bits = method.embedding_bits or method.weight_bits
+                return FakeQuantEmbedding(module, bits, method.per_channel)
+            assert isinstance(module, nn.Linear)
+            tied = name == decoder
+            new = FakeQuantLinear(module, method.scheme(tied=tied), tied)
+            for key, value in self.calibrated.get(name, {}).items():
+                if f"{key}_range" in new._modules:
+                    new.get_buffer(f"{key}_range.ema").fill_(value)
+            return new.to(module.weight.device)
+
+        swap(model, lambda name, _: name in chosen, make)
+
+    def on_step(self, model: nn.Module, at: At) -> None:
+        """Where a new step begins, take what the last one saw into the moving averages."""
+        if at.step != self.step:
+            self.step = at.step
+            self._fold(model)
+        for module in model.modules():
+            if isinstance(module, (FakeQuantLinear, FakeQuantEmbedding)):
+                module.active = at.step >= self.method.start_step
+
+    def _fold(self, model: nn.Module) -> None:
+        ranges = learned_ranges(model)
+        if not ranges:
+            return
+        decay = self.method.ema_decay
+        seen = torch.stack([one.seen for one in ranges])
+        ema = torch.stack([one.ema for one in ranges])
+        moved = torch.where(ema > 0, decay * ema + (1 - decay) * seen, seen)
+        for one, value in zip(ranges, torch.where(seen > 0, moved, ema), strict=True):
+            one.ema.copy_(value)
+            one.seen.zero_()
+
+    def losses(
+        self, model: nn.Module, out: Outputs, teacher: Outputs | None, batch: dict, kd: Distillation
+    ) -> dict[str, Tensor]:
+        """The usual ones. Also lets every worker know what the others saw in this pass.
+
+        Here and not in the next `on_step`: a checkpoint between the two holds one worker's buffers.
+        """
+        ranges = learned_ranges(model)
+        if ranges and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            seen = torch.stack([one.seen for one in ranges])
+            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+            for one, value in zip(ranges, seen, strict=True):
+                one.seen.copy_(value)
+        return super().losses(model, out, teacher, batch, kd)
+
+    def warnings(self, total: int) -> list[str]:
+        """What the bits, and the step from which training is quantised, amount to."""
+        method, found = self.method, []
+        if total and method.start_step >= total:
+            found.append(
+                f"q8bert.start_step {method.start_step} is not reached in {total} steps, so no "
+                "step trains with quantised values"
+            )
+        return found
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """The mean over layers of the ranges of their inputs and outputs."""
+        ranges = learned_ranges(model)
+        if not ranges:
+            return {}
+        return {"activation_range": torch.stack([one.ema for one in ranges]).mean().item()}
+
+    def finish(self, model: Any) -> None:
+        """Leave integers and their scales, for inference only."""
+        model.eval()
+        decoder = tied_decoder(model)
+        if any(isinstance(module, FakeQuantEmbedding) for module in model.modules()):
+            swap(model, _is(FakeQuantEmbedding), _finished())
+        words = model.get_input_embeddings()
+        swap(model, _is(FakeQuantLinear), _finished(words))
+        if decoder is not None and isinstance(words, Int8Embedding):
+            _untie(model, decoder)
+
+
+def learned_ranges(model: nn.Module) -> list[Range]:
+    """The ranges with a moving average, in the model's order."""
+    return [m for m in model.modules() if isinstance(m, Range) and m.learned]
+
+
+def _is(kind: type[nn.Module]) -> Any:
+    return lambda _, module: isinstance(module, kind)
+
+
+def _finished(*table: Any) -> Any:
+    return lambda _, module: module.finished(*table)
+
+
+def _untie(model: Any, decoder: str) -> None:
+    """Let transformers know that the decoder has no parameters of its own to be tied any more."""
+    tied = model.all_tied_weights_keys
+    owner = tied.get(f"{decoder}.bias")
+    if owner is not None:  # the bias, now int32, is the decoder's alone
+        head = model.get_submodule(owner.rpartition(".")[0])
+        head.bias = None
+        head._is_hf_initialized = True  # else transformers would set that bias to zeros
+    left = {target: source for target, source in tied.items() if not target.startswith(decoder)}
+    model.all_tied_weights_keys = model._tied_weights_keys = left
