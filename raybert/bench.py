@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raybert.config import UserError
+from raybert.int8 import Int8Embedding, Quantised
 from raybert.latency import Backend, latency, speedups
 from raybert.tables import escape_markdown, markdown_table
 from raybert.timer import token_ids
@@ -49,7 +50,7 @@ def parameters(model: torch.nn.Module) -> dict[str, int]:
     a scalar counts.
 
     Returns:
-        ``total``; ``embeddings``, the weights of ``nn.Embedding`` modules; ``rest``, what is left.
+        ``total``; ``embeddings``, the weights of embedding tables; ``rest``, what is left.
     """
     weights = dict(model.named_parameters())  # tied tensors come once
     saved = model.state_dict(keep_vars=True)
@@ -58,11 +59,15 @@ def parameters(model: torch.nn.Module) -> dict[str, int]:
         for name, buffer in model.named_buffers()
         if name in saved and buffer.dtype in INTEGERS and buffer.dim() > 0
     }
-    total = sum(tensor.numel() for tensor in (*weights.values(), *integer.values()))
+    quantised = [module for module in model.modules() if isinstance(module, Quantised)]
+    # Several to a byte where they are packed.
+    held = {id(m.weight): m.rows * m.columns for m in quantised if "weight" in m._buffers}
+    tensors = (*weights.values(), *integer.values())
+    total = sum(held.get(id(tensor), tensor.numel()) for tensor in tensors)
     tables = {
-        id(module.weight): module.weight.numel()
+        id(module.weight): held.get(id(module.weight), module.weight.numel())
         for module in model.modules()
-        if isinstance(module, torch.nn.Embedding)
+        if isinstance(module, (torch.nn.Embedding, Int8Embedding))
     }
     embeddings = sum(tables.values())
     return {"total": total, "embeddings": embeddings, "rest": total - embeddings}
@@ -104,7 +109,7 @@ def flops(model: torch.nn.Module, batch: int = 1, length: int = 128) -> int:
             "ask for a shorter one."
         )
     ids = torch.tensor(token_ids(batch, length, config.vocab_size), device=device)
-    integer = {torch.ops.aten._int_mm: _product_flops}
+    integer = {torch.ops.aten._int_mm: _product_flops}  # raybert's own is registered with it
     counter = FlopCounterMode(display=False, custom_mapping=integer)
     training = model.training
     model.eval()
