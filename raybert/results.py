@@ -83,6 +83,15 @@ class SpeedupRow(Part):
     speedup: float
 
 
+class Exported(Part):
+    """The model as `raybert.export` wrote it; ``metrics`` are those of ONNX Runtime."""
+
+    bytes: int
+    int8: str | None
+    difference: float
+    metrics: dict[str, float] | None
+
+
 class PhaseTime(Part):
     """One phase: optimiser steps and wall-clock seconds."""
 
@@ -124,6 +133,7 @@ class RunReport(Part):
     simulated: bool
     notes: list[str]
     facts: dict[str, dict[str, dict[str, float]]] = {}
+    onnx: Exported | None = None
     training: Training
     hardware: dict[str, Any]
 
@@ -221,6 +231,31 @@ def build(
         "hardware": dict(hardware),
     }
     return validated(data, f"the report of {name}")
+
+
+def with_export(report: RunReport, found: Mapping[str, Any]) -> RunReport:
+    """A run's report with what an ``export.json`` says: size, metrics and latency in ONNX Runtime.
+
+    Args:
+        report: the run's report; rows of an earlier export are replaced.
+        found: the export's report, whose latency rows call the exported model ``model``.
+    """
+    names = {"model": "student"}
+    rows = {
+        key: [
+            *(row.model_dump() for row in getattr(report, key) if row.backend != "onnx"),
+            *({**row, "model": names.get(row["model"], row["model"])} for row in found[key]),
+        ]
+        for key in ("latency", "speedup")
+    }
+    exported = {
+        "bytes": found["bytes"],
+        "int8": found["int8"],
+        "difference": found["parity"]["largest_difference"],
+        "metrics": found["metrics"]["onnx"] if found["metrics"] else None,
+    }
+    data = {**report.model_dump(), **rows, "onnx": exported}
+    return validated(data, f"the report of {report.name}")
 
 
 def validated(data: Any, origin: str) -> RunReport:

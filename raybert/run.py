@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybert.config import Recipe, UserError, dump_recipe
-from raybert.plan import Plan, check_command, check_folder, make_plan, own_cores, resolve_paths
+from raybert.plan import (
+    Plan,
+    check_command,
+    check_folder,
+    make_plan,
+    own_cores,
+    plan_predictions,
+    resolve_paths,
+)
+from raybert.predictions import META, check_named, fault
+from raybert.teacher import Request, check_out, check_room, find_shards, request_for, seal
 
 if TYPE_CHECKING:
     from raybert.job import Job
@@ -68,6 +78,8 @@ def _drive(recipe: Recipe, tell: Callable[[str], None]) -> Path:
     if check_folder(plan.recipe if (folder / "recipe.yaml").is_file() else recipe):
         if (folder / "report.json").is_file():
             tell(f"{folder} is finished already")
+            if recipe.export and not (folder / "onnx").exists():
+                _export(recipe, tell)
             return folder
         tell(f"continuing {folder}")
     for text in plan.notes:
@@ -79,7 +91,7 @@ def _drive(recipe: Recipe, tell: Callable[[str], None]) -> Path:
         teacher = str(_drive(plan.teacher.recipe, tell) / "model")
     final = folder / "checkpoints" / "final"
     if not final.is_dir():
-        _fit(plan, teacher)
+        _fit(plan, teacher, _predictions(plan, teacher, tell))
     if not final.is_dir():
         raise UserError(
             f"the workers trained, and {final} is not here: `out` must be on storage that all "
@@ -90,6 +102,88 @@ def _drive(recipe: Recipe, tell: Callable[[str], None]) -> Path:
     tell("measuring")
     assemble(plan, teacher, tell)
     return folder
+
+
+def predict_teacher(
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    split: str = "train",
+    cls: bool = True,
+    tell: Callable[[str], None] = print,
+) -> Path:
+    """Save what a recipe's teacher says of every row, for `kd.predictions` to read.
+
+    What was made before is found again; what an interruption left is gone on with.
+
+    Args:
+        recipe: its `teacher`, `task`, `data`, `workers` and `resources` are used.
+        out: the folder; nothing: one in `data.cache`, where `compress` looks by itself.
+        split: whose rows.
+        cls: whether the [CLS] states of every layer are kept beside the logits.
+        tell: gets one line for each thing that happens.
+
+    Returns:
+        The folder; `raybert.predictions.Predictions` opens it.
+
+    Raises:
+        UserError: a mistake in the recipe, the data or the machine; what was written is kept.
+    """
+    recipe = resolve_paths(recipe)
+    out = Path(out).expanduser().absolute() if out is not None else None
+    request = plan_predictions(recipe, split, cls=cls, out=out)
+    if out is not None:
+        check_out(request)
+    _predict(request, recipe, tell)
+    return request.folder
+
+
+def _predictions(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Path | None:
+    """The folder of the teacher's saved predictions, made first where they are not there yet."""
+    recipe = plan.recipe
+    if not plan.saved or teacher is None:
+        return None
+    named = recipe.kd.predictions_folder
+    request = request_for(
+        teacher,
+        plan.data,
+        "train",
+        cls=recipe.kd.cls > 0,
+        batch_size=recipe.train.eval_batch_size,
+        cache=recipe.data.cache_folder,
+        out=named,
+    )
+    if named is None:
+        _predict(request, recipe, tell)
+    elif plan.teacher is not None:  # else the plan has looked
+        check_named(named, request.identity, cls=request.cls)
+    return request.folder
+
+
+def _predict(request: Request, recipe: Recipe, tell: Callable[[str], None]) -> None:
+    """Make the predictions that are not there yet, on as many workers as the recipe says."""
+    reason = fault(request.folder, request.identity, cls=request.cls)
+    if reason is None:
+        tell(f"the teacher's predictions are there already: {request.folder}")
+        return
+    if (request.folder / META).exists():
+        tell(f"note: predictions in {request.folder} are made again: {reason}")
+    files = find_shards(request)
+    missing = [shard for shard in range(request.shards) if shard not in files]
+    check_room(request, len(missing))
+    there = f"; {len(files)} of {request.shards} shards are there" if files else ""
+    tell(f"predicting {request.rows} {request.split} rows with {request.teacher}{there}")
+    make = _predict_here if _is_local(recipe) else _predict_on_ray
+    seal(request, files | (make(request, recipe, missing) if missing else {}))
+
+
+def _export(recipe: Recipe, tell: Callable[[str], None]) -> None:
+    """Export a run that has finished without."""
+    from raybert.artifact import add_export
+    from raybert.export import export
+
+    export(recipe.folder, recipe, tell=tell)
+    add_export(recipe.folder)
 
 
 def _write_recipe(recipe: Recipe) -> None:
@@ -105,29 +199,37 @@ def _write_recipe(recipe: Recipe) -> None:
 # -- Ray -------------------------------------------------------------------------------------------
 
 
-def _fit(plan: Plan, teacher: str | None) -> None:
+def _fit(plan: Plan, teacher: str | None, predictions: Path | None) -> None:
     """Train all phases: one `fit()`, or the loop itself where there is nothing to distribute."""
     from raybert.job import Job
 
     recipe = plan.recipe
     start = teacher if plan.teacher is not None and teacher else plan.start
-    job = Job(recipe, plan.data.folder, start, teacher, bool(recipe.method) and start == teacher)
-    local = recipe.workers == 1 and "RAY_ADDRESS" not in os.environ
-    returned = _run_here(job) if local else _run_on_ray(job)
+    keep_head = bool(recipe.method) and start == teacher
+    job = Job(recipe, plan.data.folder, start, teacher, keep_head, predictions)
+    returned = _run_here(job) if _is_local(recipe) else _run_on_ray(job)
     if "error" in returned:
         raise UserError(returned["error"])
 
 
-def _run_here(job: Job) -> dict[str, Any]:
-    """The loop in this process, as a group of one worker."""
+def _is_local(recipe: Recipe) -> bool:
+    """Whether this process does it all, without Ray."""
+    return recipe.workers == 1 and "RAY_ADDRESS" not in os.environ
+
+
+def _device_here(recipe: Recipe) -> Any:
     import torch
 
+    return torch.device("cuda:0" if _takes_gpu(recipe, torch.cuda.device_count()) else "cpu")
+
+
+def _run_here(job: Job) -> dict[str, Any]:
+    """The loop in this process, as a group of one worker."""
     from raybert.checkpoint import World
     from raybert.engine import alone, init_distributed
     from raybert.train import run
 
-    gpu = _takes_gpu(job.recipe, torch.cuda.device_count())
-    device = torch.device("cuda:0" if gpu else "cpu")
+    device = _device_here(job.recipe)
     with alone():
         init_distributed(device)
         return run(job, World(0, 1, device), _LocalHooks(), job.recipe.resources.cpus)
@@ -181,6 +283,83 @@ def _run_config(recipe: Recipe) -> Any:
             max_failures=recipe.resources.max_failures, controller_failure_limit=3
         ),
     )
+
+
+def _predict_here(request: Request, recipe: Recipe, shards: list[int]) -> dict[int, str]:
+    """Shards made in this process: the name of each one's file."""
+    import torch
+
+    from raybert.teacher import Predictor
+
+    files = {}
+    before = torch.get_num_threads()
+    torch.set_num_threads(recipe.resources.cpus or before)
+    try:
+        predictor = Predictor(request, _device_here(recipe))
+        with _shard_bar(request, shards) as bar:
+            for shard in shards:
+                files[shard] = predictor.write(shard)
+                bar.update(len(request.positions(shard)))
+    finally:
+        torch.set_num_threads(before)
+    return files
+
+
+def _predict_on_ray(request: Request, recipe: Recipe, shards: list[int]) -> dict[int, str]:
+    """Shards made by Ray actors; one that dies is replaced and its shard made again."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util import ActorPool
+
+    tries, files = recipe.resources.max_failures, {}
+    with _cluster(recipe) as (cpus, gpu), _shard_bar(request, shards) as bar:
+        actor: Any = ray.remote(
+            num_cpus=cpus, num_gpus=int(gpu), max_restarts=tries, max_task_retries=tries
+        )(_Maker)
+        count = min(recipe.workers, len(shards))
+        pool = ActorPool([actor.remote(request, gpu, cpus) for _ in range(count)])
+        try:
+            for shard, file, error in pool.map_unordered(lambda a, s: a.write.remote(s), shards):
+                if error:
+                    raise UserError(error)
+                files[shard] = file
+                bar.update(len(request.positions(shard)))
+        except RayError as error:
+            raise UserError(
+                f"predicting failed {tries + 1} times: {_last_line(error)}. The shards that were "
+                "made are kept; when the cause is mended, the same command continues."
+            ) from error
+    return files
+
+
+def _shard_bar(request: Request, shards: list[int]) -> Any:
+    from tqdm import tqdm
+
+    rows = sum(len(request.positions(shard)) for shard in shards)
+    return tqdm(total=rows, desc="teacher", unit="row", mininterval=0.5)
+
+
+class _Maker:
+    """A Ray actor that holds the teacher and writes one shard after the other."""
+
+    def __init__(self, request: Request, gpu: bool, threads: int) -> None:
+        import torch
+
+        logging.disable(logging.INFO)
+        torch.set_num_threads(threads)
+        self.request, self.device = request, torch.device("cuda:0" if gpu else "cpu")
+        self.predictor: Any = None
+
+    def write(self, shard: int) -> tuple[int, str, str]:
+        """The shard, its file's name, and what the user has to mend, if anything."""
+        from raybert.teacher import Predictor
+
+        try:
+            if self.predictor is None:
+                self.predictor = Predictor(self.request, self.device)
+            return shard, self.predictor.write(shard), ""
+        except UserError as error:  # raised, it would look like a crash
+            return shard, "", str(error)
 
 
 @contextlib.contextmanager

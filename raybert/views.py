@@ -143,6 +143,13 @@ def speed_cell(group: Group, batch: int) -> Cell:
     )
 
 
+def speed_at(group: Group, batch: int, backend: str) -> str:
+    """The speed-up of one backend at a batch size, in the first length timed."""
+    lines = speed_cell(group, batch).lines
+    missing = tables.MISSING if backend == "torch" else ""
+    return next((main for main, remark in lines if remark.startswith(backend)), missing)
+
+
 def _charts(groups: Sequence[Group], key: str) -> list[tuple[str, str]]:
     """(caption, SVG) of each plot that the runs have numbers for."""
     students = [group for group in groups if not group.is_teacher]

@@ -299,6 +299,55 @@ def half_precision_on_a_cpu(t: Bench) -> BadInput:
     return "finetune", words, ["fp16 needs a GPU"]
 
 
+def saved_predictions_of_every_token(t: Bench) -> BadInput:
+    kd = ["kd.alpha=0.5", "kd.hidden=1", "kd.predictions=saved"]
+    words = t.words(f"teacher={t.teacher}", "method=theseus", *kd, model=False)
+    return "compress", words, ["kd.hidden", "live teacher", "kd.predictions=live"]
+
+
+def saved_predictions_of_masked_words(t: Bench) -> BadInput:
+    text = t.file("text.txt", *["the film was good"] * 20)
+    files = ["task=mlm", f"data.train={text}", f"data.dev={text}", "data.text=null"]
+    kd = ["kd.alpha=0.5", "kd.predictions=saved", "data.label=null"]
+    return "compress", t.words(*files, "method=theseus", *kd), ["mlm masks other tokens", "live"]
+
+
+def predictions_that_are_nowhere(t: Bench) -> BadInput:
+    kd = ["kd.alpha=0.5", f"kd.predictions={t.folder / 'absent'}"]
+    words = t.words(f"teacher={t.teacher}", "method=theseus", *kd, model=False)
+    return "compress", words, ["absent is neither auto, live, saved nor a folder"]
+
+
+def predictions_in_a_folder_of_something_else(t: Bench) -> BadInput:
+    kd = ["kd.alpha=0.5", f"kd.predictions={t.teacher}"]
+    words = t.words("method=theseus", *kd)
+    return "compress", words, [str(t.teacher), "meta.json is not there", "predict-teacher"]
+
+
+def predictions_that_nobody_reads(t: Bench) -> BadInput:
+    words = t.words("method=theseus", f"kd.predictions={t.teacher}")
+    return "compress", words, ["nothing is learnt from it", "kd.alpha"]
+
+
+def predicting_without_a_teacher(t: Bench) -> BadInput:
+    return "predict-teacher", t.words(), ["needs a teacher", "teacher="]
+
+
+def predicting_with_an_encoder(t: Bench) -> BadInput:
+    words = t.words(f"teacher={t.encoder}", model=False)
+    return "predict-teacher", words, [str(t.encoder), "was not fine-tuned"]
+
+
+def predicting_rows_that_are_not_there(t: Bench) -> BadInput:
+    words = t.words(f"teacher={t.teacher}", "--split", "test", model=False)
+    return "predict-teacher", words, ["no test rows here; there are train, dev"]
+
+
+def predicting_into_a_folder_of_something_else(t: Bench) -> BadInput:
+    words = t.words(f"teacher={t.teacher}", "--out", str(t.encoder), model=False)
+    return "predict-teacher", words, [str(t.encoder), "nothing in it is touched", "--out"]
+
+
 BAD_INPUT: list[Callable[[Bench], BadInput]] = [
     unknown_key,
     unknown_section,
@@ -340,6 +389,15 @@ BAD_INPUT: list[Callable[[Bench], BadInput]] = [
     a_method_to_fine_tune_with,
     no_steps,
     half_precision_on_a_cpu,
+    saved_predictions_of_every_token,
+    saved_predictions_of_masked_words,
+    predictions_that_are_nowhere,
+    predictions_in_a_folder_of_something_else,
+    predictions_that_nobody_reads,
+    predicting_without_a_teacher,
+    predicting_with_an_encoder,
+    predicting_rows_that_are_not_there,
+    predicting_into_a_folder_of_something_else,
 ]
 
 
@@ -458,6 +516,26 @@ def test_evaluate_gives_the_metrics_of_the_run(toys, capsys):
     assert result["rows"] == 41
     assert result["metrics"] == pytest.approx(report["student"]["metrics"])
     assert result["floors"][report["metric"]] == pytest.approx(report["floor"])
+
+
+def test_predict_teacher_tells_what_it_made_and_finds_it_again(toys, capsys):
+    out = toys.folder / "predictions"
+    argv = ["predict-teacher", *toys.words(f"teacher={toys.teacher}", model=False)]
+    argv += ["--out", str(out), "--no-cls"]
+    assert main(argv) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    made = snapshot(out)
+    size = sum(len(content) for name, content in made.items() if name != "meta.json")
+    wanted = {"predictions": str(out), "rows": "90", "shards": "1", "bytes": str(size)}
+    assert told == wanted
+    assert main(argv) == 0
+    assert "there already" in capsys.readouterr().err
+    assert snapshot(out) == made
+    words = toys.words(f"teacher={toys.teacher}", "method=theseus", "kd.cls=1", model=False)
+    argv = ["compress", "--dry-run", *words, f"kd.predictions={out}"]
+    refused(capsys, argv, str(out), "no [CLS] states")
+    assert main([*argv, "kd.cls=0", "kd.alpha=0.5"]) == 0
+    assert "predictions are saved once" in capsys.readouterr().out
 
 
 def test_evaluate_predicts_test_rows(toys, capsys):

@@ -1,0 +1,173 @@
+"""Whether a graph computes what its model does: logits on real rows, and the task's metric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+)
+
+from raybert.checkpoint import World
+from raybert.config import UserError
+from raybert.data import TaskData
+from raybert.evaluate import predict
+from raybert.metrics import score
+
+Batch = dict[str, Tensor]
+
+FLOAT = 1e-3
+"""Largest difference of logits, as a share of their size, that rounding of float32 explains."""
+
+INTEGER = 0.1
+"""The same of int8 models, where a rounding difference moves a value by a whole step now and
+then."""
+
+POINTS = 0.1
+"""Largest difference of a float32 model's metric, in points of 100."""
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file that is called as its model would be.
+
+    Args:
+        file: a graph of `raybert.onnx_trace`.
+        threads: CPU threads; nothing: all cores.
+    """
+
+    def __init__(self, file: Path, threads: int | None = None) -> None:
+        import onnxruntime
+
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        self.session = onnxruntime.InferenceSession(
+            str(file), options, providers=["CPUExecutionProvider"]
+        )
+        self.names = [entry.name for entry in self.session.get_inputs()]
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """The outputs for input_ids, attention_mask and, if any, token_type_ids, [B, T]; other
+        inputs are left."""
+        types = {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+        arrays = {name: ({**types, **inputs})[name].numpy() for name in self.names}
+        found = [torch.from_numpy(np.asarray(o)) for o in self.session.run(None, arrays)]
+        if len(found) == 2:
+            return QuestionAnsweringModelOutput(start_logits=found[0], end_logits=found[1])  # pyright: ignore[reportArgumentType]
+        return SequenceClassifierOutput(logits=found[0])  # pyright: ignore[reportArgumentType]
+
+
+def real_batches(data: TaskData, split: str) -> list[Batch]:
+    """Rows of a split in batches of several sizes and lengths, with and without padding."""
+    batcher = data.batcher(split)
+    by_length = np.argsort(batcher.lengths, kind="stable")
+    count = len(by_length)
+    spread = by_length[np.linspace(0, count - 1, min(16, count)).astype(int)]
+    chosen = [by_length[:1], by_length[-1:], by_length[-4:], spread[::5], spread]
+    return [batcher(positions) for positions in chosen]
+
+
+def probe_batches(probe: Batch) -> list[Batch]:
+    """Stored inputs whole, row by row, and cut short."""
+    inputs = {k: v for k, v in probe.items() if k != "expected"}
+    rows = len(inputs["input_ids"])
+    one = [{k: v[row : row + 1] for k, v in inputs.items()} for row in range(rows)]
+    short = max(1, inputs["input_ids"].shape[1] // 2)
+    return [inputs, *one, {k: v[:, :short] for k, v in inputs.items()}]
+
+
+def token_batch(batches: Iterable[Batch]) -> Batch:
+    """The shortest input that there is: one row of one token."""
+    first = next(iter(batches))
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: first[name][:1, :1] for name in names if name in first}
+
+
+def logit_parity(
+    model: PreTrainedModel, exported: nn.Module, batches: list[Batch], *, integer: bool
+) -> dict[str, Any]:
+    """Compare logits.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        exported: its graph, as `OnnxModel`.
+        batches: rows, and one of a single token is added.
+        integer: whether the model multiplies in integers.
+
+    Returns:
+        ``largest_difference`` over all logits of real tokens, ``scale`` (the largest logit),
+        ``allowed``, and the ``shapes`` that were compared.
+
+    Raises:
+        UserError: they differ by more than rounding explains.
+    """
+    largest = scale = 0.0
+    shapes = []
+    for batch in [*batches, token_batch(batches)]:
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = {name: batch[name] for name in names if name in batch}
+        with torch.inference_mode():
+            wanted = model(**inputs)
+        found = exported(**inputs)
+        shapes.append(list(inputs["input_ids"].shape))
+        for key, value in found.items():
+            each = key != "logits" or value.dim() == 3  # a number, or a vocabulary's, for a token
+            real = inputs["attention_mask"].bool() if each else slice(None)
+            reference = wanted[key].float()[real]
+            scale = max(scale, float(reference.abs().max()))
+            difference = (value[real] - reference).abs().max()
+            largest = max(largest, float(difference)) if difference == difference else float("inf")
+    allowed = (INTEGER if integer else FLOAT) * max(1.0, scale)
+    if not largest <= allowed:
+        raise UserError(
+            f"the exported graph gives other logits than the model: they differ by {largest:.2g}, "
+            f"at most {allowed:.2g} is rounding (logits reach {scale:.2g}). Nothing was written. "
+            + (
+                "On a CPU without VNNI instructions integer products can saturate: export with "
+                "--int8 qdq, or on another machine."
+                if integer
+                else "Another version of torch or onnxruntime may help."
+            )
+        )
+    return {
+        "largest_difference": largest,
+        "scale": scale,
+        "allowed": allowed,
+        "shapes": shapes,
+    }
+
+
+def metric_parity(
+    model: PreTrainedModel, exported: nn.Module, data: TaskData, batch_size: int, *, integer: bool
+) -> dict[str, Any]:
+    """Score model and graph on the dev rows.
+
+    Returns:
+        ``split``, ``rows``, ``metric`` (the main one), and the metrics by ``torch`` and ``onnx``.
+
+    Raises:
+        UserError: a float32 graph's main metric differs by more than 0.1 point.
+    """
+    world = World(0, 1, torch.device("cpu"))
+    scores: dict[str, dict[str, float]] = {}
+    rows = 0
+    for name, network in (("torch", model), ("onnx", exported)):
+        index, outputs = predict(network, data, "dev", world, batch_size)
+        scores[name] = score(data.task, data, "dev", index, outputs)
+        rows = len(index)
+    main = data.task.main
+    points = 100 * abs(scores["onnx"][main] - scores["torch"][main])
+    if not integer and points > POINTS:
+        raise UserError(
+            f"the exported graph scores {100 * scores['onnx'][main]:.2f} {main} on the dev rows "
+            f"and the model {100 * scores['torch'][main]:.2f}; at most {POINTS} point apart was "
+            "wanted. Nothing was written. Another version of torch or onnxruntime may help."
+        )
+    return {"split": "dev", "rows": rows, "metric": main, **scores}

@@ -1,0 +1,468 @@
+"""The exported folder: the model's own numbers, whole or not at all, and run without raybert."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import GOOD, VOCAB, make_tokenizer, toy_encoder
+from methods.test_conformance import CASES, finished
+from torch import nn
+
+import raybert.export as export_module
+from raybert import parity
+from raybert.cli import main
+from raybert.config import UserError, load_recipe, recipe_from
+from raybert.export import export
+from raybert.int8 import Int8Linear, Scheme
+from raybert.models import HEADS, load, write_probe
+from raybert.onnx_trace import input_names, to_onnx, translate
+
+FAMILIES = ("bert", "roberta", "distilbert")
+KINDS = ("classification", "qa", "mlm")
+SHAPES = ((2, 9), (1, 1), (1, 7), (5, 1), (3, 40))
+
+
+def toy(family: str, kind: str, **config: Any) -> Any:
+    """A random model with a head."""
+    settings = toy_encoder(family).config
+    for key, value in config.items():
+        setattr(settings, key, value)
+    torch.manual_seed(1)
+    return HEADS[kind].from_config(settings).eval()
+
+
+def padded(model: Any, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Random rows, each shorter than the one before, and two kinds of tokens."""
+    draw = torch.Generator().manual_seed(batch * 100 + length)
+    ids = torch.randint(5, len(VOCAB), (batch, length), generator=draw)
+    own = (length - 2 * torch.arange(batch)).clamp(min=1)[:, None]
+    mask = (torch.arange(length) < own).long()
+    types = (torch.arange(length) >= length // 2).long().expand_as(ids)
+    inputs = {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": types.contiguous()}
+    return {name: inputs[name] for name in input_names(model)}
+
+
+def session(graph: Any) -> Any:
+    return onnxruntime.InferenceSession(
+        graph.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+
+def difference(model: Any, graph: Any, inputs: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a logit of real tokens."""
+    with torch.no_grad():
+        wanted = [value for value in model(**inputs).values() if isinstance(value, torch.Tensor)]
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    found = session(graph).run(None, arrays)
+    worst = 0.0
+    for expected, array in zip(wanted, found, strict=True):
+        assert array.shape == tuple(expected.shape)
+        each = expected.dim() == 3 or len(wanted) == 2
+        real = inputs["attention_mask"].bool() if each else slice(None)
+        worst = max(worst, (torch.from_numpy(array) - expected)[real].abs().max().item())
+    return worst
+
+
+def operators(graph: Any) -> list[str]:
+    return [node.op_type for node in graph.graph.node]
+
+
+# -- the graph -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_models_for_any_shape(family: str, kind: str) -> None:
+    model = toy(family, kind)
+    graph = to_onnx(model)
+    onnx.checker.check_model(graph)
+    for shape in SHAPES:
+        assert difference(model, graph, padded(model, *shape)) < 1e-5
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_graph_holds_what_it_needs_and_no_more() -> None:
+    model = toy("bert", "mlm")
+    graph = to_onnx(model)
+    kinds = operators(graph)
+    assert not {"If", "Loop", "Scan", "Transpose"} & set(kinds)
+    assert kinds.count("Attention") == 4
+    assert kinds.count("Gemm") == 4 * 6 + 2
+    names = [tensor.name for tensor in graph.graph.initializer]
+    tied = {"cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"}
+    assert len(tied & set(names)) == 1
+    assert len(names) == len(set(names))
+    text = graph.SerializeToString().decode("latin-1")
+    for place in (str(Path.cwd()), str(Path.home()), ".py", "stack_trace"):
+        assert place not in text
+    assert not graph.graph.value_info
+
+
+def test_operator_that_has_no_translation_is_named() -> None:
+    model = toy("bert", "classification")
+
+    class Odd(nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(hidden)
+
+    model.dropout = Odd()
+    with pytest.raises(UserError, match="bessel_j0"):
+        to_onnx(model)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_every_method_exports(number: int) -> None:
+    family, kind = FAMILIES[number % 3], KINDS[number // 3 % 3]
+    model = finished([CASES[number]], family, kind).model.eval()
+    inputs = padded(model, 4, 10)
+    for int8 in ("fused", "qdq") if CASES[number]["name"] == "q8bert" else ("fused",):
+        graph = to_onnx(model, int8=int8)
+        onnx.checker.check_model(graph)
+        assert difference(model, graph, inputs) < 1e-4
+        if int8 == "qdq":
+            assert {node.domain for node in graph.graph.node} == {""}
+
+
+def test_whole_chain_exports() -> None:
+    chain = [{"name": name} for name in ("theseus", "lobert", "q8bert")]
+    model = finished(chain, "bert", "classification").model.eval()
+    graph = to_onnx(model)
+    assert operators(graph).count("Attention") == 2
+    assert difference(model, graph, padded(model, 3, 12)) < 1e-4
+
+
+# -- integers --------------------------------------------------------------------------------------
+
+
+class OneLayer(nn.Module):
+    """A table of floats, and an integer layer on top."""
+
+    def __init__(self, layer: Int8Linear, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Parameter(table, requires_grad=False), layer
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.layer(nn.functional.embedding(input_ids, self.table))
+
+
+def one_layer(scheme: Scheme) -> tuple[OneLayer, torch.Tensor]:
+    """Scales that are powers of 2, so that float32 loses nothing, and inputs beyond the range."""
+    draw = torch.Generator().manual_seed(3)
+    layer = Int8Linear(24, 16, scheme)
+    scale = torch.full((16 if scheme.per_row else 1,), 2.0**-6)
+    if scheme.per_row:
+        scale[::2] /= 4
+    whole = torch.randint(-127, 128, (16, 24), generator=draw)
+    layer.fill(whole * scale[:, None], scale)
+    if scheme.inputs == "static":
+        layer.input_scale = torch.tensor(2.0**-5)
+    layer.fill_bias(torch.randn(16, generator=draw), scale)
+    table = torch.randn(30, 24, generator=draw) * 2
+    table[0, :3] = torch.tensor([2.5, -0.5, 1.5]) * 2.0**-5  # halves round to even
+    return OneLayer(layer, table).eval(), whole
+
+
+@pytest.mark.parametrize("int8", ["fused", "qdq"])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("inputs", ["static", "dynamic"])
+def test_integer_products_are_numpys(inputs: Any, per_row: bool, int8: Any) -> None:
+    module, whole = one_layer(Scheme(inputs=inputs, per_row=per_row))
+    layer = module.layer
+    ids = torch.arange(30).view(5, 6)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    program = torch.export.export(module, (ids,), dynamic_shapes={"input_ids": sizes})
+    graph = translate(program, int8=int8)
+    (found,) = session(graph).run(None, {"input_ids": ids.numpy()})
+
+    x = module.table.numpy()[ids]
+    static = inputs == "static"
+    scale = np.float32(layer.input_scale if static else np.abs(x).max() / np.float32(127))
+    q = np.clip(np.rint(x / scale), -128, 127).astype(np.int32)  # [5, 6, 24]
+    product = q @ whole.numpy().T.astype(np.int32)
+    factor = scale * layer.weight_scale.numpy()
+    assert layer.bias is not None
+    bias = layer.bias.numpy() * factor if static else layer.bias.numpy()
+    wanted = product.astype(np.float32) * factor + bias
+    if static:
+        assert (q == -128).any()
+        assert np.array_equal(found, wanted)
+    else:
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found, module(ids).detach().numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_integer_weights_stay_bytes_and_values_are_quantised_once() -> None:
+    model = finished([{"name": "q8bert"}], "bert", "mlm").model.eval()
+    graph = to_onnx(model)
+    floats = [t for t in graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    assert all(len(tensor.dims) < 2 for tensor in floats)
+    bytes_ = [t for t in graph.graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert sum(tensor.dims == [len(VOCAB), 32] for tensor in bytes_) == 1  # words and decoder
+    kinds = operators(graph)
+    assert kinds.count("MatMulIntegerToFloat") == 4 * 6 + 2
+    assert kinds.count("QuantizeLinear") == 4 * 4 + 2  # queries, keys and values share one
+
+
+# -- parity ----------------------------------------------------------------------------------------
+
+
+class Wrong(nn.Module):
+    """A graph that gives the model's logits, and something more."""
+
+    def __init__(self, model: Any, shift: float, turn: float = 1.0) -> None:
+        super().__init__()
+        self.model, self.shift, self.turn = model, shift, turn
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        with torch.no_grad():
+            out = self.model(**{k: v for k, v in inputs.items() if k != "labels"})
+        out["logits"] = out["logits"] * self.turn + self.shift
+        return out
+
+
+def test_logits_that_differ_are_refused() -> None:
+    model = toy("bert", "classification")
+    batches = [padded(model, 2, 8)]
+    report = parity.logit_parity(model, Wrong(model, 1e-5), batches, integer=False)
+    assert report["largest_difference"] == pytest.approx(1e-5, rel=0.1)
+    assert report["shapes"] == [[2, 8], [1, 1]]
+    assert parity.logit_parity(model, Wrong(model, 0.01), batches, integer=True)
+    for shift in (0.01, float("nan")):
+        with pytest.raises(UserError, match=r"other logits .* Nothing was written"):
+            parity.logit_parity(model, Wrong(model, shift), batches, integer=False)
+
+
+def test_score_that_differs_is_refused(teacher: Path) -> None:
+    model = load(teacher)
+    data = export_module._rows(
+        load_recipe(str(teacher / "recipe.yaml")),
+        export_module.load_tokenizer(str(teacher / "model")),
+    )
+    assert data is not None
+    same = parity.metric_parity(model, Wrong(model, 0.0), data, 16, integer=False)
+    assert same["torch"] == same["onnx"]
+    assert same["rows"] == 41
+    with pytest.raises(UserError, match="on the dev rows"):
+        parity.metric_parity(model, Wrong(model, 0.0, turn=-1), data, 16, integer=False)
+    parity.metric_parity(model, Wrong(model, 0.0, turn=-1), data, 16, integer=True)  # is reported
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy teacher, exported by the command line against itself."""
+    out = tmp_path_factory.mktemp("exported") / "onnx"
+    words = ["measure.batches=[1]", "measure.length=8", "measure.seconds=0.02"]
+    argv = ["export", str(teacher), *words, "--out", str(out), "--against", str(teacher)]
+    assert main([*argv, "--threads", "1"]) == 0
+    return out
+
+
+def test_folder_is_complete_and_its_report_true(exported: Path, teacher: Path) -> None:
+    names = {"model.onnx", "tokenizer.json", "config.json", "inference.py", "export.json"}
+    assert names | {"README.md"} <= {path.name for path in exported.iterdir()}
+    report = json.loads((exported / "export.json").read_text(encoding="utf-8"))
+    assert report["metrics"]["torch"] == report["metrics"]["onnx"]
+    assert report["parity"]["largest_difference"] < 1e-4
+    assert len({tuple(shape) for shape in report["parity"]["shapes"]}) >= 4
+    assert report["bytes"] == (exported / "model.onnx").stat().st_size
+    assert [row["model"] for row in report["latency"]] == ["model", "teacher"]
+    assert [row["model"] for row in report["speedup"]] == ["model"]
+    for file in exported.iterdir():
+        assert str(teacher).encode() not in file.read_bytes()
+    assert [path.name for path in exported.parent.iterdir()] == ["onnx"]
+
+
+def run_plainly(folder: Path, *words: str) -> Any:
+    """`inference.py` where importing torch, transformers or raybert fails."""
+    block = "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'raybert')))\n"
+    code = f"{block}sys.argv = {['inference.py', *words]!r}\n" + (
+        "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_script_needs_neither_torch_nor_raybert(exported: Path, teacher: Path) -> None:
+    text = f"the film was {GOOD[0]}"
+    model, tokenizer = load(teacher), make_tokenizer()
+    with torch.no_grad():
+        scores = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+    answer = run_plainly(exported, text, "--threads", "1")
+    assert answer["label"] == model.config.id2label[int(scores.argmax())]
+    assert list(answer["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+def test_what_is_there_is_not_overwritten(exported: Path, teacher: Path, capsys, tmp_path) -> None:
+    argv = ["export", str(teacher), "--no-latency", "--out"]
+    before = (exported / "export.json").read_bytes()
+    assert main([*argv, str(exported)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (exported / "export.json").read_bytes() == before
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main([*argv, str(tmp_path), "--overwrite"]) == 2
+    assert "is not an exported model" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_failed_check_leaves_nothing_and_keeps_what_was(
+    teacher: Path, tmp_path: Path, monkeypatch
+) -> None:
+    out = tmp_path / "onnx"
+    export(teacher / "model", out=out, time=False, tell=lambda text: None)
+    before = (out / "model.onnx").stat().st_mtime_ns
+
+    class Broken(parity.OnnxModel):
+        def forward(self, **inputs: torch.Tensor) -> Any:
+            out = super().forward(**inputs)
+            out["logits"] = out["logits"] + 1
+            return out
+
+    monkeypatch.setattr(export_module, "OnnxModel", Broken)
+    with pytest.raises(UserError, match="other logits"):
+        export(teacher / "model", out=out, time=False, overwrite=True, tell=lambda text: None)
+    assert (out / "model.onnx").stat().st_mtime_ns == before
+    assert os.listdir(tmp_path) == ["onnx"]
+
+
+def test_model_without_a_task_says_what_was_not_checked(teacher: Path, tmp_path: Path) -> None:
+    folder = export(teacher / "model", out=tmp_path / "a", time=False, tell=lambda text: None)
+    report = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    assert report["metrics"] is None
+    assert "no metric" in report["notes"][0]
+    assert report["model"]["kind"] == "classification"
+    assert report["latency"] == []
+
+
+def test_missing_packages_are_named(teacher: Path, tmp_path: Path, monkeypatch) -> None:
+    find = export_module.importlib.util.find_spec
+    monkeypatch.setattr(
+        export_module.importlib.util,
+        "find_spec",
+        lambda name: None if name == "onnx" else find(name),
+    )
+    with pytest.raises(UserError, match=r'needs onnx; run: pip install "raybert\[onnx\]"'):
+        export(teacher, out=tmp_path / "onnx", tell=lambda text: None)
+
+
+# -- inference.py for every kind -------------------------------------------------------------------
+
+
+def saved(folder: Path, model: Any) -> Path:
+    """A model folder as a run leaves it."""
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    write_probe(model, folder, padded(model, 2, 6))
+    return folder
+
+
+def script(folder: Path, **recipe: Any) -> tuple[Any, Any]:
+    """An exported model as its `inference.py` gives it, and its settings."""
+    out = export(
+        folder, recipe_from(recipe) if recipe else None, time=False, tell=lambda text: None
+    )
+    space: dict[str, Any] = {"__name__": "inference", "__file__": str(out / "inference.py")}
+    exec((out / "inference.py").read_text(encoding="utf-8"), space)
+    return space["Model"](threads=1), space
+
+
+def test_several_labels(tmp_path: Path) -> None:
+    names = {0: "one", 1: "two", 2: "three"}
+    model = toy(
+        "bert",
+        "multilabel",
+        num_labels=3,
+        id2label=names,
+        problem_type="multi_label_classification",
+    )
+    run, _ = script(saved(tmp_path / "m", model))
+    texts = ["good film", "the plot was bad and the actor was very poor"]
+    batch = make_tokenizer()(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        scores = model(**batch).logits.sigmoid()
+    for answer, wanted in zip(run(texts), scores.tolist(), strict=True):
+        assert list(answer["scores"].values()) == pytest.approx(wanted, abs=1e-5)
+        assert answer["labels"] == [names[i] for i in range(3) if wanted[i] > 0.5]
+
+
+def test_numbers_of_pairs(tmp_path: Path) -> None:
+    model = toy("roberta", "regression", num_labels=1, problem_type="regression")
+    run, _ = script(saved(tmp_path / "m", model))
+    texts, pairs = ["good film"] * 20, ["a plot", "the actor was weak"] * 10
+    batch = make_tokenizer()(texts, pairs, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        scores = model(**batch).logits[:, 0]
+    found = [answer["score"] for answer in run(texts, pairs)]
+    assert found == pytest.approx(scores.tolist(), abs=1e-5)
+    with pytest.raises(ValueError, match="one for each"):
+        run(texts, pairs[:1])
+
+
+def test_masked_words(tmp_path: Path) -> None:
+    model = toy("distilbert", "mlm")
+    run, _ = script(saved(tmp_path / "m", model))
+    text = "the [MASK] was very [MASK]"
+    batch = make_tokenizer()(text, return_tensors="pt")
+    with torch.no_grad():
+        scores = model(**batch).logits.softmax(-1)[0]
+    places = [2, 5]
+    answer = run([text])[0]["tokens"]
+    for found, place in zip(answer, places, strict=True):
+        best = scores[place].topk(5)
+        assert [VOCAB[word] for word in found] == best.indices.tolist()
+        assert list(found.values()) == pytest.approx(best.values.tolist(), abs=1e-5)
+    with pytest.raises(ValueError, match="MASK"):
+        run(["the film"])
+
+
+def test_answers_are_raybert_s(tmp_path: Path) -> None:
+    from raybert.checkpoint import World
+    from raybert.evaluate import predict
+    from raybert.metrics import predictions
+
+    contexts = [
+        "the film was good and " * 9 + "the actor was weak",
+        "a plot , but not a great film",
+    ]
+    rows = [
+        {
+            "id": str(n),
+            "question": "was the film very good",
+            "context": context,
+            "answers": {"text": ["film"], "answer_start": [context.index("film")]},
+        }
+        for n, context in enumerate(contexts)
+    ]
+    for name in ("train", "dev"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "dev")}
+    data = {**files, "max_length": 32, "stride": 8, "cache": str(tmp_path / "cache"), "n_best": 32}
+    recipe = {"task": "qa", "data": data}
+    model = toy("bert", "qa")
+    run, _ = script(saved(tmp_path / "m", model), **recipe)
+    prepared = export_module._rows(recipe_from(recipe), make_tokenizer())
+    assert prepared is not None
+    assert len(prepared.splits["dev"]) > 2
+    world = World(0, 1, torch.device("cpu"))
+    index, outputs = predict(model, prepared, "dev", world, 4)
+    wanted = [answer for _, answer in predictions(prepared.task, prepared, "dev", index, outputs)]
+    answers = run([row["question"] for row in rows], contexts)
+    assert [answer["answer"] for answer in answers] == wanted
+    for answer, context in zip(answers, contexts, strict=True):
+        assert context[answer["start"] :].startswith(answer["answer"])
