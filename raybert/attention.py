@@ -38,6 +38,13 @@ class ProjectedAttention(nn.Module):
         new.add_module("projection", projection)
         return new
 
+    # Of the Hugging Face class.
+    config: Any
+    dropout: nn.Dropout
+    scaling: float
+    attention_head_size: int
+    projection: Any
+
     def project(self, hidden: Tensor) -> QKV:
         """hidden_states [B, T, H] -> queries, keys and values, each [B, T, H]."""
         return self.projection(hidden)

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import tensorly
+import tensorly as _tensorly
 import torch
-from tensorly import tenalg
+from tensorly import tenalg as _tenalg
 from tensorly.tucker_tensor import tucker_to_tensor
 from torch import Tensor
+
+tensorly: Any = _tensorly
+tenalg: Any = _tenalg
+# tensorly makes its functions when it is imported, which no type checker sees.
 
 SWEEPS = 3
 """HOOI sweeps over a Tucker decomposition's modes; the error settles in the third digit by then."""

@@ -37,7 +37,7 @@ def fill(module: nn.Module, values: Values) -> None:
 def _linear(inputs: int, outputs: int, like: nn.Linear, bias: nn.Parameter | None = None):
     """A linear layer of zeros where ``like`` is; drawing random weights would be for nothing."""
     place = {"device": like.weight.device, "dtype": like.weight.dtype}
-    new = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, **place)
+    new: Any = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, **place)
     nn.init.zeros_(new.weight)
     new.bias = bias
     return new

@@ -143,7 +143,7 @@ def _trace(model: PreTrainedModel) -> torch.export.ExportedProgram:
             )
     finally:
         quiet.setLevel(level)
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(before or "sdpa")
 
 
 def _translate(translation: Translation, node: Node) -> None:

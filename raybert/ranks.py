@@ -168,7 +168,8 @@ class Tucker:
         Raises:
             UserError: as said.
         """
-        stack, example = list(self.stack(shape)), (self.rungs(shape) or [()])[-1]
+        stack = list(self.stack(shape))
+        example: Any = (self.rungs(shape) or [()])[-1]
         if isinstance(rank, int) or len(rank) != len(stack):
             raise UserError(
                 f"lobert.{key} {rank if isinstance(rank, int) else list(rank)} is not {len(stack)} "
@@ -178,7 +179,7 @@ class Tucker:
         for one, size in zip(rank, stack, strict=True):
             if one > size:
                 raise UserError(
-                    f"lobert.{key} {list(rank)} has a rank above its dimension of the stack "
+                    f"lobert.{key} {[*rank]} has a rank above its dimension of the stack "
                     f"{stack} ({one} > {size}); use at most {list(example)}."
                 )
         dense, now = self.dense(shape), self.parameters(shape, rank)
@@ -187,7 +188,7 @@ class Tucker:
                 f"use for example {list(example)}" if example else "no ranks of this mode save here"
             )
             raise UserError(
-                f"lobert.{key} {list(rank)} saves nothing: {_millions(now)} parameters in place of "
+                f"lobert.{key} {[*rank]} saves nothing: {_millions(now)} parameters in place of "
                 f"{_millions(dense)}; {mend}."
             )
 

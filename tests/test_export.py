@@ -301,10 +301,11 @@ def run_plainly(folder: Path, *words: str) -> Any:
 def test_script_needs_neither_torch_nor_raybert(exported: Path, teacher: Path) -> None:
     text = f"the film was {GOOD[0]}"
     model, tokenizer = load(teacher), make_tokenizer()
+    config: Any = model.config
     with torch.no_grad():
         scores = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
     answer = run_plainly(exported, text, "--threads", "1")
-    assert answer["label"] == model.config.id2label[int(scores.argmax())]
+    assert answer["label"] == config.id2label[int(scores.argmax())]
     assert list(answer["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
 
 

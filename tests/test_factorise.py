@@ -129,8 +129,9 @@ def test_tucker_finds_a_stack_of_its_own_rank():
 
 
 def test_tucker_is_no_worse_than_tensorly_and_sweeps_do_not_harm():
-    import tensorly
     from tensorly.decomposition import partial_tucker
+
+    from raybert.factorise import tensorly
 
     stack, ranks = random(4, 10, 12), (3, 5, 6)
     with tensorly.backend_context("pytorch"):

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 import raybert
 from raybert.bench import flops, parameters
-from raybert.config import UserError
+from raybert.config import MethodConfig, UserError
 from raybert.factorise import error, low_rank
 from raybert.factors import Layout, build, dense_matrices, factorise
 from raybert.lowrank import LowRankLinear, LowRankProjection, SharedLinear, SharedProjection
@@ -106,7 +106,7 @@ def layout_of(attention: str | None, ffn: str | None, ranks: dict[str, Any]) -> 
     for mode in (attention, ffn):
         known = {**ATTENTION, **FFN}.get(mode or "")
         if isinstance(known, Svd):
-            svd |= dict.fromkeys(known.matrices, ranks[mode or ""])
+            svd |= dict.fromkeys(known.matrices, int(ranks[mode or ""] or 0))
     stacked = attention if attention != "self_svd" else None
     tucker = ranks["ffn_tucker"] if ffn == "ffn_tucker" else None
     return Layout([svd] * 4, stacked, ranks[stacked] if stacked else None, tucker)
@@ -262,7 +262,7 @@ def test_the_output_projection_is_factorised_on_request():
         low = [m for m in encoder_layers(model)[0].modules() if isinstance(m, LowRankLinear)]
         assert len(low) == 1
         wanted = low_rank(dense.weight.detach(), 6)
-        assert torch.allclose(low[0].expand.weight, wanted[0])
+        assert torch.allclose(low[0].get_parameter("expand.weight"), wanted[0])
         assert low[0].expand.bias is dense.bias, "adopted, not copied"
 
 
@@ -388,7 +388,7 @@ def test_predicted_parameters_are_those_of_the_student(attention, ffn):
 
 
 @pytest.mark.parametrize(
-    ("attention", "ffn"), [pair for pair in PAIRS if pair[1] or "falcon" not in pair[0]]
+    ("attention", "ffn"), [pair for pair in PAIRS if pair[1] or "falcon" not in str(pair[0])]
 )
 @pytest.mark.parametrize("share", [0.45, 0.7])
 def test_a_share_is_met_and_cannot_be_met_more_closely(attention, ffn, share):
@@ -608,8 +608,9 @@ def test_data_aware_is_never_worse_on_activations(family):
 def test_counted_operations_are_the_predicted_ones(attention, ffn):
     config = classifier().config
     method = lobert(attention=attention, ffn=ffn).resolve(config)
+    chains: list[list[MethodConfig]] = [[], [method]]
     length = 12
-    found = [flops(blank(config, "classification", chain), 1, length) for chain in ([], [method])]
+    found = [flops(blank(config, "classification", chain), 1, length) for chain in chains]
     difference = 0
     for part, mode in method.modes.items():
         rank = method.rank(part)
