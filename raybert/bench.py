@@ -186,7 +186,7 @@ def bench(
     """Measure one model, or two side by side.
 
     Args:
-        model: a model folder, or for ``onnx`` also a ``.onnx`` file.
+        model: a model folder, or for ``onnx`` an exported folder or a ``.onnx`` file.
         against: what to compare with; the speed-up is relative to it.
         names: what to call the two in the result.
         shapes, backend, threads, device, repeats, seconds: see ``raybert.latency.latency``.
@@ -221,9 +221,12 @@ def bench(
 
 
 def _measure(path: Path, length: int) -> dict[str, Any]:
-    if path.suffix == ".onnx":
+    inner = path / "model.onnx"
+    exported = inner.is_file() and not any(path.glob("*.safetensors"))
+    if path.suffix == ".onnx" or exported:
+        graph = inner if exported else path
         # Weights beyond 2 GB, or asked for, lie beside the graph.
-        files = [file for file in (path, Path(f"{path}.data")) if file.is_file()]
+        files = [file for file in (graph, Path(f"{graph}.data")) if file.is_file()]
         size = sum(file.stat().st_size for file in files)
         counted = {"parameters": None, "flops": None}
         return {"path": str(path), "bytes": {"weights": size, "total": size}, **counted}

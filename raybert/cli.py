@@ -325,9 +325,14 @@ def _bench(args: argparse.Namespace) -> int:
     shapes = [
         (b, n) for n in _numbers(args.length, "--length") for b in _numbers(args.batch, "--batch")
     ]
+    def place(name: str) -> Path:
+        exported = Path(name).expanduser() / "onnx"
+        there = args.backend == "onnx" and (exported / "model.onnx").is_file()
+        return exported if there else model_folder(name)
+
     result = bench(
-        model_folder(args.model),
-        model_folder(args.against) if args.against else None,
+        place(args.model),
+        place(args.against) if args.against else None,
         shapes=shapes,
         backend=args.backend,
         threads=args.threads,

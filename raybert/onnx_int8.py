@@ -36,16 +36,19 @@ def linear_int8(t: Translation, node: Node) -> None:
     graph, rows = t.graph, t.rows(x)
     dims = (*graph.dims(rows)[:-1], len(t.known[weight]))
     scale, zero = _scale(t, rows, input_scale), graph.constant(128, np.uint8)
-    quantised = graph.mark(graph.once("QuantizeLinear", [rows, scale, zero]), graph.dims(rows))
+    fused = t.int8 == "fused"
+    # ONNX Runtime has its own for longer than ONNX's of this opset: since 1.23.
+    op = f"{CONTRIB}.QuantizeLinear" if fused else "QuantizeLinear"
+    quantised = graph.mark(graph.once(op, [rows, scale, zero]), graph.dims(rows))
     own = t.known[weight_scale].float().flatten().cpu().numpy()  # [1] or [N]
-    product = _fused if t.int8 == "fused" else _standard
+    product = _fused if fused else _standard
     name = product(
         graph,
         (quantised, scale, zero),
         (_turned(t, weight), own[0] if len(own) == 1 else own),
         t.full(bias) if bias is not None else "",
     )
-    t.set(node, graph.shaped(graph.mark(name, (*[1] * (t.int8 == "qdq"), *dims)), dims), dims)
+    t.set(node, graph.shaped(graph.mark(name, dims if fused else (1, *dims)), dims), dims)
 
 
 def _turned(t: Translation, weight: Node) -> str:

@@ -169,7 +169,7 @@ def test_a_compressed_model_loads_bit_for_bit_by_every_door(methods, tmp_path, n
     ):
         again = load(tmp_path).eval()
         assert type(again) is COMPRESSED[stock]
-        assert again.config.compression == [{"name": "bottleneck", "rank": 4}]
+        assert again.config.compression == [Bottleneck(rank=4).model_dump()]
         assert_real(again)
         assert torch.equal(outputs(again), before)
         assert parameters(again) == parameters(model)
