@@ -38,7 +38,9 @@ def demo_recipes(out: Path, workers: int) -> tuple[Recipe, list[Recipe]]:
         {**shared, "model": model, "train": TEACHER_TRAINING, "out": str(out / "teacher")}
     )
     students = [
-        recipe_from({**shared, **student, **chain, "teacher": str(out / "teacher"), "out": str(out / name)})
+        recipe_from(
+            {**shared, **student, **chain, "teacher": str(out / "teacher"), "out": str(out / name)}
+        )
         for name, chain in CHAINS.items()
     ]
     return teacher, students

@@ -135,7 +135,7 @@ class Model:
         found = []
         for scores in _softmax(logits[asked]):
             best = np.argsort(-scores, kind="stable")[:TOP]
-            words = [self.tokenizer.id_to_token(int(token)) for token in best]
+            words = [self.tokenizer.id_to_token(int(token)) or "" for token in best]
             found.append(_named(words, scores[best]))
         return {"tokens": found}
 

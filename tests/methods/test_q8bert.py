@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB
+from safetensors.torch import load_file, save_file
 from test_conformance import finished, outputs, predecessor, rows
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -22,6 +26,7 @@ from raybert.config import KDConfig, UserError, recipe_from
 from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, product
 from raybert.int8 import Int8Embedding, Int8Linear, Scheme
 from raybert.methods.q8bert import Q8BERT, Quantise, calibrate, learned_ranges, selected
+from raybert.models import PROBE, verify_probe
 from raybert.phase import At, Distillation, Outputs
 from raybert.plan import make_plan, resolve_paths
 from raybert.run import compress
@@ -79,9 +84,10 @@ def test_forward_and_backward_are_the_formulas(bits, per_row, inputs):
 
     # The rounding is passed as if it were not there, inside the range and outside.
     g = upstream.numpy()
-    np.testing.assert_allclose(x.grad, g @ (w_int * s_w), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(layer.weight.grad, g.T @ (x_int * s_x), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(layer.bias.grad, g.sum(0), rtol=1e-5)
+    wanted = (g @ (w_int * s_w), g.T @ (x_int * s_x), g.sum(0))
+    for tensor, value in zip((x, layer.weight, layer.bias), wanted, strict=True):
+        assert tensor.grad is not None
+        np.testing.assert_allclose(tensor.grad, value, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_alone_are_quantised_where_inputs_are_not():
@@ -225,18 +231,19 @@ import torch.distributed as dist
 from transformers import BertConfig, BertForSequenceClassification
 from raybert.config import KDConfig
 from raybert.methods.q8bert import Q8BERT, learned_ranges
+from raybert.models import PROBE, verify_probe
 from raybert.phase import At, Distillation, Outputs
 
 folder, rank, workers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-torch.set_num_threads(1)
 if workers > 1:
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=workers)
 torch.manual_seed(0)
-sizes = dict(vocab_size=30, hidden_size=16, intermediate_size=32)
-model = BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
+sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
 model.eval()  # dropout would differ from worker to worker
 rows = {"input_ids": torch.randint(30, (4, 6)), "labels": torch.tensor([0, 1, 1, 0])}
 phase = Q8BERT(ema_decay=0.5).phases()[0]
+phase.initialise(model, [{"input_ids": rows["input_ids"] // 2}])
 phase.prepare(model)
 batch = {key: value[rank::workers] for key, value in rows.items()}
 kd = Distillation(KDConfig(), "classification", ())
@@ -250,12 +257,17 @@ torch.save(found, f"{folder}/{rank}of{workers}.pt")
 """
 
 
-def test_two_workers_see_what_one_sees(tmp_path):
+def test_two_workers_see_what_one_sees(tmp_path, monkeypatch):
     started = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(rank), str(workers)])
-        for rank, workers in ((0, 1), (0, 2), (1, 2))
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path), rank, "2"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in "01"
     ]
-    assert [process.wait(timeout=300) for process in started] == [0, 0, 0]
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), "0", "1"])
+    exec(WORKER, {})
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
     names = ("0of1", "0of2", "1of2")
     one, two, three = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in names)
     assert torch.equal(two, three)
@@ -433,3 +445,27 @@ def test_a_quantised_model_can_teach(toy, quantised, teacher, tmp_path):
     recipe = toy(tmp_path / "run", **keys, train={"max_steps": 2})
     folder = compress(recipe, tell=lambda text: None)
     assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_a_level_more_or_less_is_no_damage(quantised):
+    folder = quantised / "model"
+    model = raybert.load(folder)
+    stored = load_file(folder / PROBE)
+    for noise, fits in ((0.03, True), (0.5, False)):
+        moved = {**stored, "expected": stored["expected"] + noise}
+        save_file(moved, folder / PROBE)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="other outputs"):
+            verify_probe(model, folder)
+    save_file(stored, folder / PROBE)
+
+
+def test_without_epochs_it_is_calibrated_and_no_more(toy, teacher, tmp_path):
+    case = {"name": "q8bert", "epochs": 0, "embeddings": False}
+    folder = compress(toy(tmp_path / "run", teacher=str(teacher), method=[case]), tell=print)
+    report = json.loads((folder / "report.json").read_text())
+    (phase,) = report["training"]["phases"]
+    assert phase["steps"] == 0
+    taught, found = (raybert.load(run).classifier for run in (teacher, folder))
+    off = found.weight * found.weight_scale - taught.weight
+    assert off.abs().max() <= 0.51 * found.weight_scale
+    assert 0.005 < found.input_scale < 0.01, "the pooler's outputs, below 1, in 127 levels"
