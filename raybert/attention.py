@@ -29,11 +29,17 @@ class ProjectedAttention(nn.Module):
     dense: tuple[str, str, str] = ("query", "key", "value")
     """What the Hugging Face class calls the three linear maps that `projection` stands for."""
 
+    projection: nn.Module
+    config: Any
+    dropout: nn.Dropout
+    scaling: float
+    attention_head_size: int
+
     @classmethod
     def of(cls, attention: nn.Module, projection: nn.Module) -> ProjectedAttention:
         """The attention with other projections; it adopts everything else, hooks included."""
         new = cls.__new__(cls)
-        vars(new).update(vars(attention))
+        new.__dict__.update(vars(attention))
         new._modules = {k: v for k, v in attention._modules.items() if k not in cls.dense}
         new.add_module("projection", projection)
         return new

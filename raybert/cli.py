@@ -325,6 +325,7 @@ def _bench(args: argparse.Namespace) -> int:
     shapes = [
         (b, n) for n in _numbers(args.length, "--length") for b in _numbers(args.batch, "--batch")
     ]
+
     def place(name: str) -> Path:
         exported = Path(name).expanduser() / "onnx"
         there = args.backend == "onnx" and (exported / "model.onnx").is_file()

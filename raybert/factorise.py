@@ -9,18 +9,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import tensorly as _tensorly
+import tensorly
 import torch
-from tensorly import tenalg as _tenalg
-from tensorly.tucker_tensor import tucker_to_tensor
 from torch import Tensor
 
-tensorly: Any = _tensorly
-tenalg: Any = _tenalg
-# tensorly makes its functions when it is imported, which no type checker sees.
+_TENSORLY: Any = tensorly  # chooses its functions by backend when it runs: no checker can see them
 
 SWEEPS = 3
 """HOOI sweeps over a Tucker decomposition's modes; the error settles in the third digit by then."""
+
+FLOOR = 1e-4
+"""What a direction counts at least in stacks, as a share of the mean; 1e-4 to 1e-1 do alike."""
 
 WIDE = 1024
 """A mode wider than this is fitted once: its eigenvectors take longer than a sweep is worth."""
@@ -103,55 +102,83 @@ def error(weight: Tensor, approximation: Tensor) -> float:
     return (weight.double() - approximation.double()).norm().item() / size if size else 0.0
 
 
-def error_on_data(weight: Tensor, left: Tensor, right: Tensor, moment: Tensor) -> float:
-    """The relative error ||X W^T - X (L R)^T||_F / ||X W^T||_F of `low_rank`'s factors.
+def error_on_data(weight: Tensor, approximation: Tensor, moment: Tensor) -> float:
+    """The relative error ||X W^T - X V^T||_F / ||X W^T||_F over inputs X.
 
     Args:
-        weight: W [out, in].
-        left: L [out, rank].
-        right: R [rank, in]; L R is an orthogonal projection of W, as `low_rank` gives it.
-        moment: see `low_rank`.
+        weight: W [out, in], out >= in.
+        approximation: V, of the same shape.
+        moment: the inputs' second moment [in, in].
     """
-    if weight.shape[0] < weight.shape[1]:  # only U^T G U of the outputs' second moment G is kept
-        basis = torch.linalg.qr(left.double())[0]
-        kept = ((moment.double() @ basis) * basis).sum().item()
-        return math.sqrt(max(0.0, 1.0 - kept / moment.double().trace().clamp(min=1e-30).item()))
-    away = weight.double() - left.double() @ right.double()
-    values = [((part @ moment.double()) * part).sum().item() for part in (away, weight.double())]
-    return math.sqrt(max(0.0, values[0]) / max(values[1], 1e-30))
+    found = []
+    for part in (weight.double() - approximation.double(), weight.double()):
+        found.append(((part @ moment.double()) * part).sum().item())
+    return math.sqrt(max(0.0, found[0]) / max(found[1], 1e-30))
+
+
+def error_of_projection(left: Tensor, moment: Tensor) -> float:
+    """The same for `low_rank`'s factors of a weight with out < in.
+
+    Args:
+        left: L [out, rank]; as U U^T W, what the factors keep of the outputs is U^T G U.
+        moment: the outputs' second moment G [out, out].
+    """
+    basis, exact = torch.linalg.qr(left.double())[0], moment.double()
+    kept = ((exact @ basis) * basis).sum().item()
+    return math.sqrt(max(0.0, 1.0 - kept / max(exact.trace().item(), 1e-30)))
+
+
+def _whitening(moment: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A square root S of a second moment C of inputs [in, in], S S^T = C, and S^-1.
+
+    Factors of W S become factors of W by S^-1, which is why directions that no token took need a
+    firmer floor here than in `low_rank`.
+    """
+    values, vectors = torch.linalg.eigh(moment.double() / moment.double().diagonal().mean())
+    root = (values.clamp(min=0.0) + FLOOR).sqrt()
+    return (vectors * root).to(like.dtype), (vectors / root).T.contiguous().to(like.dtype)
 
 
 def tucker(
-    stack: Tensor, ranks: Sequence[int], sweeps: int = SWEEPS
+    stack: Tensor, ranks: Sequence[int], moment: Tensor | None = None, sweeps: int = SWEEPS
 ) -> tuple[Tensor, list[Tensor]]:
     """A Tucker decomposition by higher-order orthogonal iteration (De Lathauwer et al., 2000).
 
     Args:
         stack: [d1, ..., dn].
         ranks: r1, ..., rn, each at most its dimension.
+        moment: the second moment [dn, dn] of the inputs that the stack's matrices [.., dn] are
+            applied to; the error that is made small is then that of their outputs.
         sweeps: passes over the modes after the first fit.
 
     Returns:
-        The core [r1, ..., rn] and a factor [di, ri] with orthonormal columns for each mode.
+        The core [r1, ..., rn] and a factor [di, ri] for each mode. Columns have length 1, and are
+        orthogonal to each other but for the last mode's where there is a moment.
     """
+    if moment is not None:
+        root, inverse = _whitening(moment, stack)
+        core, whitened = tucker(stack @ root, ranks, None, sweeps)
+        inner = inverse.T @ whitened[-1]  # [dn, rn]
+        length = inner.norm(dim=0)
+        return core * length, [*whitened[:-1], inner / length]
     # tensorly's own partial_tucker takes a full SVD of every unfolding in every sweep (a minute and
     # more for a [12, 3072, 768] stack); the eigenvectors of the unfolding's Gram matrix are the
     # same and far cheaper. Modes are fitted smallest first on what the earlier ones have
     # left (Vannieuwenhoven et al., 2012).
     modes = sorted(range(stack.dim()), key=lambda mode: stack.shape[mode])
     factors: dict[int, Tensor] = {}
-    with tensorly.backend_context("pytorch"):
+    with _TENSORLY.backend_context("pytorch"):
         for sweep in range(1 + sweeps):
             for mode in modes:
                 if sweep and stack.shape[mode] > WIDE:
                     continue
                 others = [other for other in factors if other != mode]
-                rest = tenalg.multi_mode_dot(
+                rest = _TENSORLY.tenalg.multi_mode_dot(
                     stack, [factors[m] for m in others], modes=others, transpose=True
                 )
-                factors[mode] = _leading(tensorly.unfold(rest, mode), ranks[mode])
+                factors[mode] = _leading(_TENSORLY.unfold(rest, mode), ranks[mode])
         found = [factors[mode] for mode in range(stack.dim())]
-        core = tenalg.multi_mode_dot(stack, found, transpose=True)
+        core = _TENSORLY.tenalg.multi_mode_dot(stack, found, transpose=True)
     return core, found
 
 
@@ -164,11 +191,13 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
 
 def tucker_product(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """The stack [d1, ..., dn] that a core and its factors stand for."""
-    with tensorly.backend_context("pytorch"):
-        return tucker_to_tensor((core, list(factors)))
+    with _TENSORLY.backend_context("pytorch"):
+        return _TENSORLY.tucker_to_tensor((core, list(factors)))
 
 
-def falcon(stack: Tensor, rank: int = 1) -> tuple[Tensor, Tensor]:
+def falcon(
+    stack: Tensor, rank: int = 1, *, rows: bool = True, moment: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """FALCON (Jang et al., 2019) in closed form: each row of the stack is a problem of its own.
 
     The stack's slices share ``rank`` bases, and each row of a slice is a sum of the bases' rows,
@@ -178,20 +207,31 @@ def falcon(stack: Tensor, rank: int = 1) -> tuple[Tensor, Tensor]:
     Args:
         stack: [G, N, D].
         rank: k, at most G.
+        rows: a scale for each row; otherwise one for each slice, which is a single such problem.
+        moment: the second moment [D, D] of the inputs that the slices are applied to; the error
+            that is made small is then that of their outputs.
 
     Returns:
-        scales [G, k, N] and bases [k, N, D], a singular value's root on either side.
+        scales [G, k, N], or [G, k, 1], and bases [k, N, D], of like lengths.
     """
-    rows = stack.transpose(0, 1)  # [N, G, D]
-    gram = (rows @ rows.transpose(1, 2)).double()  # [N, G, G]
-    vectors = torch.linalg.eigh(gram)[1][:, :, -rank:].flip(2).to(stack.dtype)  # [N, G, k]
-    bases = vectors.transpose(1, 2) @ rows  # [N, k, D]
-    root = bases.norm(dim=2).clamp(min=1e-12).sqrt()  # [N, k]
-    scales = vectors * root[:, None]
-    bases = bases / root[:, :, None]
-    return scales.permute(1, 2, 0).contiguous(), bases.transpose(0, 1).contiguous()
+    weighed, inverse = stack, None
+    if moment is not None:
+        root, inverse = _whitening(moment, stack)
+        weighed = stack @ root
+    problems = weighed.transpose(0, 1) if rows else weighed.flatten(1)[None]  # [P, G, D or N * D]
+    gram = (problems @ problems.transpose(1, 2)).double()  # [P, G, G]
+    vectors = torch.linalg.eigh(gram)[1][:, :, -rank:].flip(2).to(stack.dtype)  # [P, G, k]
+    bases = (vectors.transpose(1, 2) @ problems).transpose(0, 1).reshape(rank, *stack.shape[1:])
+    if inverse is not None:
+        bases = bases @ inverse
+    length = (
+        bases.norm(dim=2, keepdim=True) if rows else bases.flatten(1).norm(dim=1)[:, None, None]
+    )
+    root = length.clamp(min=1e-12).sqrt()  # [k, P, 1]
+    scales = vectors.permute(1, 2, 0) * root[..., 0]  # [G, k, P]
+    return scales.contiguous(), (bases / root).contiguous()
 
 
 def falcon_product(scales: Tensor, bases: Tensor) -> Tensor:
-    """The stack [G, N, D] that scales [G, k, N] and bases [k, N, D] stand for."""
-    return torch.einsum("gkn,knd->gnd", scales, bases)
+    """The stack [G, N, D] that scales [G, k, N or 1] and bases [k, N, D] stand for."""
+    return (scales[..., None] * bases).sum(dim=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raybert.attention import projected
-from raybert.factorise import error, error_on_data
+from raybert.factorise import error, error_of_projection, error_on_data
 from raybert.lowrank import (
     PARTS,
     FalconParts,
@@ -108,37 +108,57 @@ def factorise(model: nn.Module, layout: Layout, moments: Mapping[Key, Tensor]) -
     Args:
         model: a dense model.
         layout: what is factorised.
-        moments: see `raybert.factorise.low_rank`; empty for plain SVD.
+        moments: for data-aware factors those of the matrices that are weighed, as
+            `raybert.factorise.low_rank` takes them; else empty.
     """
     weights = {key: dense.weight.detach() for key, dense in dense_matrices(model).items()}
+    layers = range(len(encoder_layers(model)))
     found = Factors()
     for layer, ranks in enumerate(layout.svd):
         _add_svd(found, weights, layer, ranks, moments)
-    layers = range(len(encoder_layers(model)))
 
-    def stack(names: tuple[str, ...]) -> Tensor:  # [L, names, out, in]
-        return torch.stack([torch.stack([weights[i, name] for name in names]) for i in layers])
+    def stack(name: str) -> Tensor:  # [L, out, in]
+        return torch.stack([weights[layer, name] for layer in layers])
 
-    def note(layer: int, names: tuple[str, ...], approximation: Tensor) -> None:
-        for name, matrix in zip(names, approximation, strict=True):
-            found.errors[layer, name] = error(weights[layer, name], matrix)
+    def note(layer: int, name: str, approximation: Tensor) -> None:
+        key = (layer, name)
+        found.errors[key] = error(weights[key], approximation)
+        if key in moments:
+            found.on_data[key] = error_on_data(weights[key], approximation, moments[key])
 
     if layout.attention in WITHIN:
         for layer in layers:
-            part = torch.stack([weights[layer, name] for name in PARTS])
-            made = WITHIN[layout.attention].factorise(part, layout.attention_rank)
+            parts = torch.stack([weights[layer, name] for name in PARTS])
+            made = WITHIN[layout.attention].factorise(
+                parts, layout.attention_rank, moments.get((layer, PARTS[0]))
+            )
             found.values[layer, "attention"], approximation = made
-            note(layer, PARTS, approximation)
+            for name, one in zip(PARTS, approximation, strict=True):
+                note(layer, name, one)
     elif layout.attention:
-        made = ACROSS[layout.attention].factorise(stack(PARTS), layout.attention_rank)
+        parts = torch.stack([stack(name) for name in PARTS], dim=1)  # [L, 3, H, H]
+        made = ACROSS[layout.attention].factorise(
+            parts, layout.attention_rank, _shared_moment(moments, PARTS[0])
+        )
         found.values["attention"], approximations = made
         for layer in layers:
-            note(layer, PARTS, approximations[layer])
+            for name, one in zip(PARTS, approximations[layer], strict=True):
+                note(layer, name, one)
     for name, ranks in layout.stacks.items():
-        found.values[name], approximation = SharedTucker.factorise(stack((name,))[:, 0], ranks)
+        moment = _shared_moment(moments, name)
+        found.values[name], approximations = SharedTucker.factorise(stack(name), ranks, moment)
         for layer in layers:
-            note(layer, (name,), approximation[layer][None])
+            note(layer, name, approximations[layer])
     return found
+
+
+def _shared_moment(moments: Mapping[Key, Tensor], name: str) -> Tensor | None:
+    """The mean over layers of the moments of one matrix's inputs, none of them louder than others.
+
+    Factors that layers share can fit but one.
+    """
+    own = [moment / moment.trace() for (_, which), moment in moments.items() if which == name]
+    return torch.stack(own).mean(0) if own else None
 
 
 def _add_svd(
@@ -157,12 +177,19 @@ def _add_svd(
             left, right = parts[name]["expand.weight"], parts[name]["reduce.weight"]
             found.errors[key] = error(weights[key], left @ right)
             if key in moments:
-                found.on_data[key] = error_on_data(weights[key], left, right, moments[key])
+                found.on_data[key] = error_of_low_rank(weights[key], left, right, moments[key])
     if attention := [name for name in PARTS if name in parts]:
         found.values[layer, "attention"] = LowRankProjection.join(
             {name: parts.pop(name) for name in attention}
         )
     found.values |= {(layer, name): values for name, values in parts.items()}
+
+
+def error_of_low_rank(weight: Tensor, left: Tensor, right: Tensor, moment: Tensor) -> float:
+    """The relative error of SVD factors' outputs on data, whichever side the moment is of."""
+    if weight.shape[0] < weight.shape[1]:
+        return error_of_projection(left, moment)
+    return error_on_data(weight, left @ right, moment)
 
 
 # -- structure -------------------------------------------------------------------------------------

@@ -141,9 +141,14 @@ class TuckerProjection(Biased):
         self.mix = _zeros(first, len(PARTS), parts)
 
     @staticmethod
-    def factorise(weights: Tensor, ranks: Sequence[int]) -> tuple[Values, Tensor]:
-        """Values for weights [3, H, H], and the weights that they stand for."""
-        core, factors = tucker(weights, ranks)  # core [R1, R2, R3]
+    def factorise(
+        weights: Tensor, ranks: Sequence[int], moment: Tensor | None = None
+    ) -> tuple[Values, Tensor]:
+        """Values for weights [3, H, H], and the weights that they stand for.
+
+        Here and below, ``moment`` is the second moment of the inputs, or none.
+        """
+        core, factors = tucker(weights, ranks, moment)  # core [R1, R2, R3]
         mix, outer, inner = factors
         values = {"mix": mix, "expand.weight": outer, "reduce.weight": inner.T}
         return {**values, "core.weight": core.flatten(0, 1)}, tucker_product(core, factors)
@@ -176,12 +181,13 @@ class FalconProjection(Biased):
         self.scale = _zeros(first, len(PARTS), rank, width if self.rows else 1)
 
     @classmethod
-    def factorise(cls, weights: Tensor, rank: int) -> tuple[Values, Tensor]:
+    def factorise(
+        cls, weights: Tensor, rank: int, moment: Tensor | None = None
+    ) -> tuple[Values, Tensor]:
         """Values for weights [3, H, H], and the weights that they stand for."""
-        stack = weights if cls.rows else weights.flatten(1)[:, None]  # [3, 1, H * H]
-        scales, bases = falcon(stack, rank)
-        values = {"scale": scales, "reduce.weight": bases.reshape(-1, weights.shape[2])}
-        return values, falcon_product(scales, bases).view_as(weights)
+        scales, bases = falcon(weights, rank, rows=cls.rows, moment=moment)
+        values = {"scale": scales, "reduce.weight": bases.flatten(0, 1)}
+        return values, falcon_product(scales, bases)
 
     def forward(self, hidden: Tensor) -> QKV:
         """[B, T, H] -> three [B, T, H]."""
@@ -210,9 +216,11 @@ class SharedTucker(nn.Module):
         self.mix = _zeros(dense, layers, depth)
 
     @staticmethod
-    def factorise(weights: Tensor, ranks: Sequence[int]) -> tuple[Values, Tensor]:
+    def factorise(
+        weights: Tensor, ranks: Sequence[int], moment: Tensor | None = None
+    ) -> tuple[Values, Tensor]:
         """Values for weights [L, out, in], and the weights that they stand for."""
-        core, factors = tucker(weights, ranks)
+        core, factors = tucker(weights, ranks, moment)
         mix, outer, inner = factors
         values = {"mix": mix, "expand.weight": outer, "reduce.weight": inner.T}
         return {**values, "core": core.flatten(1)}, tucker_product(core, factors)
@@ -233,9 +241,11 @@ class SharedFalcon(nn.Module):
         self.scale = _zeros(dense, layers, rank, dense.out_features)
 
     @staticmethod
-    def factorise(weights: Tensor, rank: int) -> tuple[Values, Tensor]:
+    def factorise(
+        weights: Tensor, rank: int, moment: Tensor | None = None
+    ) -> tuple[Values, Tensor]:
         """Values for weights [L, H, H], and the weights that they stand for."""
-        scales, bases = falcon(weights, rank)
+        scales, bases = falcon(weights, rank, moment=moment)
         values = {"scale": scales, "reduce.weight": bases.flatten(0, 1)}
         return values, falcon_product(scales, bases)
 
@@ -254,12 +264,14 @@ class SharedParts(nn.Module):
         self.query, self.key, self.value = (self.kind(part, layers, rank) for part in dense)
 
     @classmethod
-    def factorise(cls, weights: Tensor, rank: Any) -> tuple[Values, Tensor]:
+    def factorise(
+        cls, weights: Tensor, rank: Any, moment: Tensor | None = None
+    ) -> tuple[Values, Tensor]:
         """Values for weights [L, 3, H, H], and the weights that they stand for."""
         values: Values = {}
         found = []
         for number, name in enumerate(PARTS):
-            own, approximation = cls.kind.factorise(weights[:, number].contiguous(), rank)
+            own, approximation = cls.kind.factorise(weights[:, number].contiguous(), rank, moment)
             values |= {f"{name}.{key}": value for key, value in own.items()}
             found.append(approximation)
         return values, torch.stack(found, dim=1)
@@ -289,9 +301,11 @@ class SharedTucker4d(nn.Module):
         self.mix = _zeros(first, len(PARTS), parts)
 
     @staticmethod
-    def factorise(weights: Tensor, ranks: Sequence[int]) -> tuple[Values, Tensor]:
+    def factorise(
+        weights: Tensor, ranks: Sequence[int], moment: Tensor | None = None
+    ) -> tuple[Values, Tensor]:
         """Values for weights [L, 3, H, H], and the weights that they stand for."""
-        core, factors = tucker(weights.transpose(0, 1).contiguous(), ranks)
+        core, factors = tucker(weights.transpose(0, 1).contiguous(), ranks, moment)
         mix, layer_mix, outer, inner = factors
         values = {"mix": mix, "layer_mix": layer_mix}
         values |= {"expand.weight": outer, "reduce.weight": inner.T}

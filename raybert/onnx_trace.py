@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from raybert import __version__
 from raybert.config import UserError
 from raybert.models import longest_input
+from raybert.onnx_first import keep_first
 from raybert.onnx_graph import Graph, Translation, dims_of
 from raybert.onnx_ops import HANDLERS
 
@@ -78,20 +79,21 @@ def to_onnx(model: PreTrainedModel, *, int8: Int8 = "fused") -> onnx.ModelProto:
     Raises:
         UserError: the model computes something that has no translation.
     """
-    return translate(_trace(model), int8=int8)
+    return translate(trace(model), int8=int8)
 
 
 def translate(program: torch.export.ExportedProgram, *, int8: Int8 = "fused") -> onnx.ModelProto:
     """A traced program as ONNX.
 
     Args:
-        program: its inputs are [batch, length], one of them ``input_ids``; it has one output, or
-            two, which are the logits of starts and ends.
+        program: is changed. Its inputs are [batch, length], one of them ``input_ids``; it has one
+            output, or two, which are the logits of starts and ends.
         int8: see `to_onnx`.
 
     Raises:
         UserError: see `to_onnx`.
     """
+    keep_first(program.graph)
     nodes = {node.name: node for node in program.graph.nodes}
     symbols = dims_of(nodes["input_ids"].meta["val"])
     graph = Graph({str(symbol): axis for axis, symbol in enumerate(symbols)})
@@ -120,14 +122,15 @@ def translate(program: torch.export.ExportedProgram, *, int8: Int8 = "fused") ->
     return graph.model(inputs, outputs, f"raybert {__version__}")
 
 
-def _trace(model: PreTrainedModel) -> torch.export.ExportedProgram:
-    """The model's operators, with sizes that stand for any batch and length."""
+def trace(model: PreTrainedModel) -> torch.export.ExportedProgram:
+    """The operators of a model in evaluation mode, with sizes that stand for any batch and
+    length."""
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     length = torch.export.Dim("length", min=1, max=longest_input(model.config))
     names = input_names(model)
     # Sizes of 0 and 1 would be traced as such.
     inputs = {name: torch.ones(2, 3, dtype=torch.long) for name in names}
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "sdpa"
     model.set_attn_implementation(TRACED)
     quiet = logging.getLogger("torch.export")
     level = quiet.level

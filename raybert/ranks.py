@@ -69,7 +69,7 @@ class Svd:
     released: int
     shared: bool = False
 
-    def default(self, shape: Shape) -> Rank:
+    def default(self, shape: Shape) -> int:
         """The released default at the model's width."""
         return max(1, round(shape.hidden * self.released / 768))
 
@@ -84,7 +84,7 @@ class Svd:
 
     multiply_adds = parameters
 
-    def rungs(self, shape: Shape) -> list[Rank]:
+    def rungs(self, shape: Shape) -> list[int]:
         """All ranks that save, rising."""
         return list(range(1, min(saving_rank(*shape.matrix(n)) for n in self.matrices) + 1))
 
@@ -133,14 +133,14 @@ class Tucker:
     token: Callable[..., int]
     shared: bool = True
 
-    def _scaled(self, shape: Shape, scale: float) -> Rank:
+    def _scaled(self, shape: Shape, scale: float) -> tuple[int, ...]:
         """The stack's last two ranks, out and in, as a share of their dimensions."""
         *small, outer, inner = self.stack(shape)
         shares = self.released[: len(small)]
         ranks = [max(1, round(d * share)) for d, share in zip(small, shares, strict=True)]
         return (*ranks, max(1, round(outer * scale)), max(1, round(inner * scale)))
 
-    def default(self, shape: Shape) -> Rank:
+    def default(self, shape: Shape) -> tuple[int, ...]:
         """The released default at the model's width and depth."""
         return self._scaled(shape, self.released[-1])
 
@@ -157,7 +157,7 @@ class Tucker:
         """Of one token, in all layers."""
         return shape.layers * self.token(shape, *rank)
 
-    def rungs(self, shape: Shape) -> list[Rank]:
+    def rungs(self, shape: Shape) -> list[tuple[int, ...]]:
         """Ranks that save, rising: those of the matrices, the stack's others as released."""
         all_ = (self._scaled(shape, r / shape.hidden) for r in range(1, shape.hidden + 1))
         return [rank for rank in all_ if self.parameters(shape, rank) < self.dense(shape)]
@@ -168,28 +168,25 @@ class Tucker:
         Raises:
             UserError: as said.
         """
-        stack = list(self.stack(shape))
-        example: Any = (self.rungs(shape) or [()])[-1]
+        stack, saving = list(self.stack(shape)), self.rungs(shape)
+        example = f"use for example {list(saving[-1])}" if saving else "this mode cannot save here"
         if isinstance(rank, int) or len(rank) != len(stack):
             raise UserError(
                 f"lobert.{key} {rank if isinstance(rank, int) else list(rank)} is not {len(stack)} "
                 f"ranks, one for each dimension of the stack {stack}; give for example "
-                f"{list(self.default(shape))}."  # type: ignore[arg-type]
+                f"{list(self.default(shape))}."
             )
         for one, size in zip(rank, stack, strict=True):
             if one > size:
                 raise UserError(
-                    f"lobert.{key} {[*rank]} has a rank above its dimension of the stack "
-                    f"{stack} ({one} > {size}); use at most {list(example)}."
+                    f"lobert.{key} {list(rank)} has a rank above its dimension of the stack "
+                    f"{stack} ({one} > {size}); {example}."
                 )
         dense, now = self.dense(shape), self.parameters(shape, rank)
         if now >= dense:
-            mend = (
-                f"use for example {list(example)}" if example else "no ranks of this mode save here"
-            )
             raise UserError(
-                f"lobert.{key} {[*rank]} saves nothing: {_millions(now)} parameters in place of "
-                f"{_millions(dense)}; {mend}."
+                f"lobert.{key} {list(rank)} saves nothing: {_millions(now)} parameters in place of "
+                f"{_millions(dense)}; {example}."
             )
 
 

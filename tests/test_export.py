@@ -25,7 +25,8 @@ from raybert.config import UserError, load_recipe, recipe_from
 from raybert.export import export
 from raybert.int8 import Int8Linear, Scheme
 from raybert.models import HEADS, load, write_probe
-from raybert.onnx_trace import input_names, to_onnx, translate
+from raybert.onnx_first import keep_first
+from raybert.onnx_trace import input_names, to_onnx, trace, translate
 
 FAMILIES = ("bert", "roberta", "distilbert")
 KINDS = ("classification", "qa", "mlm")
@@ -120,13 +121,29 @@ def test_operator_that_has_no_translation_is_named() -> None:
         to_onnx(model)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_layer_of_a_classifier_is_computed_for_one_token(family: str) -> None:
+    def ranks(kind: str) -> list[int]:
+        graph = trace(toy(family, kind)).graph
+        keep_first(graph)
+        linear = [node for node in graph.nodes if "linear" in str(node.target)]
+        return [node.meta["val"].dim() for node in linear]
+
+    found = ranks("classification")
+    assert found.count(3) == 3 * 6 + 2  # the last layer's keys and values
+    assert found.count(2) == 4 + 2  # and the rest of it, pooler and classifier
+    assert set(ranks("qa")) == {3}
+
+
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_every_method_exports(number: int) -> None:
-    family, kind = FAMILIES[number % 3], KINDS[number // 3 % 3]
+    family = FAMILIES[number % 3]
+    kind = ("classification", "qa", "classification", "mlm")[number % 4]
     model = finished([CASES[number]], family, kind).model.eval()
     inputs = padded(model, 4, 10)
+    program = trace(model)
     for int8 in ("fused", "qdq") if CASES[number]["name"] == "q8bert" else ("fused",):
-        graph = to_onnx(model, int8=int8)
+        graph = translate(program, int8=int8)
         onnx.checker.check_model(graph)
         assert difference(model, graph, inputs) < 1e-4
         if int8 == "qdq":
@@ -300,12 +317,12 @@ def run_plainly(folder: Path, *words: str) -> Any:
 
 def test_script_needs_neither_torch_nor_raybert(exported: Path, teacher: Path) -> None:
     text = f"the film was {GOOD[0]}"
-    model, tokenizer = load(teacher), make_tokenizer()
-    config: Any = model.config
+    model: Any = load(teacher)
+    tokenizer = make_tokenizer()
     with torch.no_grad():
         scores = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
     answer = run_plainly(exported, text, "--threads", "1")
-    assert answer["label"] == config.id2label[int(scores.argmax())]
+    assert answer["label"] == model.config.id2label[int(scores.argmax())]
     assert list(answer["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
 
 

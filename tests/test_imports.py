@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ONLY_HERE = {"ray": {"run.py"}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
-    {"templates", "onnx_graph"},
+    {"templates", "onnx_graph", "onnx_first"},
     {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8"},
     {"onnx_int8", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks"},

@@ -42,7 +42,9 @@ from raybert.ranks import (
     saving_rank,
     spend,
 )
-from raybert.surgery import compressed_by, encoder_layers
+from raybert.surgery import MATRICES, compressed_by, encoder_layers
+
+QKV = MATRICES[:3]
 
 
 class LoBERT(MethodConfig):
@@ -104,8 +106,8 @@ class LoBERT(MethodConfig):
     )
     data_aware: bool = Field(
         default=False,
-        description="SVD factors that keep what the weights do to calibration rows, not the "
-        "weights.",
+        description="Factors that keep what the weights do to calibration rows, not the weights; "
+        "all but ffn_tucker's of the output matrices.",
     )
     calibration_rows: NonNegativeInt = Field(
         default=256, description="Training rows that data_aware looks at."
@@ -139,8 +141,6 @@ class LoBERT(MethodConfig):
             "attention_output is factorised with attention=self_svd only": (
                 self.attention_output and self.attention != "self_svd"
             ),
-            f"data_aware weighs SVD factors; with attention={self.attention} and ffn={self.ffn} "
-            "there is none": self.data_aware and not svd,
             "calibration_rows 0 leaves data_aware nothing to look at; give some, for example 256": (
                 self.data_aware and not self.calibration_rows
             ),
@@ -356,7 +356,7 @@ class LoBERT(MethodConfig):
         return self.model_copy(update={**found, "ranks": rows})
 
     def moments(self, model: Any, batches: list[dict[str, Any]]) -> dict[Key, Tensor]:
-        """The second moment for each SVD matrix, as `low_rank` takes it; none unless data_aware.
+        """The second moment for each matrix, as `low_rank` takes it; none unless data_aware.
 
         Raises:
             UserError: data_aware, and no calibration rows.
@@ -367,9 +367,15 @@ class LoBERT(MethodConfig):
             raise UserError(
                 "lobert.data_aware found no calibration rows; give the task training rows."
             )
-        seen = {k: v for k, v in dense_matrices(model).items() if k[1] in self.svd}
+        # Not ffn_tucker's outputs: the moment [I, I] of their inputs would cost more than all else.
+        names = {
+            *self.svd,
+            *(QKV if self.attention else ()),
+            *(("intermediate",) if self.ffn else ()),
+        }
+        seen = {key: dense for key, dense in dense_matrices(model).items() if key[1] in names}
         # Queries, keys and values have one input, whose moment is taken once.
-        twins = {k for k in seen if k[1] in ("key", "value")}
+        twins = {key for key in seen if key[1] in QKV[1:]}
         found = second_moments(model, {k: v for k, v in seen.items() if k not in twins}, batches)
         return found | {(layer, name): found[layer, "query"] for layer, name in twins}
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from common import HERE, options
 
 WITH_DATA = ("tokens", "step_time", "distillation_step", "cached_step")
-WITHOUT = ("memory", "theseus_latency")
+WITHOUT = ("memory", "lobert_factorise")
+WITHOUT += ("onnx_latency", "theseus_latency", "lobert_latency", "q8bert_latency")
 
 
 def main() -> int:

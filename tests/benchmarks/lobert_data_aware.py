@@ -49,8 +49,7 @@ def held_out_error(args: Any, keys: dict[str, Any], out: Path) -> float:
     import numpy as np
 
     from raybert.data import load_prepared, prepare
-    from raybert.factorise import error_on_data
-    from raybert.factors import dense_matrices
+    from raybert.factors import dense_matrices, error_of_low_rank
     from raybert.lowrank import PARTS
     from raybert.models import load, load_tokenizer, model_folder
     from raybert.moments import second_moments
@@ -88,7 +87,7 @@ def held_out_error(args: Any, keys: dict[str, Any], out: Path) -> float:
             values = phase.values[layer, name]
             left, right = values["expand.weight"], values["reduce.weight"]
         weight = dense[layer, name].weight.detach()
-        errors.append(error_on_data(weight, left, right, moment))
+        errors.append(error_of_low_rank(weight, left, right, moment))
     return math.sqrt(sum(e * e for e in errors) / len(errors))
 
 

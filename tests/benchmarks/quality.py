@@ -1,6 +1,7 @@
-"""Finished runs, seeds taken together, as one result file for the README's table of quality.
+"""Finished runs, seeds taken together, as one result file for one of the README's tables.
 
     python tests/benchmarks/quality.py runs/mrpc-theseus-1 runs/mrpc-theseus-2 ...
+    python tests/benchmarks/quality.py --name bits runs/mrpc-8-bits runs/mrpc-4-bits ...
 
 Nothing is measured here: the numbers are those of each run's ``report.json``, and so are hardware
 and dates.
@@ -32,9 +33,11 @@ LEFT_OUT = {"name", "out", "resources", "method"}
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="finished runs as results/quality.json")
+    parser = argparse.ArgumentParser(description="finished runs as results/NAME.json")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--out", type=Path, default=RESULTS / "quality.json", help="result file")
+    parser.add_argument(
+        "--name", default="quality", help="table: quality, or a comparison within a method"
+    )
     return parser.parse_args()
 
 
@@ -170,6 +173,12 @@ def speedups(group: Group) -> dict[str, Any]:
     }
 
 
+def onnx_score(report: RunReport) -> float | None:
+    """The main metric through ONNX Runtime."""
+    metrics = report.onnx.metrics if report.onnx else None
+    return metrics[report.metric] if metrics else None
+
+
 def entry(group: Group, commands: dict[int, dict[str, str]]) -> dict[str, Any]:
     """What a group of seeds found out."""
     first, reports = group.first, group.reports
@@ -191,6 +200,7 @@ def entry(group: Group, commands: dict[int, dict[str, str]]) -> dict[str, Any]:
         "retained": spread(group.spread(lambda report: report.retained)),
         "ratio": spread(group.spread(lambda report: report.ratio)),
         "speedup": speedups(group),
+        "onnx_score": spread(group.spread(onnx_score)),
         "training_seconds": spread(group.spread(lambda report: report.training.seconds)),
         "training_steps": first.training.steps,
         **commands[id(group.runs[0])],
@@ -205,8 +215,14 @@ def main() -> None:
     args = parse()
     runs, commands = read_all(args.runs)
     groups = [entry(group, commands) for group in group_runs(runs)]
-    command = "python tests/benchmarks/quality.py RUN..."
-    write_json(args.out, {"name": "quality", "command": command, "date": today(), "groups": groups})
+    named = "" if args.name == "quality" else f"--name {args.name} "
+    found = {
+        "name": args.name,
+        "command": f"python tests/benchmarks/quality.py {named}RUN...",
+        "date": today(),
+        "groups": groups,
+    }
+    write_json(RESULTS / f"{args.name}.json", found)
     from tables import quality_table
 
     print(quality_table(groups))

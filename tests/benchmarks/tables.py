@@ -19,6 +19,7 @@ from typing import Any
 
 from raybert.groups import Spread
 from raybert.tables import (
+    MISSING,
     count,
     duration,
     escape_markdown,
@@ -32,10 +33,13 @@ from raybert.tables import (
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
-BENCHMARKS = ("step_time", "tokens", "distillation_step", "cached_step", "memory")
-BENCHMARKS += ("theseus_latency",)
+TRAINING = ("step_time", "tokens", "distillation_step", "cached_step", "memory")
+TRAINING += ("lobert_factorise",)
+LATENCY = ("onnx_latency", "theseus_latency", "lobert_latency", "q8bert_latency")
+ACCURACY = ("post_training", "lobert_data_aware")
 COLUMNS = ["Task", "Method", "Metric", "Teacher", "Student", "Floor", "Retained", "Ratio"]
-COLUMNS += ["Size", "FLOPs", "Speed-up 1x128 / 8x128", "Seeds", "Trained for"]
+COLUMNS += ["Size", "FLOPs", "PyTorch 1 / 8", "ONNX 1 / 8", "Seeds", "Trained for"]
+SHAPES = ("1x128", "8x128")
 
 
 def spread(value: dict[str, Any] | None) -> Spread | None:
@@ -70,12 +74,15 @@ def listed(versions: dict[str, Any]) -> str:
 def quality_row(group: dict[str, Any]) -> list[str]:
     """One chain on one task."""
     teacher, student = group["teacher"], group["student"]
-    speed = [spread(group["speedup"].get(f"torch {shape}")) for shape in ("1x128", "8x128")]
     seconds = group["training_seconds"]
     method = escape_markdown(group["label"]) + (" (simulated)" if group["simulated"] else "")
 
     def of(key: str, unit: Callable[[float], str]) -> str:
         return f"{unit(student[key]['mean'])} of {unit(teacher[key]['mean'])}"
+
+    def faster(backend: str) -> str:
+        found = [spread(group["speedup"].get(f"{backend} {shape}")) for shape in SHAPES]
+        return " / ".join(times(v.mean) for v in found if v) or MISSING
 
     return [
         escape_markdown(group["task"]),
@@ -88,7 +95,8 @@ def quality_row(group: dict[str, Any]) -> list[str]:
         percent(spread(group["ratio"])),
         of("bytes", megabytes),
         of("flops", count),
-        " / ".join(times(value.mean if value else None) for value in speed),
+        faster("torch"),
+        faster("onnx"),
         str(group["n"]),
         duration(seconds["mean"]) if seconds else "n/a",
     ]
@@ -99,11 +107,12 @@ def quality_table(groups: Sequence[dict[str, Any]]) -> str:
     return markdown_table(COLUMNS, [quality_row(group) for group in groups if group["teacher"]])
 
 
-def quality() -> str:
+def quality(name: str = "quality") -> str:
     """The table, where its numbers come from, and the commands."""
-    result = load("quality")
+    result = load(name)
     if result is None:
-        return "_Not measured yet: `python tests/benchmarks/quality.py RUN...`_"
+        named = "" if name == "quality" else f"--name {name} "
+        return f"_Not measured yet: `python tests/benchmarks/quality.py {named}RUN...`_"
     groups = [group for group in result["groups"] if group["teacher"]]
     notes, commands = [], []
     for group in groups:
@@ -118,18 +127,20 @@ def quality() -> str:
         [
             quality_table(groups),
             "Training time is the student's alone, a seed. " + " ".join(dict.fromkeys(notes)),
+            "<details><summary>Commands</summary>",
             "\n".join(["```bash", *dict.fromkeys(commands), "```"]),
+            "</details>",
         ]
     )
 
 
-# -- speed -----------------------------------------------------------------------------------------
+# -- benchmarks ------------------------------------------------------------------------------------
 
 
-def speed() -> str:
+def benchmarks(names: Sequence[str]) -> str:
     """Every figure of the benchmarks beside its target, and where the numbers come from."""
     rows, notes = [], []
-    for name in BENCHMARKS:
+    for name in names:
         result = load(name)
         if result is None:
             missing = [name.replace("_", " "), "not measured yet", "", ""]
@@ -146,7 +157,14 @@ def speed() -> str:
     return "\n\n".join([table, " ".join(dict.fromkeys(notes))]).rstrip()
 
 
-TABLES: dict[str, Callable[[], str]] = {"quality": quality, "speed": speed}
+TABLES: dict[str, Callable[[], str]] = {
+    "quality": quality,
+    "bits": lambda: quality("bits"),
+    "modes": lambda: quality("modes"),
+    "training": lambda: benchmarks(TRAINING),
+    "latency": lambda: benchmarks(LATENCY),
+    "accuracy": lambda: benchmarks(ACCURACY),
+}
 
 
 def rewritten(text: str) -> str:

@@ -11,14 +11,15 @@ import pytest
 import torch
 from conftest import VOCAB, toy_encoder
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 import raybert
 from raybert.bench import flops, parameters
-from raybert.config import MethodConfig, UserError
-from raybert.factorise import error, low_rank
+from raybert.config import RECIPES, MethodConfig, UserError, load_recipe
+from raybert.factorise import error, error_on_data, low_rank
 from raybert.factors import Layout, build, dense_matrices, factorise
 from raybert.lowrank import LowRankLinear, LowRankProjection, SharedLinear, SharedProjection
 from raybert.methods.lobert import LoBERT, LowRank
@@ -26,7 +27,9 @@ from raybert.methods.theseus import Theseus
 from raybert.models import blank, mark_compressed
 from raybert.moments import second_moments
 from raybert.phase import Taps
+from raybert.plan import make_plan, resolve_paths
 from raybert.ranks import ATTENTION, FFN, Shape, Svd, Tucker, even_ranks, saving_rank, spend
+from raybert.run import _fit
 from raybert.surgery import (
     MATRICES,
     attention_block,
@@ -102,7 +105,7 @@ def student(model: Any, **keys: Any) -> LoBERT:
 
 def layout_of(attention: str | None, ffn: str | None, ranks: dict[str, Any]) -> Layout:
     """A layout at any ranks, those that save nothing included."""
-    svd: dict[str, int] = {}
+    svd: dict[str, Any] = {}
     for mode in (attention, ffn):
         known = {**ATTENTION, **FFN}.get(mode or "")
         if isinstance(known, Svd):
@@ -262,8 +265,9 @@ def test_the_output_projection_is_factorised_on_request():
         low = [m for m in encoder_layers(model)[0].modules() if isinstance(m, LowRankLinear)]
         assert len(low) == 1
         wanted = low_rank(dense.weight.detach(), 6)
-        assert torch.allclose(low[0].get_parameter("expand.weight"), wanted[0])
-        assert low[0].expand.bias is dense.bias, "adopted, not copied"
+        expand: Any = low[0].expand
+        assert torch.allclose(expand.weight, wanted[0])
+        assert expand.bias is dense.bias, "adopted, not copied"
 
 
 def test_of_parts_some_stay_dense():
@@ -601,6 +605,33 @@ def test_data_aware_is_never_worse_on_activations(family):
     assert better > len(dense) / 2
 
 
+@pytest.mark.parametrize("attention", list(ATTENTION)[1:])
+def test_stacks_are_data_aware_too(attention):
+    told = {}
+    for aware in (False, True):
+        method = lobert(attention=attention, ffn="ffn_tucker", data_aware=aware)
+        model = classifier()
+        (phase,) = method.resolve(model.config).phases()
+        dense = {k: layer.weight.detach().clone() for k, layer in dense_matrices(model).items()}
+        moments = lobert(data_aware=True).moments(model, [rows()])
+        facts = phase.initialise(model, [rows()] if aware else [])
+        phase.prepare(model)
+        errors = []
+        for number, layer in enumerate(encoder_layers(model)):
+            module: Any = self_attention(layer)
+            zero = module.project(torch.zeros(1, 1, 32))
+            made = module.project(torch.eye(32)[None])
+            for name, p, z in zip(("query", "key", "value"), made, zero, strict=True):
+                key = (number, name)
+                errors.append(error_on_data(dense[key], (p - z)[0].T.detach(), moments[key]))
+        told[aware] = errors, facts
+    assert sum(told[True][0]) < 0.95 * sum(told[False][0])
+    reported = told[True][1]["reconstruction error on activations"]
+    assert {name.split()[-1] for name in reported} == {"query", "key", "value", "intermediate"}
+    names = [f"layer {i} {name}" for i in range(4) for name in ("query", "key", "value")]
+    assert [reported[name] for name in names] == pytest.approx(told[True][0], abs=1e-3)
+
+
 # -- cost ------------------------------------------------------------------------------------------
 
 
@@ -671,7 +702,6 @@ def test_what_saves_no_time_is_said():
             "chooses SVD ranks",
         ),
         ({"attention_output": True, "attention": None}, "attention=self_svd only"),
-        ({"data_aware": True, "attention": None, "ffn": "ffn_tucker"}, "weighs SVD factors"),
         ({"data_aware": True, "calibration_rows": 0}, "nothing to look at"),
         ({"attention": "self_svt"}, "attention"),
         ({"share": 1.0}, "share"),
@@ -792,3 +822,39 @@ def test_it_follows_theseus(family):
     assert method.shape is not None
     assert method.shape.layers == 2
     assert not any(isinstance(m, nn.Linear) and m.weight.shape == (64, 32) for m in model.modules())
+
+
+# -- whole runs ------------------------------------------------------------------------------------
+
+
+def test_parameters_that_layers_share_train_alike_under_zero(toy, teacher, tmp_path):
+    weights = []
+    for stage in (0, 2):
+        recipe = toy(
+            tmp_path / str(stage),
+            teacher=str(teacher),
+            method=[{"name": "lobert", "attention": "self_tucker_4d", "ffn": "ffn_tucker"}],
+            train={"epochs": 1, "zero": stage},
+            kd={"alpha": 0.5, "cls": 1.0},
+        )
+        plan = make_plan(resolve_paths(recipe))
+        _fit(plan, plan.recipe.teacher, None)
+        final = plan.recipe.folder / "checkpoints" / "final" / "model.safetensors"
+        weights.append(load_file(final))
+    assert weights[0].keys() == weights[1].keys()
+    assert sum(".lobert." in name for name in weights[0]) == 13
+    for name, tensor in weights[0].items():
+        assert torch.allclose(weights[1][name], tensor, atol=1e-4), name
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "lobert").glob("*.yaml")), ids=lambda p: p.stem)
+def test_paper_recipes_are_the_released_settings(path):
+    recipe = load_recipe(f"lobert/{path.stem}")
+    (method,) = recipe.method
+    assert isinstance(method, LoBERT)
+    assert recipe.task == path.stem
+    assert (recipe.train.epochs, recipe.train.batch_size, recipe.train.lr) == (4, 32, 2e-5)
+    assert recipe.data.max_length == 128
+    assert (recipe.kd.alpha, recipe.kd.temperature, recipe.kd.cls) == (0.5, 10, 100)
+    resolved = method.resolve(BertConfig())
+    assert (resolved.attention_rank, resolved.ffn_rank) == (192, 306)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB
+from safetensors.torch import load_file, save_file
 from test_conformance import finished, outputs, predecessor, rows
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -23,6 +26,7 @@ from raybert.config import KDConfig, UserError, recipe_from
 from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, product
 from raybert.int8 import Int8Embedding, Int8Linear, Scheme
 from raybert.methods.q8bert import Q8BERT, Quantise, calibrate, learned_ranges, selected
+from raybert.models import PROBE, verify_probe
 from raybert.phase import At, Distillation, Outputs
 from raybert.plan import make_plan, resolve_paths
 from raybert.run import compress
@@ -227,6 +231,7 @@ import torch.distributed as dist
 from transformers import BertConfig, BertForSequenceClassification
 from raybert.config import KDConfig
 from raybert.methods.q8bert import Q8BERT, learned_ranges
+from raybert.models import PROBE, verify_probe
 from raybert.phase import At, Distillation, Outputs
 
 folder, rank, workers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -440,3 +445,27 @@ def test_a_quantised_model_can_teach(toy, quantised, teacher, tmp_path):
     recipe = toy(tmp_path / "run", **keys, train={"max_steps": 2})
     folder = compress(recipe, tell=lambda text: None)
     assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_a_level_more_or_less_is_no_damage(quantised):
+    folder = quantised / "model"
+    model = raybert.load(folder)
+    stored = load_file(folder / PROBE)
+    for noise, fits in ((0.03, True), (0.5, False)):
+        moved = {**stored, "expected": stored["expected"] + noise}
+        save_file(moved, folder / PROBE)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="other outputs"):
+            verify_probe(model, folder)
+    save_file(stored, folder / PROBE)
+
+
+def test_without_epochs_it_is_calibrated_and_no_more(toy, teacher, tmp_path):
+    case = {"name": "q8bert", "epochs": 0, "embeddings": False}
+    folder = compress(toy(tmp_path / "run", teacher=str(teacher), method=[case]), tell=print)
+    report = json.loads((folder / "report.json").read_text())
+    (phase,) = report["training"]["phases"]
+    assert phase["steps"] == 0
+    taught, found = (raybert.load(run).classifier for run in (teacher, folder))
+    off = found.weight * found.weight_scale - taught.weight
+    assert off.abs().max() <= 0.51 * found.weight_scale
+    assert 0.005 < found.input_scale < 0.01, "the pooler's outputs, below 1, in 127 levels"
