@@ -29,7 +29,8 @@ class ProjectedAttention(nn.Module):
     dense: tuple[str, str, str] = ("query", "key", "value")
     """What the Hugging Face class calls the three linear maps that `projection` stands for."""
 
-    projection: nn.Module
+    projection: Any
+    # Of the Hugging Face class.
     config: Any
     dropout: nn.Dropout
     scaling: float
@@ -43,13 +44,6 @@ class ProjectedAttention(nn.Module):
         new._modules = {k: v for k, v in attention._modules.items() if k not in cls.dense}
         new.add_module("projection", projection)
         return new
-
-    # Of the Hugging Face class.
-    config: Any
-    dropout: nn.Dropout
-    scaling: float
-    attention_head_size: int
-    projection: Any
 
     def project(self, hidden: Tensor) -> QKV:
         """hidden_states [B, T, H] -> queries, keys and values, each [B, T, H]."""

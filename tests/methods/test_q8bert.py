@@ -465,7 +465,8 @@ def test_without_epochs_it_is_calibrated_and_no_more(toy, teacher, tmp_path):
     report = json.loads((folder / "report.json").read_text())
     (phase,) = report["training"]["phases"]
     assert phase["steps"] == 0
-    taught, found = (raybert.load(run).classifier for run in (teacher, folder))
+    loaded: list[Any] = [raybert.load(run) for run in (teacher, folder)]
+    taught, found = (model.classifier for model in loaded)
     off = found.weight * found.weight_scale - taught.weight
     assert off.abs().max() <= 0.51 * found.weight_scale
     assert 0.005 < found.input_scale < 0.01, "the pooler's outputs, below 1, in 127 levels"
