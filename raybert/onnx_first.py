@@ -9,7 +9,7 @@ alone, and through attention to its queries. The logits are the same; of a model
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -120,15 +120,17 @@ class _Mover:
 
     def _part(self, value: Node) -> Node | None:
         """A part of what was split along its last axis."""
-        split = _tokens(value.args[0])
-        axis = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
+        source, place = cast("tuple[Any, Any]", value.args)
+        split = _tokens(source)
+        whole, sizes, *where = cast("tuple[Any, ...]", split.args)
+        axis = where[0] if where else split.kwargs.get("dim", 0)
         if split in self.whole or str(split.target) not in SPLITS or axis not in (-1, 2):
             return None
         if split not in self.made:
             parts = [part.select(1, 0) for part in split.meta["val"]]
-            first = self.first(_tokens(split.args[0]))
-            self.made[split] = self._call(split.target, (first, split.args[1], -1), parts)
-        picked = (self.made[split], value.args[1])
+            first = self.first(_tokens(whole))
+            self.made[split] = self._call(split.target, (first, sizes, -1), parts)
+        picked = (self.made[split], place)
         return self._call(value.target, picked, value.meta["val"].select(1, 0))
 
     def _attended(self, value: Node) -> Node | None:
