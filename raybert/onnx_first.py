@@ -122,9 +122,10 @@ class _Mover:
         """A part of what was split along its last axis."""
         source, place = cast("tuple[Any, Any]", value.args)
         split = _tokens(source)
+        if split in self.whole or str(split.target) not in SPLITS:
+            return None
         whole, sizes, *where = cast("tuple[Any, ...]", split.args)
-        axis = where[0] if where else split.kwargs.get("dim", 0)
-        if split in self.whole or str(split.target) not in SPLITS or axis not in (-1, 2):
+        if (where[0] if where else split.kwargs.get("dim", 0)) not in (-1, 2):
             return None
         if split not in self.made:
             parts = [part.select(1, 0) for part in split.meta["val"]]
