@@ -107,9 +107,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("runs", nargs="+", help="run folders")
     command.add_argument("--out", default="report", help="folder for report.md and report.html")
     command.set_defaults(run=_report)
+    command = commands.add_parser(
+        "compare", help="one teacher, several chains of methods: one table and one page"
+    )
+    _add_recipe(command)
+    command.add_argument(
+        "--chain",
+        action="append",
+        default=[],
+        metavar="METHOD[,METHOD...]",
+        help="a chain of methods, once for each (default: every method by itself)",
+    )
+    command.add_argument("--seeds", help="of the students, as in 1,2,3 (default: train.seed)")
+    command.add_argument("--dry-run", action="store_true", help="check all, predict; stop")
+    command.set_defaults(run=_compare)
     command = commands.add_parser("demo", help="all of it, offline, in a few minutes")
     command.add_argument("--out", default="demo", help="folder (default: demo)")
-    command.add_argument("--workers", type=int, help="workers (default: 2, or 1 on a single core)")
+    command.add_argument("--workers", type=int, default=1, help="training processes (default: 1)")
     command.set_defaults(run=_demo)
     command = commands.add_parser("tasks", help="list the tasks")
     command.set_defaults(run=_tasks)
@@ -352,6 +366,21 @@ def _report(args: argparse.Namespace) -> int:
     write_report(runs, Path(args.out))
     print(summary_table([read_run(run) for run in runs]))
     print(f"report  {Path(args.out) / 'report.html'}")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from raybert.compare import check_place, compare, make_comparison
+    from raybert.plan import describe
+
+    seeds = _numbers(args.seeds, "--seeds") if args.seeds else []
+    comparison = make_comparison(_recipe(args.words), args.chain, seeds)
+    check_place(comparison.out)
+    plans = comparison.plans
+    if args.dry_run:
+        print("\n\n".join(describe(plan) for plan in plans))
+        return 0
+    compare(comparison, tell=_tell)
     return 0
 
 

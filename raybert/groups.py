@@ -67,6 +67,39 @@ class Group:
         return Spread.of([value(report) for report in self.reports])
 
 
+def on_front(groups: Sequence[Group]) -> list[bool]:
+    """Which groups of one task no other beats in score, bytes and time at once (Pareto's front).
+
+    A group is beaten by another that is at least as good in all three and better in one: the mean
+    score, the weights' bytes, and the median latency of the smallest batch in the fastest backend.
+    What is simulated is on no front.
+    """
+
+    def clock(report: RunReport) -> float | None:
+        rows = [row for row in report.latency if row.model == "student"]
+        least = min((row.batch for row in rows), default=0)
+        return min((row.p50_ms for row in rows if row.batch == least), default=None)
+
+    costs = []
+    for group in groups:
+        means = [
+            group.spread(lambda r: -r.student.score),
+            group.spread(lambda r: float(r.student.bytes.weights)),
+            group.spread(clock),
+        ]
+        costs.append([value.mean if value else math.inf for value in means])
+
+    def beaten(number: int) -> bool:
+        own = costs[number]
+        return any(
+            other != own and all(a <= b for a, b in zip(other, own, strict=True))
+            for i, other in enumerate(costs)
+            if not groups[i].simulated
+        )
+
+    return [not group.simulated and not beaten(i) for i, group in enumerate(groups)]
+
+
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group runs that differ only by seed, teachers first, each named by what sets it apart."""
     members: dict[str, list[Run]] = {}

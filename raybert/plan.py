@@ -289,6 +289,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
             "method": (),
             "kd": KDConfig.model_validate({}),
             "train": recipe.finetune,
+            "export": None,
             "name": f"{recipe.name}-teacher",
             "out": str(recipe.folder / "teacher"),
         }

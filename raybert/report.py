@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from raybert import __version__, tables
 from raybert.card import model_card
 from raybert.config import UserError
-from raybert.groups import group_runs
+from raybert.groups import Group, group_runs, on_front
 from raybert.results import (
     RETAINED,
     Run,
@@ -98,9 +98,10 @@ def write_report(runs: Sequence[Path], out: Path) -> tuple[Path, Path]:
 def summary_table(runs: Sequence[Run]) -> str:
     """The runs as a plain table for the terminal; those that differ only by seed share a line."""
     groups = group_runs(runs)
+    front = _front(groups) if len(groups) > 1 else []
     head = ("run", "metric", "teacher", "student", "floor", "retained", "weights", "speed-up")
     always = len(head)
-    head += ("onnx", "onnx speed-up", "")
+    head += ("onnx", "onnx speed-up", "pareto", "")
     rows = []
     for group in groups:
         first = group.first
@@ -118,6 +119,7 @@ def summary_table(runs: Sequence[Run]) -> str:
                 "" if group.is_teacher else speed_at(group, 1, "torch"),
                 tables.megabytes(first.onnx.bytes) if first.onnx else "",
                 "" if group.is_teacher else speed_at(group, 1, "onnx"),
+                "*" if group in front else "",
                 "simulated" if group.simulated else "",
             ]
         )
@@ -130,6 +132,15 @@ def summary_table(runs: Sequence[Run]) -> str:
         ).rstrip()
         for line in (head, ["-" * width for width in _full(widths, used)], *rows)
     )
+
+
+def _front(groups: Sequence[Group]) -> list[Group]:
+    """The groups that are on their task's Pareto front."""
+    found: list[Group] = []
+    for task in {group.first.task for group in groups}:
+        own = [group for group in groups if group.first.task == task]
+        found += [group for group, there in zip(own, on_front(own), strict=True) if there]
+    return found
 
 
 def _full(widths: list[int], used: list[int]) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from raybert import plots, tables
-from raybert.groups import Group, Spread, group_runs
+from raybert.groups import Group, Spread, group_runs, on_front
 from raybert.results import Measured, Run, RunReport
 
 BATCHES = (1, 8)
@@ -61,7 +61,7 @@ def task_views(runs: Sequence[Run], charts: bool) -> list[TaskView]:
                 groups[0].first.metric,
                 tuple(groups),
                 _head(groups[0].first.metric),
-                tuple(_row(group) for group in groups),
+                tuple(map(_row, groups, on_front(groups))),
                 tuple(_charts(groups, f"t{number}")) if charts else (),
             )
         )
@@ -80,11 +80,12 @@ def _head(metric: str) -> tuple[str, ...]:
         "FLOPs a row",
         *(f"Speed-up, batch {batch}" for batch in BATCHES),
         "Compression",
+        "Pareto front",
     )
 
 
-def _row(group: Group) -> Row:
-    first = group.first
+def _row(group: Group, front: bool) -> Row:
+    first, mark = group.first, Cell.of("yes" if front else "")
     own = tables.score(group.spread(lambda r: r.student.score))
     seeds = ", ".join(str(seed) for seed in sorted({r.seed for r in group.reports}))
     n = len(group.runs)
@@ -98,7 +99,7 @@ def _row(group: Group) -> Row:
         blank = Cell.of("–")
         speed = [blank] * len(BATCHES)
         cells = [Cell.of(own), blank, Cell.of(tables.score(first.floor)), blank, blank, *size]
-        return Row(group, label, (*cells, *speed, Cell.of("none")))
+        return Row(group, label, (*cells, *speed, Cell.of("none"), mark))
     cells = [
         Cell.of(tables.score(group.teacher(lambda m: m.score))),
         Cell.of(own),
@@ -108,6 +109,7 @@ def _row(group: Group) -> Row:
         *size,
         *(speed_cell(group, batch) for batch in BATCHES),
         Cell.of("simulated" if group.simulated else "real"),
+        mark,
     ]
     return Row(group, label, tuple(cells))
 

@@ -29,6 +29,7 @@ LAYERS = [
     {"plan"},
     {"artifact"},
     {"run"},
+    {"compare"},
     {"demo"},
     {"cli"},
 ]

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from raybert.config import UserError
-from raybert.groups import Spread, group_runs
+from raybert.groups import Group, Spread, group_runs, on_front
 from raybert.plots import BINS, curve, pareto
 from raybert.report import (
     RunReport,
@@ -311,10 +311,28 @@ def test_summary_shows_scores_retained_and_speed() -> None:
         "0.810",
         "50.0",
         "MB",
+        "*",
     ]
     assert lines[3].split()[:2] == ["mrpc:", "theseus"]
     assert "40 %" in lines[3]
-    assert lines[3].endswith("2.00×")
+    assert lines[3].endswith("2.00×"), "the other run is better and no larger: no front"
+
+
+def test_front_is_what_nothing_beats_in_everything() -> None:
+    def group(name: str, score: float, size: int, ms: float, **keys: Any) -> Group:
+        rows = [timed("student", ms, 1), timed("student", 9 * ms, 8), timed("teacher", 1, 1)]
+        report = a_report(score, student=measured(score, size), latency=rows, name=name, **keys)
+        return Group(name, (Run(report, ""),))
+
+    groups = [
+        group("best", 0.86, 90, 40),
+        group("smaller", 0.84, 20, 40),
+        group("faster", 0.83, 90, 10),
+        group("beaten", 0.82, 90, 10),
+        group("equal", 0.84, 20, 40),
+        group("simulated", 0.90, 10, 5, simulated=True),
+    ]
+    assert on_front(groups) == [True, True, True, False, True, False]
 
 
 def test_not_measurable_is_said_so() -> None:

@@ -1,0 +1,160 @@
+"""`raybert compare`: one teacher, many chains of methods, one table and one page.
+
+    raybert compare task=mrpc data=glue/MRPC model=bert-base-uncased --chain theseus \\
+        --chain theseus,lobert,q8bert --seeds 1,2,3 out=runs/compare
+
+Every run is a run folder of its own under ``out``, so what was interrupted continues, and what is
+finished is not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from raybert.config import MethodConfig, Recipe, UserError, nearest, recipe_from
+from raybert.methods import METHODS
+from raybert.plan import Plan, make_plan, resolve_paths, teacher_recipe
+from raybert.report import summary_table, write_report
+from raybert.results import read_run
+from raybert.run import compress, finetune
+
+REPORTS = {"report.md", "report.html"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is run: the teacher first, unless it is there already."""
+
+    out: Path
+    teacher: Recipe | None
+    students: tuple[Recipe, ...]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The students' plans, as if each fine-tuned its own teacher where there is none yet.
+
+        Raises:
+            UserError: a chain cannot be run.
+        """
+        plans = []
+        for student in self.students:
+            asked = student
+            if self.teacher is not None:
+                asked = student.model_copy(update={"teacher": None, "model": self.teacher.model})
+            try:
+                plans.append(make_plan(resolve_paths(asked)))
+            except UserError as error:
+                raise UserError(f"{student.folder.name}: {error}") from None
+        return plans
+
+
+def make_comparison(
+    recipe: Recipe, chains: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> Comparison:
+    """The runs of a comparison.
+
+    Args:
+        recipe: what all share. Its ``method`` list holds the methods' parameters; its ``out`` is
+            the comparison's folder.
+        chains: names of methods with commas between them; none: every method that the recipe lists
+            (or that there is, where it lists none) by itself, and the recipe's own chain.
+        seeds: of the students; none: the recipe's.
+
+    Raises:
+        UserError: a method that is not known, or listed in no chain; a chain twice.
+    """
+    own = {method.name: method for method in recipe.method}
+    named = [[part.strip() for part in chain.split(",") if part.strip()] for chain in chains]
+    if not named:
+        named = [[name] for name in own or METHODS] + ([list(own)] if len(own) > 1 else [])
+    _check(named, own)
+    teacher = None
+    if recipe.teacher is None:
+        teacher = resolve_paths(teacher_recipe(recipe).model_copy(update={"name": "teacher"}))
+    students = []
+    for chain in named:
+        for seed in seeds or [recipe.train.seed]:
+            folder = "-".join(chain) + (f"-seed{seed}" if len(seeds) > 1 else "")
+            students.append(_student(recipe, chain, own, seed, recipe.folder / folder, teacher))
+    return Comparison(recipe.folder, teacher, tuple(students))
+
+
+def _check(chains: list[list[str]], own: dict[str, MethodConfig]) -> None:
+    used = {name for chain in chains for name in chain}
+    for name in used:
+        if name not in METHODS:
+            raise UserError(
+                f"unknown method {name!r}{nearest(name, METHODS)}; known: {', '.join(METHODS)}."
+            )
+    if idle := [name for name in own if name not in used]:
+        raise UserError(
+            f"the recipe has parameters for {' and '.join(idle)}, and no chain uses it; add "
+            f"--chain {idle[0]}, or remove them."
+        )
+    texts = [",".join(chain) for chain in chains]
+    if twice := next((text for text in texts if texts.count(text) > 1 or not text), None):
+        raise UserError(f"the chain {twice!r} is there twice; name each chain once.")
+
+
+def _student(
+    recipe: Recipe,
+    chain: list[str],
+    own: dict[str, MethodConfig],
+    seed: int,
+    folder: Path,
+    teacher: Recipe | None,
+) -> Recipe:
+    data = recipe.model_dump(mode="json")
+    data["method"] = [own[name].model_dump() if name in own else name for name in chain]
+    data["train"]["seed"] = seed
+    data |= {"name": folder.name, "out": str(folder)}
+    if teacher is not None:
+        data |= {"model": None, "teacher": teacher.out}
+    return recipe_from(data, f"chain {','.join(chain)}")
+
+
+def check_place(out: Path) -> None:
+    """Refuse a folder that holds anything but runs and their report.
+
+    Raises:
+        UserError: it does; nothing in it is touched.
+    """
+    for entry in out.iterdir() if out.is_dir() else ():
+        known = entry.name in REPORTS or entry.name[0] == "." or (entry / "recipe.yaml").is_file()
+        if not known:
+            raise UserError(
+                f"{out} holds something that is no run, {entry.name}; nothing in it is touched. "
+                "Choose another out."
+            )
+
+
+def compare(comparison: Comparison, *, tell: Callable[[str], None] = print) -> Path:
+    """Carry out a comparison and write its report.
+
+    Args:
+        comparison: see `make_comparison`.
+        tell: gets progress, the table at the end and where the report is.
+
+    Returns:
+        The report's HTML page.
+
+    Raises:
+        UserError: the folder holds something else, or as `raybert.run.compress` does; runs that
+            were finished are kept.
+    """
+    check_place(comparison.out)
+    runs = []
+    if comparison.teacher is not None:
+        tell("1. fine-tuning the teacher")
+        runs.append(finetune(comparison.teacher, tell=tell))
+    for number, student in enumerate(comparison.students, start=len(runs) + 1):
+        chain = " + ".join(method.name for method in student.method)
+        tell(f"{number}. compressing: {chain}, seed {student.train.seed}")
+        runs.append(compress(student, tell=tell))
+    write_report(runs, comparison.out)
+    tell("")
+    tell(summary_table([read_run(run) for run in runs]))
+    tell(f"report  {comparison.out / 'report.html'}")
+    return comparison.out / "report.html"
