@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for a mistake that the user can mend; 1 for a failure; 130 when interrupted.
     """
-    args = _parser().parse_args(argv)
+    args = parse(argv)
     from raybert.config import UserError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -62,6 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line as arguments; exits with 2 where it is none."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positional words in one row only: those behind an option are left over.
+    if rest and ("words" not in args or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.words = [*args.words, *rest]
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

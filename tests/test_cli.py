@@ -22,7 +22,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from raybert import __version__
-from raybert.cli import main
+from raybert.cli import main, parse
 from raybert.tasks import TASKS
 
 
@@ -621,3 +621,12 @@ def test_compress_report_and_overwrite(toys, capsys):
     held = yaml.safe_load((toys.out / "recipe.yaml").read_text())
     assert held["train"]["lr"] == 1e-3
     assert json.loads((toys.out / "report.json").read_text())["student"]["parameters"]
+
+
+def test_overrides_may_stand_behind_options(capsys):
+    args = parse(["compress", "task=mrpc", "--dry-run", "train.lr=3e-5", "method=theseus"])
+    assert args.words == ["task=mrpc", "train.lr=3e-5", "method=theseus"]
+    for words in (["compress", "--dry", "--nonsense"], ["tasks", "task=mrpc"]):
+        with pytest.raises(SystemExit):
+            parse(words)
+        assert "unrecognized arguments" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raybert.cli import _parser
+from raybert.cli import parse
 from raybert.config import RECIPES, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,10 +75,10 @@ def test_command_parses(command):
     typed = [word for word in shlex.split(command) if word not in ("...", "…")]
     if {"--help", "--version"} & set(typed):
         with pytest.raises(SystemExit) as stop:
-            _parser().parse_args(typed)
+            parse(typed)
         assert stop.value.code == 0
         return
-    words = vars(_parser().parse_args(typed)).get("words", [])
+    words = vars(parse(typed)).get("words", [])
     names = [word for word in words if "=" not in word]
     assert len(names) <= 1, f"one recipe at a time: {names}"
     for name in names:
