@@ -83,11 +83,12 @@ class MethodConfig(Section):
         raise NotImplementedError
 
     def settle(self, model: Any, batches: list[dict[str, Any]]) -> MethodConfig:
-        """Settle what depends on weights, once, before the first phase; see `Phase.initialise`.
+        """Settle what depends on weights, where each of the method's phases begins; see
+        `Phase.initialise`.
 
         Args:
-            model: the model that the method starts from, in evaluation mode.
-            batches: the calibration rows of the method's first phase.
+            model: as the phase finds it, in evaluation mode.
+            batches: the phase's calibration rows.
 
         Returns:
             The method as it goes on, and as it is saved with the model.

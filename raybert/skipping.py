@@ -1,0 +1,295 @@
+"""Blocks of a layer that compute only the units that each sample keeps.
+
+A block is a layer's attention or feed-forward with its output projection. Its weights lie unit by
+unit, the output matrix transposed, so that picking units copies whole stretches of memory. Where a
+sample keeps few units their weights are gathered and the product is smaller; where it keeps most,
+the whole product is cheaper, and what is not kept is multiplied by zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
+from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+
+from raybert.attention import ProjectedAttention
+from raybert.gates import Gate, summary
+
+GATHER = 14
+"""What gathering a unit's weights costs, in tokens that the unit could be computed for meanwhile.
+Measured on two AVX2 cores; it puts the end of gathering at 0.9 kept of 128 tokens."""
+
+CALL = 4000
+"""What one more group of samples costs, in the same tokens times units."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples of a batch that are computed together.
+
+    Attributes:
+        rows: their places in the batch [b].
+        units: the units that any of them keeps, by number; ``None``: all, nothing is gathered.
+        exact: whether each of them keeps all of these, so that nothing is to be masked.
+    """
+
+    rows: np.ndarray
+    units: np.ndarray | None
+    exact: bool
+
+
+def plan(keep: np.ndarray, tokens: int) -> list[Group]:
+    """Put the samples of a batch into groups, by what their products and gathers would cost.
+
+    Each sample joins the group where it adds the least cost, or starts one: samples that keep
+    nearly the same units share one gather, others have their own, and those for which gathering
+    does not pay are computed whole.
+
+    Args:
+        keep: [B, N], whether the sample keeps the unit.
+        tokens: T, a sample's.
+    """
+    rows, units = keep.shape
+    order = np.argsort(-keep.sum(1), kind="stable")
+    unions = np.zeros((0, units), dtype=bool)
+    members: list[list[int]] = []
+    whole: list[int] = []
+    for row in order.tolist():
+        alone = int(keep[row].sum()) * (GATHER + tokens) + CALL
+        costs = [alone, units * tokens]  # a group of its own; with those computed whole
+        if members:
+            sizes = np.array([len(group) for group in members])
+            now, then = unions.sum(1), (unions | keep[row]).sum(1)
+            joined = then * (GATHER + tokens * (sizes + 1)) - now * (GATHER + tokens * sizes)
+            costs.append(int(joined.min()))
+        best = int(np.argmin(costs))
+        if best == 0:
+            members.append([row])
+            unions = np.concatenate([unions, keep[row : row + 1]])
+        elif best == 1:
+            whole.append(row)
+        else:
+            place = int(joined.argmin())
+            members[place].append(row)
+            unions[place] |= keep[row]
+    groups = [
+        Group(np.array(group), np.flatnonzero(union), bool((keep[group] == union).all()))
+        for group, union in zip(members, unions, strict=True)
+    ]
+    if whole:
+        groups.append(Group(np.array(whole), None, bool(keep[whole].all())))
+    return groups
+
+
+class Units(nn.Module):
+    """Weights of N units, each with P x D rows of the matrices that come in, and D that go out.
+
+    ``weight`` [P, N, D, H], ``bias`` [P, N, D], ``out`` [N, D, H], ``out_bias`` [H]: a head has the
+    three projections (P = 3) of its width D, a neuron one row (P = 1, D = 1).
+    """
+
+    def __init__(self, inward: list[nn.Linear], outward: nn.Linear, count: int) -> None:
+        super().__init__()
+        self.whole = count  # before any were removed
+        width = outward.in_features // count
+        weights = [linear.weight.detach().view(count, width, -1) for linear in inward]
+        biases = [linear.bias.detach().view(count, width) for linear in inward]
+        self.weight = nn.Parameter(torch.stack(weights))
+        self.bias = nn.Parameter(torch.stack(biases))
+        turned = outward.weight.detach().t().contiguous()
+        self.out = nn.Parameter(turned.view(count, width, -1).clone())
+        self.out_bias = nn.Parameter(outward.bias.detach().clone())
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.out.shape[0]
+
+    def inward(self, x: Tensor, units: Tensor | None = None) -> Tensor:
+        """[B, T, H] -> [B, T, P * n * D], for n units or all."""
+        weight, bias = self.weight, self.bias
+        if units is not None:
+            weight, bias = weight.index_select(1, units), bias.index_select(1, units)
+        return F.linear(x, weight.flatten(0, 2), bias.flatten())
+
+    def outward(self, y: Tensor, units: Tensor | None = None) -> Tensor:
+        """[B, T, n * D] -> [B, T, H], for n units or all."""
+        out = self.out if units is None else self.out.index_select(0, units)
+        return F.linear(y, out.flatten(0, 1).t(), self.out_bias)
+
+    def narrow(self, kept: Tensor | None, count: int) -> None:
+        """Keep ``count`` units, those named; ``None`` leaves their values open."""
+        for name, axis in (("weight", 1), ("bias", 1), ("out", 0)):
+            old = self.get_parameter(name).detach()
+            shape = list(old.shape)
+            shape[axis] = count
+            new = old.new_empty(shape) if kept is None else old.index_select(axis, kept)
+            self.register_parameter(name, nn.Parameter(new))
+
+
+class Gated(nn.Module):
+    """What both blocks have in common.
+
+    Attributes:
+        gate: decides.
+        units: the weights.
+        mean: whether the gate looks at the mean over tokens, in place of the first.
+        skips: whether what a sample does not keep is left out, rather than multiplied by zero.
+        expected: the share of units that is taken for kept where there are no values to decide by.
+    """
+
+    gate: Gate
+    units: Units
+    mean: bool
+    skips: bool
+    expected: float
+
+    def within(self, y: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Any]:
+        """What happens between the two products: [B, T, P * n * D] -> [B, T, n * D], and more."""
+        raise NotImplementedError
+
+    def run(self, hidden: Tensor, mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
+        """hidden_states [B, T, H] -> [B, T, H], and the attention where there is one."""
+        first = summary(hidden, mask, mean=self.mean)
+        if hidden.is_meta:
+            self.gate.logits(first)  # to be counted
+            count = max(1, min(self.units.count, round(self.expected * self.units.whole)))
+            units = torch.arange(count, device=hidden.device)
+            return self._part(hidden, mask, units, None, **kwargs)
+        keep = self.gate(first)
+        if not self._skipping():
+            return self._part(hidden, mask, None, keep, **kwargs)
+        groups = plan(keep.bool().cpu().numpy(), hidden.shape[1])
+        if len(groups) == 1:
+            return self._group(groups[0], hidden, mask, keep, **kwargs)
+        out = torch.empty_like(hidden)
+        for group in groups:
+            rows = torch.from_numpy(group.rows).to(hidden.device)
+            masked = None if mask is None else mask[rows]
+            part = self._group(group, hidden[rows], masked, keep[rows], **kwargs)
+            out[rows] = part[0]
+        return out, None
+
+    def _skipping(self) -> bool:
+        return self.skips and not self.training and not torch.compiler.is_exporting()
+
+    def _group(
+        self, group: Group, hidden: Tensor, mask: Tensor | None, keep: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        units = None
+        if group.units is not None:
+            if not len(group.units):
+                return self.units.out_bias.expand_as(hidden), None
+            units = torch.from_numpy(group.units).to(hidden.device)
+            keep = keep.index_select(1, units)
+        return self._part(hidden, mask, units, None if group.exact else keep, **kwargs)
+
+    def _part(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        units: Tensor | None,
+        keep: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """Of some units, or all; ``keep`` [B, n] is multiplied with what they give."""
+        y, more = self.within(self.units.inward(hidden, units), mask, **kwargs)
+        if keep is not None:
+            width = self.units.out.shape[1]
+            each = keep if width == 1 else keep[:, :, None].expand(-1, -1, width).flatten(1)
+            y = y * each.to(y.dtype)[:, None, :]
+        return self.units.outward(y, units), more
+
+
+class GatedFeedForward(Gated):
+    """A feed-forward whose units are its neurons, output projection included."""
+
+    def __init__(self, inward: nn.Linear, outward: nn.Linear, activation: Any, gate: Gate) -> None:
+        super().__init__()
+        self.units = Units([inward], outward, inward.out_features)
+        self.gate, self.activation = gate, activation
+        self.mean = self.skips = False
+        self.expected = 1.0
+
+    def within(self, y: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Any]:
+        """[B, T, n] -> [B, T, n]."""
+        return self.activation(y), None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, H] -> [B, T, H]."""
+        return self.run(hidden_states)[0]
+
+
+class GatedAttention(Gated, ProjectedAttention):
+    """Self-attention whose units are its heads, output projection included."""
+
+    @classmethod
+    def gated(
+        cls, attention: nn.Module, matrices: list[nn.Linear], gate: Gate, *, mean: bool
+    ) -> GatedAttention:
+        """The attention behind a gate.
+
+        Args:
+            attention: the stock module, whose sizes, dropout, config and hooks are adopted.
+            matrices: its query, key, value and output projections.
+            gate: of its heads.
+            mean: see `Gated`.
+        """
+        new = cls.__new__(cls)
+        new.__dict__.update(vars(attention))
+        new._modules = {k: v for k, v in attention._modules.items() if k not in cls.dense}
+        heads = matrices[0].out_features // new.attention_head_size
+        new.add_module("units", Units(matrices[:3], matrices[3], heads))
+        new.add_module("gate", gate)
+        new.mean, new.skips, new.expected = mean, False, 1.0
+        return new
+
+    def within(self, y: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Any]:
+        """[B, T, 3 * n * D] -> [B, T, n * D], and the attention [B, n, T, T] or None."""
+        heads = (*y.shape[:-1], -1, self.attention_head_size)
+        qkv = [part.view(heads).transpose(1, 2) for part in y.chunk(3, -1)]
+        context, weights = self.attend(qkv, mask, **kwargs)
+        return context.flatten(2), weights
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, T, H] -> [B, T, H], and the attention [B, A, T, T] or None."""
+        return self.run(hidden_states, attention_mask, **kwargs)
+
+    def _skipping(self) -> bool:
+        # Eager attention is there to be read, of all heads.
+        return super()._skipping() and self.config._attn_implementation != "eager"
+
+
+class GatedBertAttention(GatedAttention, BertSelfAttention):
+    """BERT's."""
+
+
+class GatedRobertaAttention(GatedAttention, RobertaSelfAttention):
+    """RoBERTa's."""
+
+
+class GatedDistilBertAttention(GatedAttention, DistilBertSelfAttention):
+    """DistilBERT's."""
+
+    dense = ("q_lin", "k_lin", "v_lin", "out_lin")  # type: ignore[assignment]
+
+
+GATED: dict[type[nn.Module], type[GatedAttention]] = {
+    BertSelfAttention: GatedBertAttention,
+    RobertaSelfAttention: GatedRobertaAttention,
+    DistilBertSelfAttention: GatedDistilBertAttention,
+}
+"""Hugging Face class -> the class that takes its place."""
