@@ -183,28 +183,30 @@ class Gate(nn.Module):
         return self.score(torch.relu(self.norm(self.reduce(first))))
 
     def forward(self, first: Tensor) -> Tensor:
-        """What each sample's vector [B, H] decides for the block's units: [B, N], 0 or 1."""
-        with torch.autocast(first.device.type, enabled=False):
-            first = first.to(self.reduce.weight.dtype)
-            if self.frozen or not self.training:
-                with torch.no_grad():
-                    return self.hard(self.logits(first))
-            logits = self.logits(first)
-            if self.top is None:
-                logits = (logits + self._noise(logits)) / self.temperature
-                hard = (logits > 0).to(logits.dtype)
-            else:
-                hard = self.hard(logits)
-            soft = torch.sigmoid(logits)
-            self.kept = hard + (soft - soft.detach())
-            return self.kept
+        """What each sample's vector [B, H] decides for the block's units.
+
+        Returns:
+            [B, N]; bool, and in training float, 0 or 1, with the gradient of the logits.
+        """
+        if torch.is_autocast_enabled(first.device.type):  # too coarse for decisions
+            with torch.autocast(first.device.type, enabled=False):
+                return self(first)
+        first = first.to(self.reduce.weight.dtype)
+        if self.frozen or not self.training:
+            return self.hard(self.logits(first).detach())
+        logits = self.logits(first)
+        if self.top is None:
+            logits = (logits + self._noise(logits)) / self.temperature
+        soft = torch.sigmoid(logits)
+        self.kept = self.hard(logits).to(soft.dtype) + (soft - soft.detach())
+        return self.kept
 
     def hard(self, logits: Tensor) -> Tensor:
-        """The decision that logits [B, N] stand for: 0 or 1 each."""
+        """The decision that logits [B, N] stand for, bool."""
         if self.top is None:
-            return (logits >= 0).to(logits.dtype)
+            return logits >= 0
         best = logits.topk(self.top, dim=-1).indices
-        return torch.zeros_like(logits).scatter(-1, best, 1.0)
+        return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)
 
     def _noise(self, logits: Tensor) -> Tensor:
         """The difference of two Gumbel variables, which is logistic."""

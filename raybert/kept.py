@@ -29,7 +29,7 @@ def kept_units(
     """
     found: list[list[Tensor]] = [[] for _ in gates]
     handles = [
-        gate.register_forward_hook(lambda _m, _a, keep, into=into: into.append(keep.bool()))
+        gate.register_forward_hook(lambda _m, _a, keep, into=into: into.append(keep))
         for gate, into in zip(gates, found, strict=True)
     ]
     with torch.no_grad():

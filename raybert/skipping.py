@@ -8,7 +8,9 @@ the whole product is cheaper, and what is not kept is multiplied by zero.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -26,8 +28,8 @@ GATHER = 14
 """What gathering a unit's weights costs, in tokens that the unit could be computed for meanwhile.
 Measured on two AVX2 cores; it puts the end of gathering at 0.9 kept of 128 tokens."""
 
-CALL = 4000
-"""What one more group of samples costs, in the same tokens times units."""
+CALL = 2_000_000
+"""What one more group of samples costs, in multiply-adds that could be done meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Group:
     exact: bool
 
 
-def plan(keep: np.ndarray, tokens: int) -> list[Group]:
+def plan(keep: np.ndarray, tokens: int, unit: int) -> list[Group]:
     """Put the samples of a batch into groups, by what their products and gathers would cost.
 
     Each sample joins the group where it adds the least cost, or starts one: samples that keep
@@ -55,20 +57,26 @@ def plan(keep: np.ndarray, tokens: int) -> list[Group]:
     Args:
         keep: [B, N], whether the sample keeps the unit.
         tokens: T, a sample's.
+        unit: multiply-adds of a unit for a token.
     """
-    rows, units = keep.shape
+    units, call = keep.shape[1], CALL / unit
+    if len(keep) == 1:
+        kept = np.flatnonzero(keep[0])
+        if len(kept) * (GATHER + tokens) < units * tokens:
+            return [Group(np.zeros(1, int), kept, True)]
+        return [Group(np.zeros(1, int), None, len(kept) == units)]
     order = np.argsort(-keep.sum(1), kind="stable")
     unions = np.zeros((0, units), dtype=bool)
     members: list[list[int]] = []
     whole: list[int] = []
     for row in order.tolist():
-        alone = int(keep[row].sum()) * (GATHER + tokens) + CALL
-        costs = [alone, units * tokens]  # a group of its own; with those computed whole
+        # A group of its own, or with those computed whole: in tokens times units.
+        costs = [keep[row].sum() * (GATHER + tokens) + call, units * tokens]
         if members:
             sizes = np.array([len(group) for group in members])
             now, then = unions.sum(1), (unions | keep[row]).sum(1)
             joined = then * (GATHER + tokens * (sizes + 1)) - now * (GATHER + tokens * sizes)
-            costs.append(int(joined.min()))
+            costs.append(joined.min())
         best = int(np.argmin(costs))
         if best == 0:
             members.append([row])
@@ -86,6 +94,35 @@ def plan(keep: np.ndarray, tokens: int) -> list[Group]:
     if whole:
         groups.append(Group(np.array(whole), None, bool(keep[whole].all())))
     return groups
+
+
+class _Scratch(threading.local):
+    """One buffer a thread, device and type, that gathered weights are put into, one after another.
+
+    Memory that is new each time has to be cleared by the system, which took longer than copying.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, shape: list[int], like: Tensor) -> Tensor:
+        key, size = (like.device, like.dtype), prod(shape)
+        if key not in self.buffers or self.buffers[key].numel() < size:
+            self.buffers[key] = like.new_empty(size)
+        return self.buffers[key][:size].view(shape)
+
+
+_scratch = _Scratch()
+
+
+def gathered(weight: Tensor, axis: int, units: Tensor) -> Tensor:
+    """A weight of some units, good until the next is gathered."""
+    if weight.is_meta:
+        return weight.index_select(axis, units)
+    shape = list(weight.shape)
+    shape[axis] = len(units)
+    out = _scratch.take(shape, weight)
+    return torch.index_select(weight.detach(), axis, units, out=out)
 
 
 class Units(nn.Module):
@@ -112,16 +149,21 @@ class Units(nn.Module):
         """N."""
         return self.out.shape[0]
 
+    @property
+    def multiply_adds(self) -> int:
+        """Of a unit's products, for a token."""
+        return self.weight[:, 0].numel() + self.out[0].numel()
+
     def inward(self, x: Tensor, units: Tensor | None = None) -> Tensor:
         """[B, T, H] -> [B, T, P * n * D], for n units or all."""
         weight, bias = self.weight, self.bias
         if units is not None:
-            weight, bias = weight.index_select(1, units), bias.index_select(1, units)
+            weight, bias = gathered(weight, 1, units), bias.index_select(1, units)
         return F.linear(x, weight.flatten(0, 2), bias.flatten())
 
     def outward(self, y: Tensor, units: Tensor | None = None) -> Tensor:
         """[B, T, n * D] -> [B, T, H], for n units or all."""
-        out = self.out if units is None else self.out.index_select(0, units)
+        out = self.out if units is None else gathered(self.out, 0, units)
         return F.linear(y, out.flatten(0, 1).t(), self.out_bias)
 
     def narrow(self, kept: Tensor | None, count: int) -> None:
@@ -166,7 +208,7 @@ class Gated(nn.Module):
         keep = self.gate(first)
         if not self._skipping():
             return self._part(hidden, mask, None, keep, **kwargs)
-        groups = plan(keep.bool().cpu().numpy(), hidden.shape[1])
+        groups = plan(keep.cpu().numpy(), hidden.shape[1], self.units.multiply_adds)
         if len(groups) == 1:
             return self._group(groups[0], hidden, mask, keep, **kwargs)
         out = torch.empty_like(hidden)
@@ -178,7 +220,10 @@ class Gated(nn.Module):
         return out, None
 
     def _skipping(self) -> bool:
-        return self.skips and not self.training and not torch.compiler.is_exporting()
+        if not self.skips or self.training or torch.compiler.is_exporting():
+            return False
+        # Gathered weights are overwritten before gradients could be taken.
+        return not torch.is_grad_enabled()
 
     def _group(
         self, group: Group, hidden: Tensor, mask: Tensor | None, keep: Tensor, **kwargs: Any

@@ -309,14 +309,17 @@ def cases_of(order: tuple[str, ...]) -> list[dict[str, Any]]:
     return [{"name": name, **TOYS.get(name, [{}])[0]} for name in order]
 
 
+def resolved(chain: list[dict[str, Any]], config: Any) -> None:
+    for case in chain:
+        config = method_of(case).resolve(config).student_config(config)
+
+
 @pytest.mark.parametrize("order", ORDERS, ids=",".join)
 @every_family
 def test_a_legal_chain_ends_in_a_model_that_loads(made, tmp_path, order, family):
     if order not in LEGAL:
         with pytest.raises(UserError) as refused:  # before anything is trained
-            config = predecessor(family).config
-            for case in cases_of(order):
-                config = method_of(case).resolve(config).student_config(config)
+            resolved(cases_of(order), predecessor(family).config)
         assert sum(name in str(refused.value) for name in order) >= 2
         return
     done = made(cases_of(order), family)
