@@ -202,11 +202,10 @@ class Gate(nn.Module):
         return self.kept
 
     def hard(self, logits: Tensor) -> Tensor:
-        """The decision that logits [B, N] stand for, bool."""
+        """The decision that logits [B, N] stand for, bool; of equal ones all are kept."""
         if self.top is None:
             return logits >= 0
-        best = logits.topk(self.top, dim=-1).indices
-        return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)
+        return logits >= logits.topk(self.top, dim=-1).values.amin(-1, keepdim=True)
 
     def _noise(self, logits: Tensor) -> Tensor:
         """The difference of two Gumbel variables, which is logistic."""

@@ -193,8 +193,13 @@ class Gated(nn.Module):
     skips: bool
     expected: float
 
-    def within(self, y: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Any]:
-        """What happens between the two products: [B, T, P * n * D] -> [B, T, n * D], and more."""
+    def within(
+        self, y: Tensor, mask: Tensor | None, keep: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """What happens between the two products: [B, T, P * n * D] -> [B, T, n * D], and more.
+
+        ``keep`` [B, n] is multiplied with what the units give.
+        """
         raise NotImplementedError
 
     def run(self, hidden: Tensor, mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
@@ -244,12 +249,8 @@ class Gated(nn.Module):
         keep: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """Of some units, or all; ``keep`` [B, n] is multiplied with what they give."""
-        y, more = self.within(self.units.inward(hidden, units), mask, **kwargs)
-        if keep is not None:
-            width = self.units.out.shape[1]
-            each = keep if width == 1 else keep[:, :, None].expand(-1, -1, width).flatten(1)
-            y = y * each.to(y.dtype)[:, None, :]
+        """Of some units, or all."""
+        y, more = self.within(self.units.inward(hidden, units), mask, keep, **kwargs)
         return self.units.outward(y, units), more
 
 
@@ -263,9 +264,12 @@ class GatedFeedForward(Gated):
         self.mean = self.skips = False
         self.expected = 1.0
 
-    def within(self, y: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Any]:
+    def within(
+        self, y: Tensor, mask: Tensor | None, keep: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
         """[B, T, n] -> [B, T, n]."""
-        return self.activation(y), None
+        y = self.activation(y)
+        return y if keep is None else y * keep.to(y.dtype)[:, None, :], None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
@@ -296,12 +300,18 @@ class GatedAttention(Gated, ProjectedAttention):
         new.mean, new.skips, new.expected = mean, False, 1.0
         return new
 
-    def within(self, y: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Any]:
+    def within(
+        self, y: Tensor, mask: Tensor | None, keep: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
         """[B, T, 3 * n * D] -> [B, T, n * D], and the attention [B, n, T, T] or None."""
         heads = (*y.shape[:-1], -1, self.attention_head_size)
-        qkv = [part.view(heads).transpose(1, 2) for part in y.chunk(3, -1)]
+        query, key, value = (part.view(heads) for part in y.chunk(3, -1))
+        if keep is not None:
+            # A head's output is a mean of its values: without them it gives nothing.
+            value = value * keep.to(y.dtype)[:, None, :, None]
+        qkv = [part.transpose(1, 2) for part in (query, key, value)]
         context, weights = self.attend(qkv, mask, **kwargs)
-        return context.flatten(2), weights
+        return context.reshape(*y.shape[:-1], -1), weights
 
     def forward(
         self,
