@@ -33,6 +33,11 @@ RECIPES = Path(__file__).parent / "recipes"
 """The paper recipes that ship inside the package, ``<method>/<task>.yaml``."""
 
 
+KEPT_SHARE = "kept share"
+"""Title of facts, ``layer N part`` -> share of the part that rows keep, of which reports make a
+picture."""
+
+
 class UserError(Exception):
     """A mistake that the user can mend: one paragraph saying what was wanted, found, and how to
     mend it.
@@ -97,6 +102,10 @@ class MethodConfig(Section):
 
     def remarks(self) -> list[str]:
         """What the reports should note of the finished model."""
+        return []
+
+    def graph_remarks(self) -> list[str]:
+        """What should be noted of the finished model as an ONNX graph."""
         return []
 
     def phases(self) -> list[Any]:

@@ -239,6 +239,39 @@ class Gate(nn.Module):
         self.top = None if self.top is None else min(self.top, count)
 
 
+def flops_loss(
+    shape: Shape, kept: list[Tensor], tokens: Tensor, *, target: float, weight: float
+) -> tuple[Tensor, Tensor]:
+    """``(s - s*)^2 + weight / L * (sum of (s* - s_l)^2 over attentions, and over feed-forwards)``.
+
+    s is the share of FLOPs saved, of all layers and real tokens, the gates' own cost taken off;
+    s_l the share of a layer's heads or neurons that are dropped; s* = 1 - target. All are of the
+    rows of all workers together.
+
+    Args:
+        shape: of the model.
+        kept: each gate's decisions [B, N], heads and neurons in turns.
+        tokens: real tokens of each row [B].
+        target: the share of FLOPs to be left.
+        weight: of the layers' own distances; the paper's is 5.
+
+    Returns:
+        The loss, and the share of FLOPs that is left, detached.
+    """
+    goal = 1.0 - target
+    length = tokens.to(kept[0].dtype)
+    counts = torch.stack([keep.sum(1) for keep in kept])  # [2 L, B]
+    cost = shape.cost(counts[::2].sum(0), counts[1::2].sum(0), length)  # [B]
+    unit = shape.dense_cost(1)  # sums stay of a size that float32 is exact for
+    ends = [cost.sum() / unit, shape.dense_cost(length).sum() / unit, torch.ones_like(length).sum()]
+    totals = all_sum(torch.cat([counts.sum(1), torch.stack(ends)]))
+    left = totals[-3] / totals[-2]
+    units = totals.new_tensor([shape.heads, shape.inner]).repeat(shape.layers)
+    dropped = 1.0 - totals[:-3] / (units * totals[-1])  # [2 L]
+    layers = (goal - dropped).square().sum() * weight / shape.layers
+    return (1.0 - left - goal).square() + layers, left.detach()
+
+
 def summary(hidden: Tensor, mask: Tensor | None, *, mean: bool) -> Tensor:
     """What a gate looks at: each sample's first token, or the mean over its real tokens.
 

@@ -45,7 +45,8 @@ def spread_rows(
 ) -> list[tuple[int, dict[str, Tensor]]]:
     """At most so many rows, evenly spread, each alone and without padding, with its place."""
     total = sum(len(batch["attention_mask"]) for batch in batches)
-    wanted = {round(i * (total - 1) / max(1, count - 1)) for i in range(min(count, total))}
+    count = min(count, total)
+    wanted = {round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
     found, place = [], 0
     for batch in batches:
         for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):

@@ -12,9 +12,6 @@ from raybert import losses
 from raybert.config import KDConfig, UserError
 from raybert.surgery import encoder_layers, self_attention
 
-KEPT_SHARE = "kept share"
-"""Title of facts ``layer N part`` -> share of that part that rows keep; reports draw them."""
-
 
 class At(NamedTuple):
     """Where a phase stands: optimiser steps done and in all, forward passes done, the seed, and the

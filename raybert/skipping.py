@@ -236,7 +236,7 @@ class Gated(nn.Module):
         units = None
         if group.units is not None:
             if not len(group.units):
-                return self.units.out_bias.expand_as(hidden), None
+                return torch.zeros_like(hidden) + self.units.out_bias, None
             units = torch.from_numpy(group.units).to(hidden.device)
             keep = keep.index_select(1, units)
         return self._part(hidden, mask, units, None if group.exact else keep, **kwargs)

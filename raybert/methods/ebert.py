@@ -28,10 +28,10 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from raybert.config import MethodConfig, UserError
-from raybert.gates import Gate, Shape, all_sum
+from raybert.config import KEPT_SHARE, MethodConfig, UserError
+from raybert.gates import Gate, Shape, flops_loss
 from raybert.kept import kept_units, layer_flops, spread_rows
-from raybert.phase import KEPT_SHARE, At, Distillation, Outputs, Phase
+from raybert.phase import At, Distillation, Outputs, Phase
 from raybert.skipping import GATED, Gated, GatedFeedForward
 from raybert.surgery import (
     activation,
@@ -162,6 +162,21 @@ class EBERT(MethodConfig):
         counts = {name: tuple(map(len, units)) for name, units in used.items()}
         return self.model_copy(update=counts)
 
+    def remarks(self) -> list[str]:
+        """How far the clock can be taken at its word."""
+        return [
+            "ebert: what is computed depends on the sample; latency and FLOPs in the tables are of "
+            "random tokens, and the shares told of this run's phases are of its evaluation rows"
+        ]
+
+    def graph_remarks(self) -> list[str]:
+        """Of what the graph does not leave out."""
+        return [
+            "Simulated: a graph cannot leave out what a sample does not keep. This one computes "
+            "all heads and neurons and multiplies by zero, so ebert saves no time in it; in "
+            "PyTorch it does."
+        ]
+
     def student_config(self, model_config: Any) -> Any:
         """The model's config with this method in its ``compression``."""
         config = copy.deepcopy(model_config)
@@ -247,10 +262,12 @@ class TrainGates(Phase):
         for _, block in gated(model):
             block.gate.kept = None  # it holds the whole graph
         tokens = batch["attention_mask"].sum(1)  # [B]
-        assert self.method.shape is not None
-        loss, self.share = flops_loss(self.method, self.method.shape, kept, tokens)
-        if self.method.masks == "gumbel":
-            terms["flops"] = self.method.flops_weight * loss
+        method, shape = self.method, self.method.shape
+        assert shape is not None
+        target, weight = method.target_flops_ratio, method.layer_weight
+        loss, self.share = flops_loss(shape, kept, tokens, target=target, weight=weight)
+        if method.masks == "gumbel":
+            terms["flops"] = method.flops_weight * loss
         return terms
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
@@ -268,47 +285,6 @@ class TrainGates(Phase):
     ) -> dict[str, dict[str, float]]:
         """What dev rows keep, and what that costs."""
         return what_is_kept(model, self.method, batches)
-
-
-def flops_loss(
-    method: EBERT, shape: Shape, kept: list[Any], tokens: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``(s - s*)^2 + 5/L * (sum of (s* - s_l)^2 over attentions, and over feed-forwards)``.
-
-    s is the share of FLOPs saved, of all layers and real tokens, the gates' own cost taken off;
-    s_l the share of a layer's heads or neurons that are dropped; s* = 1 - target. All are means
-    over the rows of all workers.
-
-    Args:
-        method: gives the target and the weight 5.
-        shape: of the model.
-        kept: each gate's decisions [B, N], heads and neurons in turns.
-        tokens: real tokens of each row [B].
-
-    Returns:
-        The loss, and the share of FLOPs that is left, detached.
-    """
-    goal = 1.0 - method.target_flops_ratio
-    length = tokens.to(kept[0].dtype)
-    counts = torch.stack([keep.sum(1) for keep in kept])  # [2 L, B]
-    cost = shape.cost(counts[::2].sum(0), counts[1::2].sum(0), length)  # [B]
-    # In units of a whole sample's cost, so that sums of thousands of rows stay exact enough.
-    unit = shape.dense_cost(method.length)
-    totals = all_sum(
-        torch.stack(
-            [
-                *counts.sum(1),
-                cost.sum() / unit,
-                shape.dense_cost(length).sum() / unit,
-                length.new_tensor(float(len(length))),
-            ]
-        )
-    )
-    left = totals[-3] / totals[-2]
-    units = totals.new_tensor([shape.heads, shape.inner]).repeat(shape.layers)
-    dropped = 1.0 - totals[:-3] / (units * totals[-1])  # [2 L]
-    layers = (goal - dropped).square().sum() * method.layer_weight / shape.layers
-    return (1.0 - left - goal).square() + layers, left.detach()
 
 
 class FrozenGates(Phase):
