@@ -8,6 +8,7 @@ once frozen it decides by the sign of its logits, whatever mode the model is in.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -226,6 +227,27 @@ class Gate(nn.Module):
         # A later phase that trains the gates' blocks leaves the gates alone.
         self.requires_grad_(False)
         self.kept = self.draw = None
+
+    def likeliest(self) -> Tensor:
+        """The units by their expected logits, the largest first [N].
+
+        What comes out of the normalisation has the mean and deviation that its parameters say; it
+        is taken for normal.
+        """
+        norm = self.norm
+        assert isinstance(norm, WorkersBatchNorm)
+        mean, deviation = norm.bias.detach(), norm.weight.detach().abs().clamp(min=1e-6)
+        z = mean / deviation
+        density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+        active = mean * torch.special.ndtr(z) + deviation * density  # after ReLU
+        expected = self.score.weight.detach() @ active + self.score.bias.detach()
+        return torch.argsort(expected, descending=True, stable=True)
+
+    def sort(self, order: Tensor) -> None:
+        """Put the units in another order."""
+        with torch.no_grad():
+            self.score.weight.copy_(self.score.weight[order])
+            self.score.bias.copy_(self.score.bias[order])
 
     def narrow(self, kept: Tensor | None, count: int) -> None:
         """Keep the logits of ``count`` units, those named; ``None`` leaves their values open."""

@@ -1,7 +1,8 @@
 """Blocks of a layer that compute only the units that each sample keeps.
 
 A block is a layer's attention or feed-forward with its output projection. Its weights lie unit by
-unit, the output matrix transposed, so that picking units copies whole stretches of memory. Where a
+unit, the output matrix transposed, so that picking units copies whole stretches of memory, and the
+units likeliest to be kept come first, so that of those there is nothing to be copied. Where a
 sample keeps few units their weights are gathered and the product is smaller; where it keeps most,
 the whole product is cheaper, and what is not kept is multiplied by zero.
 """
@@ -40,14 +41,17 @@ class Group:
         rows: their places in the batch [b].
         units: the units that any of them keeps, by number; ``None``: all, nothing is gathered.
         exact: whether each of them keeps all of these, so that nothing is to be masked.
+        prefix: how many of the first units are computed where they lie, kept or not; only the rest
+            is gathered.
     """
 
     rows: np.ndarray
     units: np.ndarray | None
     exact: bool
+    prefix: int = 0
 
 
-def plan(keep: np.ndarray, tokens: int, unit: int) -> list[Group]:
+def plan(keep: np.ndarray, tokens: int, unit: int, *, slices: bool) -> list[Group]:
     """Put the samples of a batch into groups, by what their products and gathers would cost.
 
     Each sample joins the group where it adds the least cost, or starts one: samples that keep
@@ -58,13 +62,24 @@ def plan(keep: np.ndarray, tokens: int, unit: int) -> list[Group]:
         keep: [B, N], whether the sample keeps the unit.
         tokens: T, a sample's.
         unit: multiply-adds of a unit for a token.
+        slices: whether the first units can be computed where they lie.
     """
     units, call = keep.shape[1], CALL / unit
+
+    def gathering(rows: list[int], union: np.ndarray) -> Group:
+        found, here = np.flatnonzero(union), tokens * len(rows)
+        exact, prefix = bool((keep[rows] == union).all()), 0
+        if slices:
+            gain = np.arange(1, len(found) + 1) * (GATHER + here) - (found + 1) * here
+            if len(found) and gain.max() > call:
+                prefix = int(found[gain.argmax()]) + 1
+        return Group(np.array(rows), found, exact, prefix)
+
     if len(keep) == 1:
-        kept = np.flatnonzero(keep[0])
-        if len(kept) * (GATHER + tokens) < units * tokens:
-            return [Group(np.zeros(1, int), kept, True)]
-        return [Group(np.zeros(1, int), None, len(kept) == units)]
+        kept = int(keep.sum())
+        if kept * (GATHER + tokens) < units * tokens:
+            return [gathering([0], keep[0])]
+        return [Group(np.zeros(1, int), None, kept == units)]
     order = np.argsort(-keep.sum(1), kind="stable")
     unions = np.zeros((0, units), dtype=bool)
     members: list[list[int]] = []
@@ -87,10 +102,7 @@ def plan(keep: np.ndarray, tokens: int, unit: int) -> list[Group]:
             place = int(joined.argmin())
             members[place].append(row)
             unions[place] |= keep[row]
-    groups = [
-        Group(np.array(group), np.flatnonzero(union), bool((keep[group] == union).all()))
-        for group, union in zip(members, unions, strict=True)
-    ]
+    groups = [gathering(group, union) for group, union in zip(members, unions, strict=True)]
     if whole:
         groups.append(Group(np.array(whole), None, bool(keep[whole].all())))
     return groups
@@ -125,6 +137,10 @@ def gathered(weight: Tensor, axis: int, units: Tensor) -> Tensor:
     return torch.index_select(weight.detach(), axis, units, out=out)
 
 
+Chosen = Tensor | int | None
+"""Units by number, so many of the first, or all."""
+
+
 class Units(nn.Module):
     """Weights of N units, each with P x D rows of the matrices that come in, and D that go out.
 
@@ -154,17 +170,29 @@ class Units(nn.Module):
         """Of a unit's products, for a token."""
         return self.weight[:, 0].numel() + self.out[0].numel()
 
-    def inward(self, x: Tensor, units: Tensor | None = None) -> Tensor:
+    def inward(self, x: Tensor, units: Chosen = None) -> Tensor:
         """[B, T, H] -> [B, T, P * n * D], for n units or all."""
         weight, bias = self.weight, self.bias
-        if units is not None:
+        if isinstance(units, int):
+            weight, bias = weight[:, :units], bias[:, :units]
+        elif units is not None:
             weight, bias = gathered(weight, 1, units), bias.index_select(1, units)
         return F.linear(x, weight.flatten(0, 2), bias.flatten())
 
-    def outward(self, y: Tensor, units: Tensor | None = None) -> Tensor:
+    def outward(self, y: Tensor, units: Chosen = None, *, bias: bool = True) -> Tensor:
         """[B, T, n * D] -> [B, T, H], for n units or all."""
-        out = self.out if units is None else gathered(self.out, 0, units)
-        return F.linear(y, out.flatten(0, 1).t(), self.out_bias)
+        if isinstance(units, int):
+            out = self.out[:units]
+        else:
+            out = self.out if units is None else gathered(self.out, 0, units)
+        return F.linear(y, out.flatten(0, 1).t(), self.out_bias if bias else None)
+
+    def sort(self, order: Tensor) -> None:
+        """Put the units in another order."""
+        with torch.no_grad():
+            for name, axis in (("weight", 1), ("bias", 1), ("out", 0)):
+                weight = self.get_parameter(name)
+                weight.copy_(weight.index_select(axis, order))
 
     def narrow(self, kept: Tensor | None, count: int) -> None:
         """Keep ``count`` units, those named; ``None`` leaves their values open."""
@@ -213,7 +241,8 @@ class Gated(nn.Module):
         keep = self.gate(first)
         if not self._skipping():
             return self._part(hidden, mask, None, keep, **kwargs)
-        groups = plan(keep.cpu().numpy(), hidden.shape[1], self.units.multiply_adds)
+        unit, slices = self.units.multiply_adds, self.slices
+        groups = plan(keep.cpu().numpy(), hidden.shape[1], unit, slices=slices)
         if len(groups) == 1:
             return self._group(groups[0], hidden, mask, keep, **kwargs)
         out = torch.empty_like(hidden)
@@ -233,25 +262,48 @@ class Gated(nn.Module):
     def _group(
         self, group: Group, hidden: Tensor, mask: Tensor | None, keep: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        units = None
-        if group.units is not None:
-            if not len(group.units):
-                return torch.zeros_like(hidden) + self.units.out_bias, None
-            units = torch.from_numpy(group.units).to(hidden.device)
-            keep = keep.index_select(1, units)
-        return self._part(hidden, mask, units, None if group.exact else keep, **kwargs)
+        if group.units is None:
+            return self._part(hidden, mask, None, None if group.exact else keep, **kwargs)
+        prefix = group.prefix
+        inside = int(np.searchsorted(group.units, prefix))
+        out = None
+        if prefix:
+            all_kept = group.exact and inside == prefix
+            part = self._part(hidden, mask, prefix, None if all_kept else keep[:, :prefix])
+            if inside == len(group.units):
+                return part
+            out = part[0]
+        if not len(group.units):
+            return torch.zeros_like(hidden) + self.units.out_bias, None
+        units = torch.from_numpy(group.units[inside:]).to(hidden.device)
+        masks = None if group.exact else keep.index_select(1, units)
+        rest, more = self._part(hidden, mask, units, masks, bias=out is None, **kwargs)
+        return (rest if out is None else out + rest), more
+
+    @property
+    def slices(self) -> bool:
+        """Whether the first units can be computed where they lie: they have one matrix."""
+        return self.units.weight.shape[0] == 1
+
+    def sort(self) -> None:
+        """Put the units that the gate is likeliest to keep first, where that is of use."""
+        if self.slices:  # and heads keep their places, to be compared with a teacher's
+            order = self.gate.likeliest()
+            self.gate.sort(order)
+            self.units.sort(order)
 
     def _part(
         self,
         hidden: Tensor,
         mask: Tensor | None,
-        units: Tensor | None,
+        units: Chosen,
         keep: Tensor | None,
+        bias: bool = True,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         """Of some units, or all."""
         y, more = self.within(self.units.inward(hidden, units), mask, keep, **kwargs)
-        return self.units.outward(y, units), more
+        return self.units.outward(y, units, bias=bias), more
 
 
 class GatedFeedForward(Gated):

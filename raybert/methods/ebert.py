@@ -277,6 +277,7 @@ class TrainGates(Phase):
     def finish(self, model: nn.Module) -> None:
         """Freeze the gates; from now on what they do not keep is not computed."""
         for _, block in gated(model):
+            block.sort()
             block.gate.freeze()
             block.skips, block.expected = True, self.method.kept
 

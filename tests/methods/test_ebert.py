@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ from raybert.methods.lobert import LoBERT
 from raybert.methods.q8bert import Q8BERT
 from raybert.models import mark_compressed
 from raybert.phase import Distillation, Outputs
+from raybert.results import read_run
+from raybert.run import compress
 from raybert.skipping import Units, plan
 
 FAMILIES = ("bert", "roberta", "distilbert")
@@ -395,7 +398,7 @@ def test_groups_cover_every_row_once_and_all_it_keeps():
     for share in (0.1, 0.5, 0.95):
         keep = (torch.rand(9, 400, generator=draw) < share).numpy()
         keep[3] = keep[7]
-        groups = plan(keep, 16, 2000)
+        groups = plan(keep, 16, 2000, slices=True)
         assert sorted(row for group in groups for row in group.rows.tolist()) == list(range(9))
         for group in groups:
             rows_ = keep[group.rows]
@@ -403,7 +406,7 @@ def test_groups_cover_every_row_once_and_all_it_keeps():
                 assert not rows_[:, [u for u in range(400) if u not in group.units]].any()
             else:
                 assert rows_.mean() > 0.4
-    assert len(plan(keep[[3, 7]], 128, 2000)) == 1
+    assert len(plan(keep[[3, 7]], 128, 2000, slices=True)) == 1
 
 
 def test_groups_share_gathers_only_where_that_is_cheaper():
@@ -411,18 +414,66 @@ def test_groups_share_gathers_only_where_that_is_cheaper():
     keep[:2, :300] = True
     keep[1, 299] = False  # nearly the same
     keep[2:, 600:800] = True
-    found = plan(keep.numpy(), 128, 10**6)
+    found = plan(keep.numpy(), 128, 10**6, slices=False)
     assert sorted(sorted(group.rows.tolist()) for group in found) == [[0, 1], [2, 3]]
     exact = {len(group.units): group.exact for group in found if group.units is not None}
     assert exact == {300: False, 200: True}
     keep[:] = True
     keep[:, :30] = False
-    (whole,) = plan(keep.numpy(), 128, 10**6)
+    (whole,) = plan(keep.numpy(), 128, 10**6, slices=False)
     assert whole.units is None
     assert not whole.exact
-    (alone,) = plan(keep[:1, :].numpy() & (torch.arange(1000) < 500).numpy(), 128, 10**6)
+    (alone,) = plan(
+        keep[:1, :].numpy() & (torch.arange(1000) < 500).numpy(), 128, 10**6, slices=False
+    )
     assert alone.units is not None
     assert alone.exact
+
+
+def test_units_kept_by_most_are_computed_where_they_lie(monkeypatch):
+    keep = torch.zeros(1, 1000, dtype=torch.bool)
+    keep[0, :400] = keep[0, 700:720] = True
+    keep[0, 17] = False
+    (group,) = plan(keep.numpy(), 128, 10**6, slices=True)
+    assert (group.prefix, len(group.units)) == (400, 419)
+    keep[0, :400:2] = False
+    (group,) = plan(keep.numpy(), 128, 10**6, slices=True)
+    assert group.prefix == 0
+    monkeypatch.setattr(skipping, "CALL", 0)
+    monkeypatch.setattr(skipping, "GATHER", 4)
+    model, _ = finished()
+    block: Any = gated(model)[3][1]
+    block.gate.score.weight.data.zero_()
+    hidden = torch.randn(3, 12, 32)
+    for kept in ([*range(30)], [*range(20), 40, 41], [*range(1, 24)]):
+        block.gate.score.bias.data.fill_(-1.0)
+        block.gate.score.bias.data[kept] = 1.0
+        with torch.no_grad():
+            decided = block.gate(hidden[:, 0]).numpy()
+            found = plan(decided, 12, block.units.multiply_adds, slices=True)
+            assert [group.prefix > 0 for group in found] == [True]
+            skipped = block.run(hidden)[0]
+            block.skips = False
+            assert torch.allclose(skipped, block.run(hidden)[0], atol=1e-5)
+            block.skips = True
+
+
+def test_the_likeliest_units_come_first_and_nothing_else_changes():
+    model, _, phase = made()
+    block: Any = gated(model)[1][1]
+    batch = {**inputs(8), "labels": torch.zeros(8, dtype=torch.long)}
+    phase.on_step(model, At(step=0, total=4, forward=0, seed=1, rows=torch.arange(8)))
+    for _ in range(40):  # until the averages are there
+        model.train()(**batch)
+    model.eval()
+    before = logits(model, inputs())
+    phase.finish(model)
+    assert torch.allclose(logits(model, inputs()), before, atol=1e-5)
+    seen: list[Tensor] = []
+    block.gate.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
+    logits(model, inputs(8))
+    means = block.gate.logits(seen[0]).mean(0).detach()
+    assert means[:16].mean() > means[16:48].mean() > means[48:].mean()
 
 
 # -- what is told ----------------------------------------------------------------------------------
@@ -459,6 +510,29 @@ def test_rows_dealt_out_otherwise_decide_alike():
         drawn.append(block.gate(first[part]).detach())
     assert torch.equal(drawn[0][2:], drawn[1])
     assert not torch.equal(drawn[0][:2], drawn[1])
+
+
+@pytest.mark.distributed
+def test_two_workers_train_like_one(toy, teacher, tmp_path):
+    runs = []
+    for workers in (1, 2):
+        recipe = toy(
+            tmp_path / str(workers),
+            teacher=str(teacher),
+            method=[{"name": "ebert", "gate_start": 0.5, "remove": True, "report_rows": 8}],
+            kd={"alpha": 0.5},
+            workers=workers,
+            train={"epochs": 1, "dropout": 0.0, "precision": "fp32", "keep": "last"},
+        )
+        runs.append(compress(recipe, tell=lambda text: None))
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in runs]
+    for key in ("loss", "loss/flops", "flops_share"):
+        one, two = ([line[key] for line in log if line["kind"] == "train"] for log in logs)
+        assert one == pytest.approx(two, rel=1e-3), key
+    one, two = (read_run(run).report for run in runs)
+    assert one.facts["frozen_gates"] == {
+        title: pytest.approx(table, rel=1e-3) for title, table in two.facts["frozen_gates"].items()
+    }
 
 
 # -- refusals --------------------------------------------------------------------------------------
