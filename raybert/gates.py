@@ -9,6 +9,7 @@ once frozen it decides by the sign of its logits, whatever mode the model is in.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -202,6 +203,13 @@ class Gate(nn.Module):
         self.kept = self.hard(logits).to(soft.dtype) + (soft - soft.detach())
         return self.kept
 
+    def decided(self) -> Tensor:
+        """The decisions of the last forward pass in training [B, N]; forgets them, since they hold
+        its graph."""
+        assert self.kept is not None
+        kept, self.kept = self.kept, None
+        return kept
+
     def hard(self, logits: Tensor) -> Tensor:
         """The decision that logits [B, N] stand for, bool; of equal ones all are kept."""
         if self.top is None:
@@ -262,7 +270,7 @@ class Gate(nn.Module):
 
 
 def flops_loss(
-    shape: Shape, kept: list[Tensor], tokens: Tensor, *, target: float, weight: float
+    shape: Shape, kept: Sequence[Tensor], tokens: Tensor, *, target: float, weight: float
 ) -> tuple[Tensor, Tensor]:
     """``(s - s*)^2 + weight / L * (sum of (s* - s_l)^2 over attentions, and over feed-forwards)``.
 

@@ -258,9 +258,7 @@ class TrainGates(Phase):
     ) -> dict[str, Tensor]:
         """The usual ones, and that of the FLOPs."""
         terms = super().losses(model, out, teacher, batch, kd)
-        kept = [block.gate.kept for _, block in gated(model)]
-        for _, block in gated(model):
-            block.gate.kept = None  # it holds the whole graph
+        kept = [block.gate.decided() for _, block in gated(model)]
         tokens = batch["attention_mask"].sum(1)  # [B]
         method, shape = self.method, self.method.shape
         assert shape is not None

@@ -41,9 +41,8 @@ def aim(model: Any, share: float) -> None:
     draw = torch.Generator().manual_seed(0)
     for number, block in enumerate(blocks):  # in order: what comes before changes what it sees
         gate, seen[number] = block.gate, []
-        handle = gate.register_forward_pre_hook(
-            lambda _m, args, into=seen[number]: into.append(args[0])
-        )
+        into: Any = seen[number]
+        handle = gate.register_forward_pre_hook(lambda _m, args, into=into: into.append(args[0]))
         with torch.no_grad():
             gate.reduce.weight.normal_(0.0, 1.0, generator=draw)
             gate.score.weight.normal_(0.0, 1.0, generator=draw)
