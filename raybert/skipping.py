@@ -9,9 +9,9 @@ the whole product is cheaper, and what is not kept is multiplied by zero.
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -65,20 +65,11 @@ def plan(keep: np.ndarray, tokens: int, unit: int, *, slices: bool) -> list[Grou
         slices: whether the first units can be computed where they lie.
     """
     units, call = keep.shape[1], CALL / unit
-
-    def gathering(rows: list[int], union: np.ndarray) -> Group:
-        found, here = np.flatnonzero(union), tokens * len(rows)
-        exact, prefix = bool((keep[rows] == union).all()), 0
-        if slices:
-            gain = np.arange(1, len(found) + 1) * (GATHER + here) - (found + 1) * here
-            if len(found) and gain.max() > call:
-                prefix = int(found[gain.argmax()]) + 1
-        return Group(np.array(rows), found, exact, prefix)
-
+    extra = call if slices else math.inf
     if len(keep) == 1:
         kept = int(keep.sum())
         if kept * (GATHER + tokens) < units * tokens:
-            return [gathering([0], keep[0])]
+            return [_gathering(keep, [0], keep[0], tokens, extra)]
         return [Group(np.zeros(1, int), None, kept == units)]
     order = np.argsort(-keep.sum(1), kind="stable")
     unions = np.zeros((0, units), dtype=bool)
@@ -102,10 +93,25 @@ def plan(keep: np.ndarray, tokens: int, unit: int, *, slices: bool) -> list[Grou
             place = int(joined.argmin())
             members[place].append(row)
             unions[place] |= keep[row]
-    groups = [gathering(group, union) for group, union in zip(members, unions, strict=True)]
+    groups = [
+        _gathering(keep, group, union, tokens, extra)
+        for group, union in zip(members, unions, strict=True)
+    ]
     if whole:
         groups.append(Group(np.array(whole), None, bool(keep[whole].all())))
     return groups
+
+
+def _gathering(
+    keep: np.ndarray, rows: list[int], union: np.ndarray, tokens: int, extra: float
+) -> Group:
+    """Some samples' group, with the prefix that saves most if it saves more than ``extra``."""
+    found, here = np.flatnonzero(union), tokens * len(rows)
+    prefix = 0
+    gain = np.arange(1, len(found) + 1) * (GATHER + here) - (found + 1) * here
+    if len(found) and gain.max() > extra:
+        prefix = int(found[gain.argmax()]) + 1
+    return Group(np.array(rows), found, bool((keep[rows] == union).all()), prefix)
 
 
 class _Scratch(threading.local):
@@ -118,7 +124,7 @@ class _Scratch(threading.local):
         self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def take(self, shape: list[int], like: Tensor) -> Tensor:
-        key, size = (like.device, like.dtype), prod(shape)
+        key, size = (like.device, like.dtype), math.prod(shape)
         if key not in self.buffers or self.buffers[key].numel() < size:
             self.buffers[key] = like.new_empty(size)
         return self.buffers[key][:size].view(shape)
