@@ -33,6 +33,11 @@ RECIPES = Path(__file__).parent / "recipes"
 """The paper recipes that ship inside the package, ``<method>/<task>.yaml``."""
 
 
+KEPT_SHARE = "kept share"
+"""Title of facts, ``layer N part`` -> share of the part that rows keep, of which reports make a
+picture."""
+
+
 class UserError(Exception):
     """A mistake that the user can mend: one paragraph saying what was wanted, found, and how to
     mend it.
@@ -83,11 +88,12 @@ class MethodConfig(Section):
         raise NotImplementedError
 
     def settle(self, model: Any, batches: list[dict[str, Any]]) -> MethodConfig:
-        """Settle what depends on weights, once, before the first phase; see `Phase.initialise`.
+        """Settle what depends on weights, where each of the method's phases begins; see
+        `Phase.initialise`.
 
         Args:
-            model: the model that the method starts from, in evaluation mode.
-            batches: the calibration rows of the method's first phase.
+            model: as the phase finds it, in evaluation mode.
+            batches: the phase's calibration rows.
 
         Returns:
             The method as it goes on, and as it is saved with the model.
@@ -96,6 +102,10 @@ class MethodConfig(Section):
 
     def remarks(self) -> list[str]:
         """What the reports should note of the finished model."""
+        return []
+
+    def graph_remarks(self) -> list[str]:
+        """What should be noted of the finished model as an ONNX graph."""
         return []
 
     def phases(self) -> list[Any]:

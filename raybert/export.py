@@ -24,6 +24,7 @@ from raybert.bench import hardware, parameters
 from raybert.config import Recipe, UserError
 from raybert.data import TaskData, prepare
 from raybert.latency import latency, speedups
+from raybert.methods import METHODS
 from raybert.models import (
     PROBE,
     check_head,
@@ -34,7 +35,7 @@ from raybert.models import (
 )
 from raybert.parity import OnnxModel, logit_parity, metric_parity, probe_batches, real_batches
 from raybert.qa import question_room
-from raybert.surgery import family
+from raybert.surgery import compressed_by, family
 from raybert.tables import escape_markdown, markdown_table
 
 Int8 = Literal["fused", "qdq"]
@@ -120,7 +121,11 @@ def export(
             "bytes": sum(file.stat().st_size for file in partial.glob(f"{FILE}*")),
             "parity": logit_parity(network, exported, batches, integer=integer),
             "metrics": None,
-            "notes": [],
+            "notes": [
+                text
+                for entry in compressed_by(network.config)
+                for text in METHODS[entry["name"]].model_validate(entry).graph_remarks()
+            ],
         }
         if data is not None:
             assert recipe is not None

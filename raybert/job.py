@@ -54,12 +54,11 @@ class Job:
 @dataclass(frozen=True)
 class PhaseOf:
     """A phase, the method it belongs to, that one's place in the chain, and whether it is that
-    method's first or last."""
+    method's last."""
 
     phase: Phase
     method: MethodConfig | None = None
     place: int = 0
-    first: bool = True
     last: bool = True
 
 
@@ -76,7 +75,7 @@ def phases_of(recipe: Recipe, model_config: Any, settled: Settled | None = None)
     chain = []
     for place, method in enumerate(resolve_chain(recipe, model_config, settled)):
         phases = method.phases()
-        chain += [PhaseOf(p, method, place, p is phases[0], p is phases[-1]) for p in phases]
+        chain += [PhaseOf(p, method, place, p is phases[-1]) for p in phases]
     return chain
 
 

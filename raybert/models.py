@@ -477,6 +477,8 @@ def verify_probe(model: PreTrainedModel, folder: Path) -> None:
 def _tolerance(config: Any) -> float:
     """How far rounding may move an output, relative to the largest."""
     for entry in compressed_by(config):
+        if entry["name"] == "ebert":
+            return 0.02  # rounding can tip a gate's decision over
         if entry["name"] == "q8bert" and entry["mode"] != "none":
             # Rounding can tip an activation over to its next level; seen: 0.02 with 8 bits.
             return 0.05 * 2 ** ((8 - entry["activation_bits"]) / 2)

@@ -173,7 +173,8 @@ def _alike(arg: object, value: Node) -> bool:
     """Whether an operand is of the same tokens, or the same for all of them."""
     if _rank(arg) <= 1:
         return True
-    return _tokens(arg).meta["val"].shape == value.meta["val"].shape
+    shape, whole = _tokens(arg).meta["val"].shape, value.meta["val"].shape
+    return shape == whole or (shape == (whole[0], 1, whole[2]) and shape[1] == 1)
 
 
 def _behind(value: object) -> Node:

@@ -159,6 +159,12 @@ def _not_equal(t: Translation, node: Node) -> None:
     t.set(node, t.graph.add("Not", [t.graph.add("Equal", [x, y])]), dims)
 
 
+def _at_least(t: Translation, node: Node) -> None:
+    a, b = node.args[:2]
+    x, y, dims = pair(t, node, a, b, _node(a).meta["val"].dtype)
+    t.set(node, t.graph.add("GreaterOrEqual", [x, y]), dims)
+
+
 # -- matrix products, norms, attention -------------------------------------------------------------
 
 
@@ -244,6 +250,13 @@ def _transpose(t: Translation, node: Node) -> None:
 
 
 # -- parts and wholes ------------------------------------------------------------------------------
+
+
+def _topk(t: Translation, node: Node) -> None:
+    source, count, axis = _node(node.args[0]), node.args[1], argument(node, 2, "dim", -1)
+    assert isinstance(count, int)
+    inputs = [t.full(source), t.graph.constant([count])]
+    _give(t, node, t.graph.add("TopK", inputs, outputs=2, axis=axis), rows=False)
 
 
 def _embedding(t: Translation, node: Node) -> None:
@@ -366,6 +379,7 @@ HANDLERS: dict[str, Handler] = {
     "aten.clamp.Tensor": _clamp,
     "aten.amax.default": _reduce("ReduceMax"),
     "aten.amin.default": _reduce("ReduceMin"),
+    "aten.sum.dim_IntList": _reduce("ReduceSum"),
     "aten.add.Tensor": _binary("Add"),
     "aten.add.Scalar": _binary("Add"),
     "aten.sub.Tensor": _binary("Sub"),
@@ -380,6 +394,9 @@ HANDLERS: dict[str, Handler] = {
     "aten.bitwise_right_shift.Tensor": _shift,
     "aten.addcmul.default": _addcmul,
     "aten.ne.Scalar": _not_equal,
+    "aten.ge.Scalar": _at_least,
+    "aten.ge.Tensor": _at_least,
+    "aten.topk.default": _topk,
     "aten.linear.default": _linear,
     "aten.layer_norm.default": _layer_norm,
     "aten.softmax.int": _softmax,

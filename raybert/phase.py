@@ -14,12 +14,14 @@ from raybert.surgery import encoder_layers, self_attention
 
 
 class At(NamedTuple):
-    """Where a phase stands: optimiser steps done and in all, forward passes done, and the seed."""
+    """Where a phase stands: optimiser steps done and in all, forward passes done, the seed, and the
+    indices [B] of the rows that this worker's next forward pass is about to see."""
 
     step: int
     total: int
     forward: int
     seed: int
+    rows: Tensor | None = None
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Phase:
             out of the optimiser, ``None`` is the phase's own rate. ``train.rates`` is asked first.
         layer_map: teacher layer (from 1) of each student layer; ``None`` is evenly spaced.
         calibration: training rows that `initialise` wants to see.
+        examined: dev rows that `facts` wants to see.
     """
 
     name = "finetune"
@@ -61,6 +64,7 @@ class Phase:
     rates: dict[str, float | None] = {}  # noqa: RUF012 (never written to)
     layer_map: tuple[int, ...] | None = None
     calibration: int = 0
+    examined: int = 0
 
     def initialise(
         self, model: nn.Module, batches: list[dict[str, Tensor]]
@@ -97,6 +101,18 @@ class Phase:
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Extra numbers for logs and reports."""
+        return {}
+
+    def facts(
+        self, model: nn.Module, batches: list[dict[str, Tensor]]
+    ) -> dict[str, dict[str, float]]:
+        """What the report should tell of the finished model, title -> name -> number; asked of a
+        phase that has rows `examined`.
+
+        Args:
+            model: after the last phase of all, in evaluation mode.
+            batches: `examined` dev rows, on the model's device; the same on every worker.
+        """
         return {}
 
     def finish(self, model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from raybert.config import KEPT_SHARE
 from raybert.groups import Group, Spread
 from raybert.results import Run, RunReport
 
@@ -255,6 +256,47 @@ def _binned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, floa
     size = math.ceil(len(points) / BINS) or 1
     bins = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins]
+
+
+def kept_plot(group: Group, key: str) -> str | None:
+    """The share of each layer's parts that rows keep: a bar for each part, the mean over seeds.
+
+    Args:
+        group: runs whose facts may tell it (`KEPT_SHARE`).
+        key: a word that no other plot of the page has.
+
+    Returns:
+        The SVG element, or None when they tell nothing.
+    """
+    names = [name for facts in group.first.facts.values() for name in facts.get(KEPT_SHARE, {})]
+    if not names:
+        return None
+    places = [name.removeprefix("layer ").split(" ", 1) for name in names]
+    layers = sorted({int(layer) for layer, _ in places})
+    parts = list(dict.fromkeys(part for _, part in places))
+
+    def draw(axes: Axes) -> None:
+        for number, part in enumerate(parts):
+            spreads = [group.spread(_kept(f"layer {layer} {part}")) for layer in layers]
+            found = [(n, s) for n, s in zip(layers, spreads, strict=True) if s is not None]
+            offset = (number - (len(parts) - 1) / 2) * 0.8 / len(parts)
+            several = all(s.sd is not None for _, s in found)
+            axes.bar([n + offset for n, _ in found], [s.mean for _, s in found],
+                     width=0.8 / len(parts), color=COLOURS[number % len(COLOURS)], label=part,
+                     yerr=[s.sd for _, s in found] if several else None, capsize=2)  # fmt: skip
+        axes.set_ylim(0, 1)
+        axes.set_xticks(layers)
+        axes.set(xlabel="layer", ylabel="kept share")
+
+    return _svg(draw, key, f"kept share of each layer, {group.label}")
+
+
+def _kept(name: str) -> Callable[[RunReport], float | None]:
+    def share(report: RunReport) -> float | None:
+        tables = (facts.get(KEPT_SHARE, {}) for facts in report.facts.values())
+        return next((table[name] for table in tables if name in table), None)
+
+    return share
 
 
 def _svg(draw: Draw, key: str, title: str) -> str:

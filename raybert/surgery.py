@@ -146,3 +146,36 @@ def ffn_block(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
         return layer.output_layer_norm(layer.ffn(hidden) + hidden)
     return layer.feed_forward_chunk(hidden)
+
+
+def activation(layer: Any) -> Any:
+    """The function between the two matrices of a stock layer's feed-forward."""
+    if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
+        return layer.ffn.activation
+    return layer.intermediate.intermediate_act_fn
+
+
+def set_blocks(layer: Any, attention: nn.Module, feed_forward: nn.Module) -> None:
+    """Put others in the place of a stock layer's attention and feed-forward.
+
+    Each holds its output projection. Residuals, norms and dropouts stay the layer's.
+
+    Args:
+        layer: of any family.
+        attention: its forward is the stock one's, but that it maps to [B, T, H] through the output
+            projection; an instance of the stock class, whose hooks it has.
+        feed_forward: maps [B, T, H] to [B, T, H].
+    """
+    if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
+        dropout = layer.ffn.dropout
+        layer.attention, layer.ffn = attention, nn.Sequential(feed_forward, dropout)
+        return
+    layer.attention.self, layer.attention.output.dense = attention, nn.Identity()
+    layer.intermediate, layer.output.dense = feed_forward, nn.Identity()
+
+
+def blocks(layer: Any) -> tuple[nn.Module, nn.Module]:
+    """What `set_blocks` put there: attention and feed-forward."""
+    if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
+        return layer.attention, layer.ffn[0]
+    return layer.attention.self, layer.intermediate

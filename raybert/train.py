@@ -145,7 +145,7 @@ class Trainer:
                 phases = world.agreed(functools.partial(self._begin, index, phases, model))
             model = self._run_phase(index, phases[index], model, teacher, checkpoint)
             checkpoint = None
-        self._finish(model, teacher)
+        self._finish(model, teacher, [entry.phase for entry in phases])
 
     def _build(self, upto: int) -> tuple[Any, list[PhaseOf]]:
         """The model as it is before phase ``upto``, as to structure: earlier surgery is replayed.
@@ -180,8 +180,8 @@ class Trainer:
         # Each phase draws its own random numbers, whatever came before it.
         seed_everything(self.recipe.train.seed + 7919 * index, 0)
         model.to(self.world.device).eval()
-        batches = self._calibration(entry.phase.calibration, index)
-        if entry.method is not None and entry.first:
+        batches = self._sample("train", entry.phase.calibration, index)
+        if entry.method is not None:
             settled = entry.method.settle(model, batches)
             if settled != entry.method:
                 position.settled[str(entry.place)] = settled.model_dump(mode="json")
@@ -191,15 +191,15 @@ class Trainer:
             position.facts[phases[index].phase.name] = facts
         return phases
 
-    def _calibration(self, rows: int, index: int) -> list[dict[str, torch.Tensor]]:
-        """Training rows drawn for a phase, batched by length; the same on every worker."""
+    def _sample(self, split: str, rows: int, index: int) -> list[dict[str, torch.Tensor]]:
+        """Rows drawn for a phase, batched by length; the same on every worker."""
         if not rows:
             return []
-        train = self.recipe.train
+        train, lengths = self.recipe.train, self.data.lengths(split)
         draw = np.random.default_rng([train.seed, index, rows])
-        chosen = draw.permutation(len(self.lengths))[:rows]
-        chosen = chosen[np.argsort(self.lengths[chosen], kind="stable")]
-        batcher = self.data.batcher("train", train.seed)
+        chosen = draw.permutation(len(lengths))[:rows]
+        chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
+        batcher = self.data.batcher(split, train.seed)
         batches = [
             batcher(chosen[at : at + train.eval_batch_size])
             for at in range(0, len(chosen), train.eval_batch_size)
@@ -299,7 +299,7 @@ class Trainer:
         norms = {
             f"{name}.{key}" if name else key
             for name, module in model.named_modules()
-            if isinstance(module, nn.LayerNorm)
+            if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d))
             for key, _ in module.named_parameters(recurse=False)
         }
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -378,7 +378,8 @@ class Trainer:
         set_rate(engine, self.rate(position.step, total))
         for chunk, (batch, share) in enumerate(self._shares(micro, rows)):
             forward = position.step * train.accumulation + chunk
-            phase.on_step(engine.module, At(position.step, total, forward, train.seed))
+            at = At(position.step, total, forward, train.seed, batch["index"])
+            phase.on_step(engine.module, at)
             recent.add(distil.forward_backward(batch, share), batch["input_ids"].numel())
             engine.step()  # DeepSpeed counts: only a step's last chunk changes weights
         position.step += 1
@@ -505,7 +506,7 @@ class Trainer:
         if self.world.rank == 0:
             self.hooks.note(text)
 
-    def _finish(self, model: Any, teacher: Any) -> None:
+    def _finish(self, model: Any, teacher: Any, phases: list[Phase]) -> None:
         """Evaluate what came out, beside its teacher, and write the finished model."""
         rows, world = self.recipe.train.eval_batch_size, self.world
         model.to(world.device).eval()
@@ -515,6 +516,11 @@ class Trainer:
             if not isinstance(teacher, nn.Module):
                 teacher = world.agreed(self._teacher_model)
             teacher_metrics = evaluate(teacher, self.data, "dev", world, rows)
+        for index, phase in enumerate(phases):
+            if phase.examined:
+                told = phase.facts(model, self._sample("dev", phase.examined, index))
+                facts = self.position.facts
+                facts[phase.name] = {**facts.get(phase.name, {}), **told}
         result = {
             "student": student_metrics,
             "teacher": teacher_metrics,

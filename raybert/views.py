@@ -195,6 +195,13 @@ def _charts(groups: Sequence[Group], key: str) -> list[tuple[str, str]]:
             plots.curve_plot(groups, "eval", metric, f"{key}-metric"),
         ),
     ]
+    found += [
+        (
+            f"Share of each layer that a row keeps, the mean over evaluation rows: {group.label}.",
+            plots.kept_plot(group, f"{key}-kept{number}"),
+        )
+        for number, group in enumerate(students)
+    ]
     return [(caption, svg) for caption, svg in found if svg]
 
 

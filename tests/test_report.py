@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from raybert.config import UserError
+from raybert.config import KEPT_SHARE, UserError
 from raybert.groups import Group, Spread, group_runs, on_front
-from raybert.plots import BINS, curve, pareto
+from raybert.plots import BINS, curve, kept_plot, pareto
 from raybert.report import (
     RunReport,
     build,
@@ -187,6 +187,23 @@ def test_spread_is_mean_and_sample_deviation() -> None:
     assert Spread.of([1.0, 2.0, 3.0]) == Spread(2.0, 1.0, 3)
     assert Spread.of([1.5]) == Spread(1.5, None, 1)
     assert Spread.of([1.0, None]) is None
+
+
+def test_what_rows_keep_of_each_layer_is_a_picture(finished: Callable[..., Path]) -> None:
+    shares = {f"layer {n} {part}": 0.1 * (n + 3) for n in range(3) for part in ("heads", "neurons")}
+    facts = {"gates": {KEPT_SHARE: shares}}
+    runs = [read_run(finished(f"s{seed}", seed=seed, facts=facts)) for seed in (1, 2)]
+    (group,) = group_runs(runs)
+    picture = kept_plot(group, "k")
+    assert picture is not None
+    assert picture.startswith("<svg")
+    for word in ("heads", "neurons", "kept share", "layer"):
+        assert f">{word}</text>" in picture
+    assert picture == kept_plot(group, "k")
+    (without,) = group_runs([read_run(finished("plain"))])
+    assert kept_plot(without, "k") is None
+    page = write_report([finished("one", facts=facts)], finished("none").parent)[1].read_text()
+    assert "Share of each layer that a row keeps" in page
 
 
 def test_seeds_are_grouped_and_anything_else_is_not(finished: Callable[..., Path]) -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from raybert.config import MethodConfig
+from raybert.methods.ebert import EBERT
 from raybert.methods.lobert import LoBERT
 from raybert.methods.q8bert import Q8BERT
 from raybert.methods.theseus import Theseus
 
-METHODS: dict[str, type[MethodConfig]] = {"theseus": Theseus, "lobert": LoBERT, "q8bert": Q8BERT}
+METHODS: dict[str, type[MethodConfig]] = {
+    "theseus": Theseus,
+    "lobert": LoBERT,
+    "ebert": EBERT,
+    "q8bert": Q8BERT,
+}

@@ -95,8 +95,13 @@ class Q8BERT(MethodConfig):
         """Settle the bits of embeddings.
 
         Raises:
-            UserError: the model is quantised already.
+            UserError: the model is quantised already, or picks weights for each sample.
         """
+        if any(entry["name"] == "ebert" for entry in compressed_by(model_config)):
+            raise UserError(
+                "q8bert cannot follow ebert: its products of integers are of whole matrices, and "
+                "ebert's model picks rows of them for each sample. Use one of the two."
+            )
         if any(entry["name"] == self.name for entry in compressed_by(model_config)):
             raise UserError(
                 "q8bert cannot follow q8bert: the model is quantised already. Quantise the model "

@@ -100,7 +100,8 @@ class Theseus(MethodConfig):
             if entry.get("bound_to_depth", True):
                 raise UserError(
                     f"theseus cannot follow {entry['name']} here: its successors cannot stand for "
-                    "layers that share parameters, differ in rank or are no longer trained. Put "
+                    "layers that share parameters, differ in rank, hold gates or are no longer "
+                    "trained. Put "
                     f"theseus before {entry['name']}."
                 )
         depth = model_config.num_hidden_layers

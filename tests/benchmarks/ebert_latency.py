@@ -1,0 +1,129 @@
+"""EBERT students that skip against their dense teacher, by the clock and by the count.
+
+    python tests/benchmarks/ebert_latency.py
+
+The gates of a student keep the same share of every block, at random, differently for each sample:
+a logit's bias is set so that the share comes out on the very rows that are timed. What a trained
+gate keeps is more alike from sample to sample, so batches are at a disadvantage here. Each model
+runs in a process of its own, in turns.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import Figure, encoder, options, publish
+
+SHAPES = [(1, 128), (1, 64), (8, 128)]
+
+RATIOS = (0.3, 0.5, 0.6, 0.8)
+"""Target shares of the layers' FLOPs."""
+
+TARGETS = {(1, 128): 0.85, (1, 64): 0.80}
+"""Share of the speed-up by the count that the clock is to show, at a ratio of 0.5."""
+
+LEAST = {(8, 128): 1.2}
+"""Speed-up that batches are to have at least, at a ratio of 0.5."""
+
+
+def aim(model: Any, share: float) -> None:
+    """Give gates random logits of which the wanted share is kept on the rows that are timed."""
+    import torch
+
+    from raybert.methods.ebert import gated
+    from raybert.timer import token_ids
+
+    seen: dict[int, list[Any]] = {}
+    blocks = [block for _, block in gated(model)]
+    batches = [torch.tensor(token_ids(*shape, model.config.vocab_size)) for shape in SHAPES]
+    draw = torch.Generator().manual_seed(0)
+    for number, block in enumerate(blocks):  # in order: what comes before changes what it sees
+        gate, seen[number] = block.gate, []
+        into: Any = seen[number]
+        handle = gate.register_forward_pre_hook(lambda _m, args, into=into: into.append(args[0]))
+        with torch.no_grad():
+            gate.reduce.weight.normal_(0.0, 1.0, generator=draw)
+            gate.score.weight.normal_(0.0, 1.0, generator=draw)
+            for ids in batches:
+                model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            handle.remove()
+            first = torch.cat(seen[number])
+            gate.reduce.bias.copy_(-(first @ gate.reduce.weight.t()).mean(0))
+            gate.score.bias.zero_()
+            logits = gate.logits(first)
+            gate.score.bias.fill_(-logits.quantile(1 - share).item())
+
+
+def save_models(args: Any, folder: Path) -> tuple[dict[str, Path], dict[str, dict[str, float]]]:
+    """The teacher's folder and the students', and the share of the whole model's multiply-adds that
+    each does on the rows of each shape."""
+    from transformers import AutoModelForSequenceClassification
+
+    from raybert.bench import flops
+    from raybert.methods.ebert import EBERT
+    from raybert.models import mark_compressed
+
+    def fresh() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(encoder(args)).eval()
+
+    teacher = fresh()
+    dense = {shape: flops(teacher, *shape) for shape in SHAPES}
+    teacher.save_pretrained(folder / "teacher")
+    paths, shares = {"teacher": folder / "teacher"}, {}
+    for ratio in RATIOS:
+        model, name = fresh(), f"{ratio:.0%}"
+        method = EBERT(target_flops_ratio=ratio).resolve(model.config)
+        for phase in method.phases():
+            phase.prepare(model)
+            phase.finish(model)
+        aim(model, method.kept)
+        mark_compressed(model, method)
+        shares[name] = {f"{b}x{t}": round(flops(model, b, t) / dense[b, t], 4) for b, t in SHAPES}
+        paths[name] = folder / name.strip("%")
+        model.save_pretrained(paths[name])
+    return paths, shares
+
+
+def measure(args: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
+    """Rows of `raybert.latency.latency`, the students' speed-ups, and their shares of FLOPs."""
+    from raybert.latency import latency, speedups
+
+    with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
+        paths, shares = save_models(args, Path(folder))
+        seconds = 0.2 if args.quick else 10.0
+        rows = latency(paths, SHAPES, backend="torch", seconds=seconds)
+    return rows, speedups(rows, "teacher"), shares
+
+
+def figures_of(row: dict[str, Any], shares: dict[str, dict[str, float]]) -> list[Figure]:
+    """The speed-up by the clock, and its share of the speed-up by the count."""
+    shape, half = (row["batch"], row["length"]), row["model"] == "50%"
+    counted = 1 / shares[row["model"]][f"{row['batch']}x{row['length']}"]
+    what = f"EBERT at {row['model']} of the FLOPs, batch {row['batch']} x {row['length']}"
+    least = LEAST.get(shape) if half else None
+    goal = 100 * TARGETS[shape] if half and shape in TARGETS else None
+    return [
+        Figure(f"{what}, faster by", row["speedup"], "x", least, at_most=False),
+        Figure(
+            f"{what}, of the {counted:.2f} x counted",
+            100 * row["speedup"] / counted,
+            "%",
+            goal,
+            at_most=False,
+        ),
+    ]
+
+
+def main() -> None:
+    """Measure, print and write."""
+    args = options("EBERT students that skip against their dense teacher").parse_args()
+    rows, faster, shares = measure(args)
+    figures = [figure for row in faster for figure in figures_of(row, shares)]
+    details = {"latency": rows, "flops": shares}
+    publish(args, "EBERT: only what a sample keeps (PyTorch)", figures, details)
+
+
+if __name__ == "__main__":
+    main()
