@@ -182,6 +182,8 @@ def make_plan(recipe: Recipe) -> Plan:
         UserError: anything that would stop the run later.
     """
     check_resources(recipe)
+    bound = tuple(method.bind(recipe) for method in recipe.method)
+    recipe = recipe.model_copy(update={"method": bound})
     if recipe.export:
         need_packages()
     if not recipe.method and recipe.kd.active and not recipe.teacher:

@@ -146,3 +146,11 @@ def ffn_block(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
         return layer.output_layer_norm(layer.ffn(hidden) + hidden)
     return layer.feed_forward_chunk(hidden)
+
+
+def set_activation(layer: Any, function: nn.Module) -> None:
+    """Put another function between the two linear maps of a layer's feed-forward block."""
+    if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
+        layer.ffn.activation = function
+    else:
+        layer.intermediate.intermediate_act_fn = function

@@ -15,10 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ONLY_HERE = {"ray": {"run.py"}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
-    {"templates", "onnx_graph", "onnx_first"},
+    {"templates", "onnx_graph", "onnx_first", "power_norm"},
     {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8"},
-    {"onnx_int8", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant"},
+    {"onnx_int8", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant", "softmax_net"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks"},
+    {"warm_start"},
     {"features", "sources", "groups", "methods", "predictions"},
     {"qa", "batches", "tables"},
     {"data", "models", "bench", "plots", "card"},
@@ -80,6 +81,7 @@ def test_imports_flow_one_way(path):
 def test_a_method_knows_no_other_method(path):
     rooms = {n.split(".")[1] for n in imported(path) if n.startswith("raybert.")}
     layers = {"factorise", "factors", "moments", "ranks", "fake_quant", "int8"}
+    layers |= {"lowrank", "power_norm", "softmax_net", "warm_start"}
     assert rooms <= {"config", "losses", "surgery", "phase", *layers}
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from raybert.config import MethodConfig
 from raybert.methods.lobert import LoBERT
+from raybert.methods.ma_bert import MABERT
 from raybert.methods.q8bert import Q8BERT
 from raybert.methods.theseus import Theseus
 
-METHODS: dict[str, type[MethodConfig]] = {"theseus": Theseus, "lobert": LoBERT, "q8bert": Q8BERT}
+METHODS: dict[str, type[MethodConfig]] = {
+    "theseus": Theseus,
+    "lobert": LoBERT,
+    "ma_bert": MABERT,
+    "q8bert": Q8BERT,
+}
