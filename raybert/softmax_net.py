@@ -128,9 +128,10 @@ class MatrixAttention(ProjectedAttention):
         """Three [B, A, T, D] -> the context [B, T, A, D], and the attention [B, A, T, T]."""
         query, key, value = qkv
         real = real_keys(mask, query)
-        weights = self.net(self.scores(query, key, real))
         if real is not None:
-            value = value * real
+            # Queries too: the scores of a padding that nothing bounds would grow without end.
+            query, value = query * real, value * real
+        weights = self.net(self.scores(query, key, real))
         context = self.dropout(weights) @ value
         return context.transpose(1, 2), weights
 

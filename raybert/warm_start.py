@@ -1,8 +1,10 @@
-"""A start for MA-BERT's new parts: softmax nets fitted to a model's attention, affine norms fitted
-to its LayerNorms, both on calibration rows.
+"""A start for MA-BERT's new parts: fitted, on calibration rows, to what they take the place of.
 
 The paper starts from random networks, and from LayerNorms' weights under other statistics, and
-leaves the rest to a large corpus. Here both begin where the model is already imitated.
+leaves the rest to a large corpus. Here one pass through the new structure fits each softmax net to
+the model's own attention and each norm to the model's own LayerNorm. A part is fitted on what the
+parts below it make of the rows: attention is of third degree in its inputs, so that errors which
+nothing normalises away would grow from layer to layer.
 """
 
 from __future__ import annotations
@@ -15,19 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raybert.moments import INPUTS
-from raybert.softmax_net import SoftmaxNet, matrix, real_keys
+from raybert.power_norm import PowerNorm
+from raybert.softmax_net import MatrixAttention, SoftmaxNet, matrix, real_keys
 from raybert.surgery import backbone, encoder_layers, self_attention
 
 Values = dict[str, Tensor]
 """Parameter or buffer name, below its module -> value."""
 
-Batches = Sequence[Mapping[str, Any]]
-
-ROWS = 12288
+QUERIES = 12288
 """Queries of a layer that its net is fitted on."""
 
+TOKENS = 4096
+"""Tokens that a norm is fitted on."""
+
 HELD_OUT = 6
-"""One in so many of them is not fitted on: errors are measured there."""
+"""One in so many queries is not fitted on: errors are measured there."""
 
 BATCH = 1024
 RATE = 1e-3
@@ -54,74 +58,168 @@ class Queries(NamedTuple):
 
 
 def joined(parts: Iterable[Queries]) -> Queries:
-    """Queries of several batches or layers."""
+    """Queries of several layers."""
     return Queries(*map(torch.cat, zip(*parts, strict=True)))
 
 
-# -- what the model does ---------------------------------------------------------------------------
+# -- one batch through the model -------------------------------------------------------------------
+
+
+class Sample:
+    """Calibration rows as one batch, and the queries and tokens of it that parts are fitted on.
+
+    Args:
+        batches: of rows, none longer than ``length``.
+        length: N.
+        heads: of a layer.
+    """
+
+    def __init__(self, batches: Sequence[Mapping[str, Any]], length: int, heads: int) -> None:
+        longest = max(batch["input_ids"].shape[1] for batch in batches)
+        keys = [key for key in INPUTS if key in batches[0]]
+        self.batch = {
+            key: torch.cat([F.pad(b[key], (0, longest - b[key].shape[1])) for b in batches])
+            for key in keys
+        }
+        self.length = length
+        self.real = self.batch["attention_mask"].bool()  # [B, T]
+        draw = torch.Generator().manual_seed(0)
+        tokens = self.real.nonzero()  # [n, 2]
+        self.tokens = _drawn(tokens, TOKENS, draw)
+        # The same for every head, and several heads of one token.
+        queries = _drawn(tokens, QUERIES, draw)
+        own = torch.randint(heads, (len(queries),), generator=draw).to(tokens.device)
+        every = [
+            torch.cat([queries, queries.new_full((len(queries), 1), h)], 1) for h in range(heads)
+        ]
+        much = len(queries) * heads > QUERIES
+        chosen = torch.cat([queries, own.unsqueeze(1)], 1) if much else torch.cat(every)
+        self.queries = _drawn(chosen, QUERIES, draw)  # [n, 3]: row, token, head
+
+    def through(self, model: nn.Module) -> None:
+        """Run the rows through a model's encoder."""
+        backbone(model)(**self.batch)
+
+    def scores(self, attention: MatrixAttention, hidden: Tensor) -> Queries:
+        """A layer's sampled queries, given what enters its attention [B, T, H]."""
+        heads = (*hidden.shape[:-1], -1, attention.attention_head_size)
+        query, key, _ = (part.view(heads).transpose(1, 2) for part in attention.project(hidden))
+        whole = attention.scores(query, key, real_keys(self.real[:, None, None], query))
+        row, token, head = self.queries.T
+        picked, keys = whole[row, head, token], self.real[row]  # [n, T]
+        softmax = picked.masked_fill(~keys, -torch.inf).softmax(-1)
+        room = (0, self.length - keys.shape[-1])
+        return Queries(*(F.pad(part, room) for part in (picked, softmax, keys)))
+
+    def picked(self, hidden: Tensor) -> Tensor:
+        """Sampled tokens [n, H] of [B, T, H]."""
+        return hidden[tuple(self.tokens.T)]
+
+
+def _drawn(rows: Tensor, most: int, draw: torch.Generator) -> Tensor:
+    return rows[torch.randperm(len(rows), generator=draw)[:most].to(rows.device)]
+
+
+class Recorded(NamedTuple):
+    """What a model does on a sample: queries by layer, and norms' outputs [n, H] by name."""
+
+    queries: list[Queries]
+    norms: dict[str, Tensor]
 
 
 @torch.no_grad()
-def watched(model: nn.Module, batches: Batches, hooks: Mapping[nn.Module, Callable]) -> None:
-    """Run batches through a model, with a forward hook on each of some modules.
+def record(model: nn.Module, sample: Sample) -> Recorded:
+    """Run a model with softmax and LayerNorm, in evaluation mode, and note what both give."""
+    found = Recorded([], {})
 
-    A hook is called with the batch's real tokens, bool [B, T], before the usual arguments.
-    """
-    now: dict[str, Tensor] = {}
+    def attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        found.queries.append(sample.scores(matrix(module, nn.Identity()), hidden))
 
-    def wrap(hook: Callable) -> Callable:
-        return lambda *args: hook(now["real"], *args)
-
-    handles = [
-        module.register_forward_hook(wrap(hook), with_kwargs=True)
-        for module, hook in hooks.items()
-    ]
-    try:
-        for batch in batches:
-            now["real"] = batch["attention_mask"].bool()
-            backbone(model)(**{key: batch[key] for key in INPUTS if key in batch})
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def sample_queries(model: nn.Module, batches: Batches, length: int) -> list[Queries]:
-    """For every layer some of its attention, the same queries in all layers.
-
-    Args:
-        model: with stock or projected attention, in evaluation mode.
-        batches: none longer than ``length``.
-        length: N.
-    """
-    layers = [self_attention(layer) for layer in encoder_layers(model)]
-    found: dict[int, list[Queries]] = {index: [] for index in range(len(layers))}
-    quota = -(-ROWS // len(batches))
-
-    def hook_of(index: int, attention: Any) -> Callable:
-        probe = matrix(attention, nn.Identity())
-
-        def hook(real: Tensor, _module: nn.Module, args: tuple, kwargs: dict, _out: Any) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            heads = (*hidden.shape[:-1], -1, probe.attention_head_size)
-            query, key, _ = (part.view(heads).transpose(1, 2) for part in probe.project(hidden))
-            scores = probe.scores(query, key, real_keys(real[:, None, None], query))
-            rows = real.unsqueeze(1).expand(scores.shape[:3]).nonzero()  # [n, 3]
-            draw = torch.Generator().manual_seed(len(found[index]))
-            chosen = torch.randperm(len(rows), generator=draw)[:quota].to(rows.device)
-            batch, head, token = rows[chosen].T
-            keys = real[batch]  # [n, T]
-            picked = scores[batch, head, token]
-            attention = picked.masked_fill(~keys, -torch.inf).softmax(-1)
-            room = (0, length - keys.shape[-1])
-            parts = (F.pad(part, room) for part in (picked, attention, keys))
-            found[index].append(Queries(*parts))
+    def norm_of(name: str) -> Callable:
+        def hook(_module: nn.Module, _args: tuple, out: Tensor) -> None:
+            found.norms[name] = sample.picked(out)
 
         return hook
 
-    watched(model, batches, {a: hook_of(i, a) for i, a in enumerate(layers)})
-    layers_of = [joined(parts) for parts in found.values()]
-    order = torch.randperm(len(layers_of[0].scores), generator=torch.Generator().manual_seed(0))
-    return [queries.part(order.to(queries.scores.device)) for queries in layers_of]
+    layers = [self_attention(layer) for layer in encoder_layers(model)]
+    handles = [m.register_forward_pre_hook(attention, with_kwargs=True) for m in layers]
+    norms = layer_norms(model).items()
+    handles += [norm.register_forward_hook(norm_of(name)) for name, norm in norms]
+    try:
+        sample.through(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+class Fit:
+    """Fits a new structure's parts to a recorded model, in one pass from bottom to top.
+
+    Args:
+        sample: the rows.
+        recorded: of the model that the structure was made of.
+        steps: of Adam, for each net.
+    """
+
+    def __init__(self, sample: Sample, recorded: Recorded, steps: int) -> None:
+        self.sample, self.recorded, self.steps = sample, recorded, steps
+        self.nets: list[tuple[float, float]] = []
+        """For each layer the relative errors, with a random net and with its own."""
+        self.norms: dict[str, tuple[float, float]] = {}
+        """For each norm the relative errors, with the LayerNorm's weights and with its own."""
+
+    def run(self, model: nn.Module) -> None:
+        """Fill the parts of a model that `raybert.methods.ma_bert.exchange` has gone through."""
+        layers: list[Any] = [self_attention(layer) for layer in encoder_layers(model)]
+        shared = bool(layers[0].shared)
+        if shared:
+            fitted = joined(layer.fitted() for layer in self.recorded.queries)
+            put(layers[0].net, fit_net(fitted, self.steps, 0))
+        handles = [
+            module.register_forward_pre_hook(self._attention(index, shared), with_kwargs=True)
+            for index, module in enumerate(layers)
+        ]
+        for name, module in model.named_modules():
+            if isinstance(module, PowerNorm):
+                handles.append(module.register_forward_pre_hook(self._norm(name)))
+        try:
+            with torch.no_grad():
+                self.sample.through(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _attention(self, index: int, shared: bool) -> Callable:
+        def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            own = self.sample.scores(module, hidden)
+            queries = own._replace(attention=self.recorded.queries[index].attention)
+            if not shared:
+                put(module.net, fit_net(queries.fitted(), self.steps, index))
+            random = random_net(self.sample.length, 0 if shared else index)
+            found = {name: value.detach() for name, value in module.net.named_parameters()}
+            held_out = queries.held_out()
+            self.nets.append((net_error(held_out, random), net_error(held_out, found)))
+
+        return hook
+
+    def _norm(self, name: str) -> Callable:
+        def hook(module: PowerNorm, args: tuple) -> None:
+            wanted = self.recorded.norms[name]
+            values, errors = fit_norm(self.sample.picked(args[0]), wanted, module)
+            module.running_phi.copy_(values["running_phi"])
+            put(module, {key: values[key] for key in ("weight", "bias")})
+            self.norms[name] = errors
+
+        return hook
+
+
+def put(module: nn.Module, values: Values) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            module.get_parameter(name).copy_(value)
 
 
 # -- softmax nets ----------------------------------------------------------------------------------
@@ -203,47 +301,19 @@ def layer_norms(model: nn.Module) -> dict[str, nn.LayerNorm]:
     }
 
 
-class _Sums:
-    """Sums over real tokens of what goes into and comes out of a norm, for each channel."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        zeros = torch.zeros(5, width, dtype=torch.float64, device=device)
-        self.sums = zeros  # x, y, xx, xy, yy
-        self.count = 0
-
-    def add(self, real: Tensor, _module: nn.Module, args: tuple, _kwargs: dict, out: Tensor):
-        x, y = args[0][real].double(), out[real].double()  # [n, H]
-        self.sums += torch.stack([part.sum(0) for part in (x, y, x * x, x * y, y * y)])
-        self.count += len(x)
-
-
-def fit_norms(model: nn.Module, batches: Batches) -> tuple[dict[str, Values], dict[str, Tensor]]:
-    """For each LayerNorm the PowerNorm that comes closest to it, channel by channel.
+def fit_norm(x: Tensor, y: Tensor, norm: PowerNorm) -> tuple[Values, tuple[float, float]]:
+    """The PowerNorm that makes y [n, H] of x [n, H], channel by channel, by least squares.
 
     Returns:
-        Values for a PowerNorm by its name, and the relative errors [2] of their outputs: with the
-        LayerNorm's own weights, and with these.
+        Its values, and the relative errors with the norm's own weights and with these.
     """
-    norms = layer_norms(model)
-    sums = {name: _Sums(len(n.weight), n.weight.device) for name, n in norms.items()}
-    watched(model, batches, {norm: sums[name].add for name, norm in norms.items()})
-    values, errors = {}, {}
-    for name, norm in norms.items():
-        x, y, xx, xy, yy = sums[name].sums / sums[name].count
-        scale = (xy - x * y) / (xx - x * x).clamp(min=1e-12)
-        shift = y - scale * x
-        weight = scale * (xx + norm.eps).sqrt()
-        own = norm.weight.detach() * (xx + norm.eps).rsqrt(), norm.bias.detach()
-        errors[name] = torch.stack(
-            [_affine_error(*pair, (x, y, xx, xy, yy)) for pair in (own, (scale, shift))]
-        )
-        found = {"weight": weight, "bias": shift, "running_phi": xx}
-        values[name] = {key: value.float() for key, value in found.items()}
-    return values, errors
-
-
-def _affine_error(scale: Tensor, shift: Tensor, means: tuple[Tensor, ...]) -> Tensor:
-    """Root of the mean of ``(scale x + shift - y)^2`` over that of ``y^2``."""
-    x, y, xx, xy, yy = means
-    squares = scale**2 * xx + shift**2 + yy + 2 * (scale * shift * x - scale * xy - shift * y)
-    return (squares.clamp(min=0).sum() / yy.sum()).sqrt()
+    x, y = x.double(), y.double()
+    phi = x.square().mean(0)
+    size = (phi + norm.eps).sqrt()
+    centred = x - x.mean(0)
+    scale = (centred * y).mean(0) / centred.square().mean(0).clamp(min=1e-12)
+    shift = y.mean(0) - scale * x.mean(0)
+    pairs = (norm.weight.detach() / size, norm.bias.detach()), (scale, shift)
+    before, after = ((((x * a + b) - y).norm() / y.norm()).item() for a, b in pairs)
+    values = {"weight": scale * size, "bias": shift, "running_phi": phi}
+    return {name: value.float() for name, value in values.items()}, (before, after)

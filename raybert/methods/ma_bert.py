@@ -22,7 +22,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from raybert.config import MethodConfig, Share, UserError
-from raybert.lowrank import fill
 from raybert.phase import At, Phase
 from raybert.power_norm import PowerNorm, RealTokens
 from raybert.softmax_net import MatrixAttention, SoftmaxNet, matrix
@@ -35,16 +34,7 @@ from raybert.surgery import (
     set_activation,
     swap,
 )
-from raybert.warm_start import (
-    Values,
-    fit_net,
-    fit_norms,
-    joined,
-    layer_norms,
-    net_error,
-    random_net,
-    sample_queries,
-)
+from raybert.warm_start import Fit, Sample, Values, layer_norms, put, random_net, record
 
 LENGTH = 128
 """N where neither the method nor the recipe's data says otherwise; the paper's."""
@@ -180,7 +170,7 @@ class Transfer(Phase):
         self.epochs, self.lr = method.epochs, method.lr
         fits = method.warm_start and not method.continues
         self.calibration = method.calibration_rows if fits else 0
-        self.values: dict[str, Values] = {}  # module name -> values, from `initialise` to `prepare`
+        self.values: Values = {}  # from `initialise` to `prepare`
         self.step: int | None = None
         self.real = RealTokens()
         self.handle: Any = None
@@ -193,57 +183,50 @@ class Transfer(Phase):
     def initialise(
         self, model: nn.Module, batches: list[dict[str, Tensor]]
     ) -> dict[str, dict[str, float]]:
-        """Fit the new parts to the model's own, or draw them; tells how well that went."""
+        """Fit the new parts to the model's own, or draw them; tells how well they fit."""
         method = self.method
         if method.continues:
             return {}
-        names = ["shared"] if method.shared else _net_names(model)
-        if not method.warm_start:
-            seeds = enumerate(names)
-            self.values = {name: random_net(self.length, seed) for seed, name in seeds}
-            return {}
-        if not batches:
-            raise UserError("ma_bert.warm_start needs calibration rows; there are none to train on")
-        self.values, errors = fit_norms(model, batches)
-        layers = sample_queries(model, batches, self.length)
-        fits = [layers] if method.shared else [[layer] for layer in layers]
-        facts: dict[str, dict[str, float]] = {}
-        for seed, (name, together) in enumerate(zip(names, fits, strict=True)):
-            fitted = joined(layer.fitted() for layer in together)
-            self.values[name] = fit_net(fitted, method.fit_steps, seed)
-        nets = [self.values[name] for name in names] * (len(layers) if method.shared else 1)
-        seeds = range(len(layers))
-        starts = [random_net(self.length, 0 if method.shared else seed) for seed in seeds]
-        for when, values in (("before", starts), ("after", nets)):
-            facts[f"softmax nets' relative error {when} the fit (queries held out)"] = {
-                f"layer {i}": net_error(layer.held_out(), own)
-                for i, (layer, own) in enumerate(zip(layers, values, strict=True))
-            }
-        for column, when in enumerate(("before", "after")):
-            facts[f"norms' relative error {when} the fit"] = {
-                name: error[column].item() for name, error in errors.items()
-            }
+        new = copy.deepcopy(model)
+        exchange(new, self.length, shared=method.shared)
+        facts = {}
+        if method.warm_start:
+            facts = self._fit(model, new, batches)
+        else:
+            for seed, net in enumerate(softmax_nets(new)):
+                put(net, random_net(self.length, seed))
+        self.values = new_parts(new)
         return facts
+
+    def _fit(self, model: Any, new: nn.Module, batches: list[dict[str, Tensor]]) -> Any:
+        if not batches:
+            raise UserError(
+                "ma_bert.warm_start found no calibration rows; give the task training rows, or "
+                "say method.ma_bert.warm_start=false."
+            )
+        sample = Sample(batches, self.length, model.config.num_attention_heads)
+        fit = Fit(sample, record(model, sample), self.method.fit_steps)
+        fit.run(new)
+        nets = {f"layer {index}": pair for index, pair in enumerate(fit.nets)}
+        return {
+            f"relative error of {what} {when} the fit": {
+                name: pair[column] for name, pair in rows.items()
+            }
+            for what, rows in (("softmax nets", nets), ("norms", fit.norms))
+            for column, when in enumerate(("before", "after"))
+        }
 
     def prepare(self, model: nn.Module) -> None:
         """Put nets, ReLU and PowerNorms in place, and let the norms take statistics."""
         if not self.method.continues:
             exchange(model, self.length, shared=self.method.shared)
-            self._fill(model)
+            if self.values:
+                unknown = model.load_state_dict(self.values, strict=False).unexpected_keys
+                assert not unknown
+                self.values = {}
         for norm in power_norms(model):
             norm.observe(self.real)
         self.handle = backbone(model).register_forward_pre_hook(self._note_mask, with_kwargs=True)
-
-    def _fill(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules())
-        for name, values in self.values.items():
-            module = layer_holder(model).get_submodule(SHARED) if name == "shared" else None
-            module = module or modules[name]
-            if isinstance(module, PowerNorm):
-                module.running_phi.copy_(values["running_phi"])
-                values = {key: values[key] for key in ("weight", "bias")}
-            fill(module, values)
-        self.values = {}
 
     def _note_mask(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # Each family's head passes the mask by name.
@@ -298,6 +281,16 @@ def power_norms(model: nn.Module) -> list[PowerNorm]:
     return [module for module in model.modules() if isinstance(module, PowerNorm)]
 
 
-def _net_names(model: nn.Module) -> list[str]:
-    names = {module: name for name, module in model.named_modules()}
-    return [f"{names[self_attention(layer)]}.{SHARED}" for layer in encoder_layers(model)]
+def softmax_nets(model: nn.Module) -> list[SoftmaxNet]:
+    """The model's softmax nets in its own order; a shared one is one."""
+    return [module for module in model.modules() if isinstance(module, SoftmaxNet)]
+
+
+def new_parts(model: nn.Module) -> Values:
+    """Parameters and buffers of nets and norms, by their names in the model."""
+    return {
+        f"{name}.{key}": value.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, (SoftmaxNet, PowerNorm))
+        for key, value in module.state_dict().items()
+    }

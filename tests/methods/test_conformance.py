@@ -309,7 +309,13 @@ LEGAL = {
 CONTINUING = {"ma_bert"}
 """Methods that, where a model has their structure already, train it on."""
 
-ORDERS = [order for n in range(2, len(METHODS) + 1) for order in permutations(METHODS, n)]
+ORDERS = [
+    order
+    for n in range(2, len(METHODS) + 1)
+    for order in permutations(METHODS, n)
+    if n == 2 or order in LEGAL
+]
+"""All pairs, and what is legal of longer ones: any other holds a pair that is refused."""
 
 
 def cases_of(order: tuple[str, ...]) -> list[dict[str, Any]]:
