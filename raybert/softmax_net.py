@@ -3,7 +3,7 @@
 The network reads the scores of one query, a vector of a fixed length N, and gives that query's
 attention. A shorter input counts as padded with zeros up to N inside the network, and what it gives
 for those places is cut off. Scores of padding are multiplied by 0 before it, and so is what padding
-would contribute after it; both are done on keys and values, which are smaller than the scores.
+would contribute after it; both is done on keys and values, which are smaller than the scores.
 """
 
 from __future__ import annotations
@@ -55,8 +55,12 @@ class SoftmaxNet(nn.Module):
         hidden, out = self.hidden, self.out
         if isinstance(hidden, nn.Linear) and isinstance(out, nn.Linear):
             # Weights that zeros would be multiplied by are left out, and so is what would be cut.
-            inner = F.relu(F.linear(scores, hidden.weight[:, :keys], hidden.bias))
-            return F.linear(inner, out.weight[:keys], out.bias[:keys])
+            # Not by slices, which cannot be traced for any number of keys.
+            first = torch.arange(keys, device=scores.device)
+            inner = F.relu(F.linear(scores, hidden.weight.index_select(1, first), hidden.bias))
+            return F.linear(
+                inner, out.weight.index_select(0, first), out.bias.index_select(0, first)
+            )
         padded = F.pad(scores, (0, self.length - keys))
         return out(F.relu(hidden(padded)))[..., :keys]
 
@@ -65,17 +69,17 @@ class SoftmaxNet(nn.Module):
         return f"length={self.length}"
 
 
-def real_keys(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """1 for real keys and 0 for padding, [B, 1, T, 1], of what transformers made of the mask.
+def real_tokens(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """1 for real tokens and 0 for padding, [B, T, 1], of what transformers made of the mask.
 
     Args:
-        mask: [B, 1, T or 1, T]: true or 1 for real keys, or a float that is added to scores, 0 for
-            real keys; nothing: all are real.
+        mask: [B, 1, T or 1, T]: true for real keys, or a float that is added to scores, 0 for real
+            keys; nothing: all are real.
         like: gives the type.
     """
     if mask is None:
         return None
-    keys = mask[:, :, :1].transpose(2, 3)
+    keys = mask[:, 0, :1].transpose(1, 2)
     return (keys if keys.dtype == torch.bool else keys == 0).to(like.dtype)
 
 
@@ -116,24 +120,35 @@ class MatrixAttention(ProjectedAttention):
         query, key, value = (self.get_submodule(name) for name in self.dense)
         return query(hidden), key(hidden), value(hidden)
 
-    def scores(self, query: Tensor, key: Tensor, real: Tensor | None) -> Tensor:
-        """Scaled scores [B, A, T, T] of [B, A, T, D], 0 for the keys that are padding."""
-        if real is not None:
-            key = key * real
+    def heads(self, hidden: Tensor, mask: Tensor | None) -> QKV:
+        """hidden_states [B, T, H] -> scaled queries, keys and values, each [B, A, T, D].
+
+        All three are 0 for padding. With such keys, scores are as if multiplied by the mask, and
+        with such values, padding adds nothing. Queries too: what padding would attend to, nothing
+        bounds, and it could grow until it is no number.
+        """
+        shape = (*hidden.shape[:-1], -1, self.attention_head_size)
+        query, key, value = self.project(hidden)
         if self.scaling != 1.0:  # an exported model's queries are scaled already
             query = query * self.scaling
-        return query @ key.transpose(2, 3)
-
-    def attend(self, qkv: Any, mask: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
-        """Three [B, A, T, D] -> the context [B, T, A, D], and the attention [B, A, T, T]."""
-        query, key, value = qkv
-        real = real_keys(mask, query)
+        real = real_tokens(mask, query)
         if real is not None:
-            # Queries too: the scores of a padding that nothing bounds would grow without end.
-            query, value = query * real, value * real
-        weights = self.net(self.scores(query, key, real))
-        context = self.dropout(weights) @ value
-        return context.transpose(1, 2), weights
+            query, key, value = query * real, key * real, value * real
+        query, key, value = (part.view(shape).transpose(1, 2) for part in (query, key, value))
+        return query, key, value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states [B, T, H] -> context [B, T, H], and the attention [B, A, T, T]."""
+        query, key, value = self.heads(hidden_states, attention_mask)
+        weights = self.net(query @ key.transpose(2, 3))
+        context = (self.dropout(weights) @ value).transpose(1, 2)
+        return self.output(context.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class MatrixBertAttention(MatrixAttention, ProjectedBertAttention):

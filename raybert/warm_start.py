@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from raybert.moments import INPUTS
 from raybert.power_norm import PowerNorm
-from raybert.softmax_net import MatrixAttention, SoftmaxNet, matrix, real_keys
+from raybert.softmax_net import MatrixAttention, SoftmaxNet, matrix
 from raybert.surgery import backbone, encoder_layers, self_attention
 
 Values = dict[str, Tensor]
@@ -102,9 +102,8 @@ class Sample:
 
     def scores(self, attention: MatrixAttention, hidden: Tensor) -> Queries:
         """A layer's sampled queries, given what enters its attention [B, T, H]."""
-        heads = (*hidden.shape[:-1], -1, attention.attention_head_size)
-        query, key, _ = (part.view(heads).transpose(1, 2) for part in attention.project(hidden))
-        whole = attention.scores(query, key, real_keys(self.real[:, None, None], query))
+        query, key, _ = attention.heads(hidden, self.real[:, None, None])
+        whole = query @ key.transpose(2, 3)
         row, token, head = self.queries.T
         picked, keys = whole[row, head, token], self.real[row]  # [n, T]
         softmax = picked.masked_fill(~keys, -torch.inf).softmax(-1)

@@ -78,7 +78,9 @@ class MABERT(MethodConfig):
         "average of them so far; nothing: by `warmup_share`.",
     )
     warmup_share: Share = Field(
-        default=0.1, description="The same as a share of the phase's steps, where it is not given."
+        default=1.0,
+        description="The same as a share of the phase's steps, where it is not given; all of them, "
+        "as in the authors' settings, keeps rows that running moments do not bound from growing.",
     )
     continues: bool = Field(
         default=False,
