@@ -107,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("runs", nargs="+", help="run folders")
     command.add_argument("--out", default="report", help="folder for report.md and report.html")
     command.set_defaults(run=_report)
+    command = commands.add_parser(
+        "import-ma-bert", help="make a model folder of a checkpoint by the authors of MA-BERT"
+    )
+    command.add_argument("file", help="the checkpoint, a PyTorch state dict")
+    command.add_argument("--model", required=True, help="the BERT or DistilBERT it was made of")
+    command.add_argument("--out", required=True, help="folder to write")
+    command.set_defaults(run=_import_ma_bert)
     command = commands.add_parser("demo", help="all of it, offline, in a few minutes")
     command.add_argument("--out", default="demo", help="folder (default: demo)")
     command.add_argument("--workers", type=int, help="workers (default: 2, or 1 on a single core)")
@@ -294,6 +301,13 @@ def _export(args: argparse.Namespace) -> int:
         add_export(Path(args.model).expanduser())
     print(format_export(read_export(folder)))
     print(f"export  {folder}")
+    return 0
+
+
+def _import_ma_bert(args: argparse.Namespace) -> int:
+    from raybert.import_ma_bert import import_ma_bert
+
+    print(f"model  {import_ma_bert(args.file, args.model, args.out)}")
     return 0
 
 

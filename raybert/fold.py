@@ -2,9 +2,9 @@
 
 A finished PowerNorm is ``h' = s * (h + f(h)) + t``. Writing the stream of hidden states in another
 basis, ``h = D u + c`` with a diagonal D, turns that into ``u' = u + f / D`` with ``D' = s D`` and
-``c' = s c + t``: the residual connection is a plain addition, D and c go into the matrices that read
-the stream, 1 / D into those that write to it, and the norm is gone. Only the last one is left, for
-whatever head reads the model.
+``c' = s c + t``: the residual connection is a plain addition, D and c go into the matrices that
+read the stream, 1 / D into those that write to it, and the norm is gone. Only the last one is left,
+for whatever head reads the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from raybert.softmax_net import MatrixAttention
 from raybert.surgery import encoder_layers, matrices, self_attention
 
 LARGEST = 1e12
-"""The largest factor, or its inverse, that D may hold; beyond it a norm is kept and D is 1 again."""
+"""The largest factor, or its inverse, in D; beyond it a norm is kept and D is 1 again."""
 
 
 class Affine(nn.Module):

@@ -53,16 +53,14 @@ class SoftmaxNet(nn.Module):
                 "a larger ma_bert.length."
             )
         hidden, out = self.hidden, self.out
+        first = torch.arange(keys, device=scores.device)  # a slice could not be traced for any T
         if isinstance(hidden, nn.Linear) and isinstance(out, nn.Linear):
             # Weights that zeros would be multiplied by are left out, and so is what would be cut.
-            # Not by slices, which cannot be traced for any number of keys.
-            first = torch.arange(keys, device=scores.device)
             inner = F.relu(F.linear(scores, hidden.weight.index_select(1, first), hidden.bias))
-            return F.linear(
-                inner, out.weight.index_select(0, first), out.bias.index_select(0, first)
-            )
+            weight, bias = out.weight.index_select(0, first), out.bias.index_select(0, first)
+            return F.linear(inner, weight, bias)
         padded = F.pad(scores, (0, self.length - keys))
-        return out(F.relu(hidden(padded)))[..., :keys]
+        return out(F.relu(hidden(padded))).index_select(-1, first)
 
     def extra_repr(self) -> str:
         """What printing shows."""
