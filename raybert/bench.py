@@ -23,7 +23,7 @@ from raybert.config import UserError
 from raybert.int8 import Int8Embedding, Quantised
 from raybert.latency import Backend, latency, speedups
 from raybert.tables import escape_markdown, markdown_table
-from raybert.timer import token_ids
+from raybert.timer import positions, token_ids
 
 __all__ = [
     "bench",
@@ -103,10 +103,10 @@ def flops(model: torch.nn.Module, batch: int = 1, length: int = 128) -> int:
     """
     device = next(model.parameters()).device
     config: Any = model.config
-    if length > config.max_position_embeddings:
+    most = positions(config.to_dict())
+    if length > most:
         raise UserError(
-            f"length {length} is more than the model's {config.max_position_embeddings} positions; "
-            "ask for a shorter one."
+            f"length {length} is more than the model's {most} positions; ask for a shorter one."
         )
     ids = torch.tensor(token_ids(batch, length, config.vocab_size), device=device)
     integer = {torch.ops.aten._int_mm: _product_flops}  # raybert's own is registered with it

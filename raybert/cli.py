@@ -133,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", help="of the students, as in 1,2,3 (default: train.seed)")
     command.add_argument("--dry-run", action="store_true", help="check all, predict; stop")
     command.set_defaults(run=_compare)
+    command = commands.add_parser(
+        "import-ma-bert", help="make a model folder of a checkpoint by the authors of MA-BERT"
+    )
+    command.add_argument("file", help="the checkpoint, a PyTorch state dict")
+    command.add_argument("--model", required=True, help="the BERT or DistilBERT it was made of")
+    command.add_argument("--out", required=True, help="folder to write")
+    command.set_defaults(run=_import_ma_bert)
     command = commands.add_parser("demo", help="all of it, offline, in a few minutes")
     command.add_argument("--out", default="demo", help="folder (default: demo)")
     command.add_argument("--workers", type=int, default=1, help="training processes (default: 1)")
@@ -320,6 +327,13 @@ def _export(args: argparse.Namespace) -> int:
         add_export(Path(args.model).expanduser())
     print(format_export(read_export(folder)))
     print(f"export  {folder}")
+    return 0
+
+
+def _import_ma_bert(args: argparse.Namespace) -> int:
+    from raybert.import_ma_bert import import_ma_bert
+
+    print(f"model  {import_ma_bert(args.file, args.model, args.out)}")
     return 0
 
 

@@ -72,6 +72,14 @@ class MethodConfig(Section):
         default=None, description="Their peak learning rate; nothing: `train.lr`."
     )
 
+    def bind(self, recipe: Any) -> MethodConfig:
+        """Take what is left open, and what must agree, from the rest of the recipe; comes first.
+
+        Raises:
+            UserError: the recipe asks for what the method cannot do.
+        """
+        return self
+
     def resolve(self, model_config: Any) -> MethodConfig:
         """Settle every ``None``, ratio or share against the model's Hugging Face config; refuse
         what does not fit.
@@ -263,6 +271,12 @@ class KDConfig(Section):
     )
     attention: NonNegativeFloat = Field(
         default=0.0, description="Weight of the attention of matched layers."
+    )
+    embeddings: bool = Field(
+        default=False, description="Hidden states: compare what enters the first layer too."
+    )
+    over_layers: Literal["mean", "sum"] = Field(
+        default="mean", description="What becomes of matched layers' hidden and attention terms."
     )
     layer_map: tuple[PositiveInt, ...] | None = Field(
         default=None,

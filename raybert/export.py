@@ -32,6 +32,7 @@ from raybert.models import (
     load_tokenizer,
     longest_input,
     model_folder,
+    read_config,
 )
 from raybert.parity import OnnxModel, logit_parity, metric_parity, probe_batches, real_batches
 from raybert.qa import question_room
@@ -318,8 +319,7 @@ def _timed(
             network.config.save_pretrained(passing)
             models["teacher"] = Path(passing)
             length = min(length, longest_input(network.config))
-        positions = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-        length = min(length, positions["max_position_embeddings"])
+        length = min(length, longest_input(read_config(str(partial))))
         shapes = [(batch, length) for batch in measure.batches]
         rows = latency(models, shapes, backend="onnx", threads=threads, seconds=measure.seconds)
     faster = speedups(rows, "teacher") if teacher is not None else []

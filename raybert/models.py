@@ -271,7 +271,8 @@ def longest_input(config: Any) -> int:
     """Tokens that a row may have at most."""
     # RoBERTa counts positions from pad_token_id + 1.
     offset = config.pad_token_id + 1 if family(config) == "roberta" else 0
-    return config.max_position_embeddings - offset
+    nets = [entry["length"] for entry in compressed_by(config) if entry["name"] == "ma_bert"]
+    return min([config.max_position_embeddings - offset, *nets])
 
 
 def load_tokenizer(name: str) -> Any:

@@ -42,6 +42,7 @@ VIEWS = {"aten.view.default", "aten.reshape.default"}
 COPIES = {"aten.contiguous.default", "aten.clone.default"}
 
 ATTENTION = "aten.scaled_dot_product_attention.default"
+PRODUCT = "aten.matmul.default"
 TURN = "aten.transpose.int"
 
 
@@ -76,6 +77,8 @@ class _Mover:
         for node in graph.nodes:
             if str(node.target) == ATTENTION:
                 self._need(node.args[1:3])
+            elif str(node.target) == PRODUCT and node.meta["val"].dim() == 4:
+                self._need(node.args[1:2])
 
     def _need(self, values: Iterable[object]) -> None:
         waiting = [_tokens(value) for value in values]
@@ -140,23 +143,47 @@ class _Mover:
         if str(turned.target) != TURN or turned.args[1:] != (1, 2):
             return None
         attention = _behind(turned.args[0])
+        if str(attention.target) == PRODUCT:
+            return self._joined(value, turned, self._row(attention))
         if str(attention.target) != ATTENTION:
             return None
-        query = _behind(attention.args[0])
-        apart = _behind(query.args[0])
-        if str(query.target) != TURN or str(apart.target) not in VIEWS or _rank(apart.args[0]) != 3:
+        queries = self._row(_tokens(attention.args[0]))
+        if queries is None:
             return None
-        one = apart.meta["val"].select(1, 0).unsqueeze(1)  # [B, 1, A, D]
-        heads = self._call(apart.target, (self.first(_tokens(apart.args[0])), []), one)
-        queries = self._call(query.target, (heads, 1, 2), one.transpose(1, 2))
         context = self._call(
             attention.target,
             (queries, *attention.args[1:]),
             attention.meta["val"].select(2, 0).unsqueeze(2),
             dict(attention.kwargs),
         )
+        return self._joined(value, turned, context)
+
+    def _joined(self, value: Node, turned: Node, context: Node | None) -> Node | None:
+        """The heads' contexts [B, A, 1, D] side by side, [B, H]."""
+        if context is None:
+            return None
         back = self._call(turned.target, (context, 1, 2), context.meta["val"].transpose(1, 2))
         return self._call(value.target, (back, []), value.meta["val"].select(1, 0))
+
+    def _row(self, node: Node) -> Node | None:
+        """The first token [B, A, 1, X] of a value [B, A, T, X], made of first tokens."""
+        kind, args = str(node.target), node.args
+        if kind == TURN:
+            apart = _behind(args[0])
+            if str(apart.target) not in VIEWS or _rank(apart.args[0]) != 3:
+                return None
+            one = apart.meta["val"].select(1, 0).unsqueeze(1)  # [B, 1, A, D]
+            heads = self._call(apart.target, (self.first(_tokens(apart.args[0])), []), one)
+            return self._call(node.target, (heads, 1, 2), one.transpose(1, 2))
+        if kind != PRODUCT and kind not in IN_ARGUMENT_ONE:
+            return None
+        if node not in self.made:
+            source = self._row(_tokens(args[0]))
+            if source is None:
+                return None
+            one = node.meta["val"].select(2, 0).unsqueeze(2)
+            self.made[node] = self._call(node.target, (source, *args[1:]), one, dict(node.kwargs))
+        return self.made[node]
 
 
 def _tokens(value: object) -> Node:
@@ -173,8 +200,9 @@ def _alike(arg: object, value: Node) -> bool:
     """Whether an operand is of the same tokens, or the same for all of them."""
     if _rank(arg) <= 1:
         return True
-    shape, whole = _tokens(arg).meta["val"].shape, value.meta["val"].shape
-    return shape == whole or (shape == (whole[0], 1, whole[2]) and shape[1] == 1)
+    own, whole = _tokens(arg).meta["val"].shape, value.meta["val"].shape
+    same = own[:-1] == whole[:-1] and own[-1] in (1, whole[-1])
+    return same or own == (whole[0], 1, whole[2])
 
 
 def _behind(value: object) -> Node:

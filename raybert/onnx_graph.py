@@ -121,7 +121,7 @@ class Graph:
         if self._shapes[name] == dims:
             return name
         # One unknown size follows from the others.
-        unknown = sum(not isinstance(size, int) for size in dims)
+        unknown = sum(not isinstance(size, int) or size < 0 for size in dims)
         target = tuple(-1 if isinstance(size, str) else size for size in dims)
         shape = self.constant(target) if unknown <= 1 else self.sizes(dims)
         return self.mark(self.once("Reshape", [name, shape]), dims)

@@ -244,7 +244,12 @@ def _transpose(t: Translation, node: Node) -> None:
     if {first, second} == {1, 2} and source in t.swapped:
         t.set(node, t.swapped[source], t.graph.dims(t.swapped[source]))
         return
-    if {first, second} == {1, 2}:
+    if {first, second} == {2, 3} and source in t.swapped:  # both at once
+        parts = dims_of(source.meta["val"])
+        name = t.graph.shaped(t.swapped[source], (parts[0], parts[2], parts[1], parts[3]))
+        t.set(node, t.graph.add("Transpose", [name], perm=[0, 2, 3, 1]))
+        return
+    if {first, second} == {1, 2} and rank == 4:
         t.swapped[node] = t.name(source)
     t.set(node, t.graph.add("Transpose", [t.full(source)], perm=order))
 
@@ -288,6 +293,28 @@ def _slice(t: Translation, node: Node) -> None:
     graph = t.graph
     bounds = [graph.constant([0]), graph.sizes((dims[axis],)), graph.constant([axis])]
     t.set(node, graph.add("Slice", [t.full(source), *bounds]))
+
+
+def _first_of(t: Translation, node: Node) -> None:
+    """``index_select`` of the first entries along an axis."""
+    source, axis, index = _node(node.args[0]), int(argument(node, 1, "dim")), _node(node.args[2])
+    assert str(index.target) == "aten.arange.default"
+    graph = t.graph
+    bounds = [graph.constant([0]), graph.sizes(dims_of(index.meta["val"])), graph.constant([axis])]
+    t.set(node, graph.once("Slice", [t.full(source), *bounds]))
+
+
+def _pad(t: Translation, node: Node) -> None:
+    """Zeros behind the last axis, up to a fixed size."""
+    source, (before, _) = _node(node.args[0]), node.args[1]  # type: ignore[misc]
+    assert before == 0
+    assert argument(node, 3, "value", 0.0) in (None, 0.0)
+    name = t.rows(source)
+    own, size = dims_of(source.meta["val"])[-1:], dims_of(node.meta["val"])[-1]
+    graph = t.graph
+    room = graph.once("Sub", [graph.constant([size]), graph.sizes(own)])
+    pads = graph.once("Concat", [graph.constant([0, 0, 0]), room], axis=0)
+    t.set(node, graph.add("Pad", [name, pads]), (-1, size))
 
 
 def _split(t: Translation, node: Node) -> None:
@@ -344,6 +371,8 @@ def _cumsum(t: Translation, node: Node) -> None:
 
 HANDLERS: dict[str, Handler] = {
     "aten.sym_size.int": _nothing,
+    "aten.arange.default": _nothing,
+    "<built-in function sub>": _nothing,
     "aten._assert_tensor_metadata.default": _nothing,
     "aten.dropout.default": _same,
     "aten.contiguous.default": _same,
@@ -409,6 +438,8 @@ HANDLERS: dict[str, Handler] = {
     "aten.index.Tensor": _index,
     "aten.select.int": _select,
     "aten.slice.Tensor": _slice,
+    "aten.index_select.default": _first_of,
+    "aten.pad.default": _pad,
     "aten.split.Tensor": _split,
     "aten.split_with_sizes.default": _split,
     "aten.chunk.default": _split,

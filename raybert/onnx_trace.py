@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raybert import __version__
 from raybert.config import UserError
+from raybert.fold import folded
 from raybert.models import longest_input
 from raybert.onnx_first import keep_first
 from raybert.onnx_graph import Graph, Translation, dims_of
@@ -79,7 +80,7 @@ def to_onnx(model: PreTrainedModel, *, int8: Int8 = "fused") -> onnx.ModelProto:
     Raises:
         UserError: the model computes something that has no translation.
     """
-    return translate(trace(model), int8=int8)
+    return translate(trace(folded(model)), int8=int8)
 
 
 def translate(program: torch.export.ExportedProgram, *, int8: Int8 = "fused") -> onnx.ModelProto:

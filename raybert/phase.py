@@ -232,13 +232,22 @@ class Distillation:
         if kd.cls:
             terms["kd_cls"] = kd.cls * losses.cls_mse(student_hidden, teacher_hidden, kd.normalize)
         if kd.hidden:
-            terms["kd_hidden"] = kd.hidden * losses.hidden_mse(student_hidden, teacher_hidden, mask)
+            if kd.embeddings:
+                student_hidden = [out.hidden[0], *student_hidden]
+                teacher_hidden = [teacher.hidden[0], *teacher_hidden]
+            size = self._over(student_hidden)
+            mse = losses.hidden_mse(student_hidden, teacher_hidden, mask)
+            terms["kd_hidden"] = kd.hidden * size * mse
         if kd.attention:
             matched = [teacher.attention[t - 1] for t in self.layer_map]
-            terms["kd_attention"] = kd.attention * losses.attention_mse(
-                out.attention, matched, mask
-            )
+            size = self._over(matched)
+            mse = losses.attention_mse(out.attention, matched, mask)
+            terms["kd_attention"] = kd.attention * size * mse
         return terms
+
+    def _over(self, layers: list[Tensor]) -> int:
+        """What a mean over layers is multiplied by."""
+        return len(layers) if self.kd.over_layers == "sum" else 1
 
     def _logits(self, out: Outputs, teacher: Outputs, batch: dict[str, Tensor]) -> Tensor:
         kd = self.kd

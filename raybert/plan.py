@@ -182,6 +182,8 @@ def make_plan(recipe: Recipe) -> Plan:
         UserError: anything that would stop the run later.
     """
     check_resources(recipe)
+    bound = tuple(method.bind(recipe) for method in recipe.method)
+    recipe = recipe.model_copy(update={"method": bound})
     if recipe.export:
         need_packages()
     if not recipe.method and recipe.kd.active and not recipe.teacher:
@@ -212,7 +214,7 @@ def make_plan(recipe: Recipe) -> Plan:
         check_head(recipe.teacher, teacher, data.task)
     chain = resolve_chain(recipe, config)
     if recipe.kd.layer_map:
-        depth = _finished_depth(chain, config)
+        depth = _finished_config(chain, config).num_hidden_layers
         check_layer_map(recipe.kd.layer_map, depth, teacher.num_hidden_layers)
     recipe = recipe.model_copy(update={"method": tuple(chain)})
     rows = len(data.splits["train"])
@@ -226,7 +228,7 @@ def make_plan(recipe: Recipe) -> Plan:
             "train.epochs 0 leaves no step to train; give train.epochs or train.max_steps."
         )
     saved = _takes_saved(recipe, data, phases)
-    length = min(recipe.measure.length, longest_input(config))
+    length = min(recipe.measure.length, longest_input(_finished_config(chain, config)))
     before = _predict(config, data, [], length)
     after = _predict(config, data, chain, length)
     memory = _memory(recipe, config, before, after)
@@ -390,10 +392,10 @@ def _check_teacher(recipe: Recipe, tokenizer: Any) -> None:
             )
 
 
-def _finished_depth(chain: list[Any], config: Any) -> int:
+def _finished_config(chain: list[Any], config: Any) -> Any:
     for method in chain:
         config = method.student_config(config)
-    return config.num_hidden_layers
+    return config
 
 
 def _predict(config: Any, data: TaskData, chain: list[Any], length: int) -> dict[str, Any]:

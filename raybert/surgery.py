@@ -179,3 +179,11 @@ def blocks(layer: Any) -> tuple[nn.Module, nn.Module]:
     if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
         return layer.attention, layer.ffn[0]
     return layer.attention.self, layer.intermediate
+
+
+def set_activation(layer: Any, function: nn.Module) -> None:
+    """Put another function between the two linear maps of a layer's feed-forward block."""
+    if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
+        layer.ffn.activation = function
+    else:
+        layer.intermediate.intermediate_act_fn = function

@@ -33,7 +33,7 @@ class TorchModel:
         self.model = load(Path(job["path"])).eval()
         self.model.to(torch.device(self.device))  # pyright: ignore[reportArgumentType]
         self.vocab: int = self.model.config.vocab_size
-        self.positions: int = self.model.config.max_position_embeddings
+        self.positions = positions(self.model.config.to_dict())
 
     def inputs(self, batch: int, length: int) -> dict[str, Any]:
         """Token ids and a full mask on the model's device  # [batch, length] each"""
@@ -86,7 +86,7 @@ class OnnxModel:
                 raise UserError(f"no {wanted}; export the model first: raybert export")
         known = json.loads(config.read_text(encoding="utf-8"))
         self.vocab: int = known["vocab_size"]
-        self.positions: int = known["max_position_embeddings"]
+        self.positions = positions(known)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = job["threads"], 1
         # Threads may spin while a pass runs, as in production, and stop when it ends: between turns
@@ -129,6 +129,13 @@ class OnnxModel:
 
 
 BACKENDS = {"torch": TorchModel, "onnx": OnnxModel}
+
+
+def positions(config: dict[str, Any]) -> int:
+    """Tokens that a model of this config reads at most."""
+    compression = config.get("compression") or []
+    nets = [entry["length"] for entry in compression if entry["name"] == "ma_bert"]
+    return min([config["max_position_embeddings"], *nets])
 
 
 def token_ids(batch: int, length: int, vocab: int) -> list[list[int]]:

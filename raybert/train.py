@@ -62,6 +62,7 @@ from raybert.phase import (
     At,
     Phase,
 )
+from raybert.power_norm import PowerNorm
 from raybert.predictions import Predictions
 from raybert.step import Distiller, Place, Recent, not_a_number
 from raybert.tasks import IGNORED
@@ -299,7 +300,7 @@ class Trainer:
         norms = {
             f"{name}.{key}" if name else key
             for name, module in model.named_modules()
-            if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d))
+            if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d, PowerNorm))
             for key, _ in module.named_parameters(recurse=False)
         }
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}

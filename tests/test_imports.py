@@ -15,14 +15,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ONLY_HERE = {"ray": {"run.py"}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
-    {"templates", "onnx_graph", "onnx_first"},
+    {"templates", "onnx_graph", "onnx_first", "power_norm"},
     {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8", "gates"},
-    {"onnx_int8", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant", "skipping"},
+    {"onnx_int8", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant", "softmax_net"},
+    {"skipping"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
+    {"warm_start", "fold"},
     {"features", "sources", "groups", "methods", "predictions"},
     {"qa", "batches", "tables"},
     {"data", "models", "bench", "plots", "card"},
-    {"metrics", "checkpoint", "engine", "views", "job", "teacher", "onnx_trace"},
+    {"metrics", "checkpoint", "engine", "views", "job", "teacher", "onnx_trace", "import_ma_bert"},
     {"evaluate", "report", "step"},
     {"train", "parity"},
     {"export"},
@@ -82,6 +84,7 @@ def test_a_method_knows_no_other_method(path):
     rooms = {n.split(".")[1] for n in imported(path) if n.startswith("raybert.")}
     layers = {"factorise", "factors", "moments", "ranks", "fake_quant", "int8"}
     layers |= {"gates", "skipping", "kept"}
+    layers |= {"lowrank", "power_norm", "softmax_net", "warm_start"}
     assert rooms <= {"config", "losses", "surgery", "phase", *layers}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from raybert.config import MethodConfig
 from raybert.methods.ebert import EBERT
 from raybert.methods.lobert import LoBERT
+from raybert.methods.ma_bert import MABERT
 from raybert.methods.q8bert import Q8BERT
 from raybert.methods.theseus import Theseus
 
@@ -12,5 +13,6 @@ METHODS: dict[str, type[MethodConfig]] = {
     "theseus": Theseus,
     "lobert": LoBERT,
     "ebert": EBERT,
+    "ma_bert": MABERT,
     "q8bert": Q8BERT,
 }

@@ -55,6 +55,10 @@ TOYS: dict[str, list[dict[str, Any]]] = {
         {"masks": "topk", "target_flops_ratio": 0.7},
         {"remove": True, "frozen_epochs": 1, "gate_start": 0.0, "gate_lr": 0.1},
     ],
+    "ma_bert": [
+        {"fit_steps": 4, "length": 32},
+        {"length": 32, "shared": True, "warm_start": False, "warmup": 2},
+    ],
     "q8bert": [
         {},
         {"mode": "dynamic"},
@@ -68,11 +72,11 @@ TOYS: dict[str, list[dict[str, Any]]] = {
 
 CASES = [{"name": name, **toys} for name in METHODS for toys in TOYS.get(name, [{}])]
 IDS = [f"{case['name']}{i}" for i, case in enumerate(CASES)]
+GROWING = {"ebert", "ma_bert"}
+"""Methods that make a model cheaper to compute, and not smaller."""
+
 WHOLE = {"lobert": (2, 6), "q8bert": (0, 3), "ebert": (2,)}
 """Toys that go through whole runs, where not all do: each that has a state of its own to resume."""
-
-ADDS = {"ebert"}
-"""Methods that save work and not parameters: gates come on top."""
 
 RUNS = [
     {"name": name, **toys}
@@ -257,7 +261,7 @@ def test_the_finished_model_has_the_config_that_was_announced(made, case, family
     found = done.model.config.to_dict()
     for key in set(told) - {"model_type", "architectures", "compression", "transformers_version"}:
         assert found[key] == told[key], key
-    if case["name"] not in ADDS:
+    if case["name"] not in GROWING:
         assert parameters(done.model)["total"] <= parameters(predecessor(family))["total"]
 
 
@@ -293,16 +297,34 @@ def test_it_is_saved_and_loaded_bit_for_bit(made, tmp_path, case, family, kind):
 
 LEGAL = {
     ("theseus", "lobert"),
+    ("theseus", "ma_bert"),
     ("theseus", "q8bert"),
     ("lobert", "theseus"),
+    ("lobert", "ma_bert"),
     ("lobert", "q8bert"),
+    ("ma_bert", "q8bert"),
+    ("theseus", "lobert", "ma_bert"),
     ("theseus", "lobert", "q8bert"),
+    ("theseus", "ma_bert", "q8bert"),
+    ("lobert", "theseus", "ma_bert"),
     ("lobert", "theseus", "q8bert"),
     ("theseus", "ebert"),
+    ("lobert", "ma_bert", "q8bert"),
+    ("theseus", "lobert", "ma_bert", "q8bert"),
+    ("lobert", "theseus", "ma_bert", "q8bert"),
 }
 """Orders that methods can be chained in; every other is refused by name."""
 
-ORDERS = [order for n in range(2, len(METHODS) + 1) for order in permutations(METHODS, n)]
+CONTINUING = {"ma_bert"}
+"""Methods that, where a model has their structure already, train it on."""
+
+ORDERS = [
+    order
+    for n in range(2, len(METHODS) + 1)
+    for order in permutations(METHODS, n)
+    if n == 2 or order in LEGAL
+]
+"""All pairs, and what is legal of longer ones: any other holds a pair that is refused."""
 
 
 def cases_of(order: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -337,6 +359,10 @@ def test_a_legal_chain_ends_in_a_model_that_loads(made, tmp_path, order, family)
 def test_a_method_is_not_applied_twice(name):
     if not METHODS[name].leaves_trace:
         return  # what it leaves is a plain model, like any other
+    if name in CONTINUING:
+        method = finished(cases_of((name, name)), "bert", "classification").model.config.compression
+        assert [entry["name"] for entry in method] == [name], "trained on, not changed again"
+        return
     with pytest.raises(UserError, match=rf"{name}.*{name}"):
         finished(cases_of((name, name)), "bert", "classification")
 

@@ -1,0 +1,298 @@
+"""MA-BERT: matrix arithmetic only, without softmax, GELU or normalisation (Ming et al., ICLR 2023).
+
+    raybert compress method=ma_bert task=mrpc data=GLUE/MRPC teacher=runs/mrpc-finetuned
+
+Softmax becomes a network of two linear layers over the keys, GELU becomes ReLU, and LayerNorm
+becomes PowerNorm, which at the end is a multiply-add with constants. What is left to compute are
+matrix products, additions and ReLU.
+
+The paper transfers knowledge in two stages, each of which is a run of its own here: (a) from a BERT
+with its masked-language-modelling head on plain text (``task=mlm``), (b) from a fine-tuned teacher
+on its task, starting from what (a) left (``model=RUN``). Without (a), (b) starts from the teacher.
+Distillation is the recipe's ``kd``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from raybert.config import MethodConfig, Share, UserError
+from raybert.phase import At, Phase
+from raybert.power_norm import PowerNorm, RealTokens
+from raybert.softmax_net import MatrixAttention, SoftmaxNet, matrix
+from raybert.surgery import (
+    backbone,
+    compressed_by,
+    encoder_layers,
+    layer_holder,
+    self_attention,
+    set_activation,
+    swap,
+)
+from raybert.warm_start import Fit, Sample, Values, layer_norms, put, random_net, record
+
+LENGTH = 128
+"""N where neither the method nor the recipe's data says otherwise; the paper's."""
+
+SHARED = "softmax_net"
+"""What the network of all layers is called, beside the layers."""
+
+AFTER = ("theseus", "lobert", "ma_bert")
+"""The methods whose models this one can start from."""
+
+
+class MABERT(MethodConfig):
+    """Parameters of MA-BERT; section numbers are the paper's."""
+
+    name: Literal["ma_bert"] = "ma_bert"
+    length: PositiveInt | None = Field(
+        default=None,
+        description="N, the tokens that softmax nets are made for and a row has at most; nothing: "
+        "`data.max_length`.",
+    )
+    shared: bool = Field(
+        default=False, description="One softmax net for all layers, not one for each (3.1)."
+    )
+    warm_start: bool = Field(
+        default=True,
+        description="Fit softmax nets to the model's own attention, and norms to its LayerNorms, "
+        "before training; otherwise nets are random and norms take the LayerNorms' weights.",
+    )
+    calibration_rows: PositiveInt = Field(
+        default=128, description="Training rows that they are fitted on."
+    )
+    fit_steps: NonNegativeInt = Field(
+        default=400, description="Steps of Adam in the fit of each softmax net."
+    )
+    alpha: Share = Field(
+        default=0.9, description="Weight of the past in PowerNorm's running statistics."
+    )
+    warmup: NonNegativeInt | None = Field(
+        default=None,
+        description="Updates for which a PowerNorm uses each batch's own moments, and a plain "
+        "average of them so far; nothing: by `warmup_share`.",
+    )
+    warmup_share: Share = Field(
+        default=1.0,
+        description="The same as a share of the phase's steps, where it is not given; all of them, "
+        "as in the authors' settings, keeps rows that running moments do not bound from growing.",
+    )
+    continues: bool = Field(
+        default=False,
+        description="Settled by the model: it is an MA-BERT already, and is trained on.",
+    )
+
+    @property
+    def leaves_trace(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the structure changes: that of an MA-BERT that is trained on does not."""
+        return not self.continues
+
+    def bind(self, recipe: Any) -> MABERT:
+        """Take N from the recipe's data.
+
+        Raises:
+            UserError: rows may be longer than N, or the precision scales losses.
+        """
+        longest = recipe.data.max_length
+        if self.length is not None and self.length < longest:
+            raise UserError(
+                f"data.max_length {longest} is more than ma_bert.length {self.length}, the most "
+                f"that the softmax nets read; use data.max_length={self.length}, or "
+                f"method.ma_bert.length={longest}."
+            )
+        if recipe.train.precision == "fp16":
+            raise UserError(
+                "ma_bert cannot train in fp16: its norms keep running statistics of gradients, "
+                "which loss scaling changes from step to step. Use train.precision=bf16 or fp32."
+            )
+        return self.model_copy(update={"length": self.length or longest})
+
+    def resolve(self, model_config: Any) -> MABERT:
+        """Settle N; take over the structure of a model that is an MA-BERT already.
+
+        Raises:
+            UserError: a method before it that it cannot follow, or another N.
+        """
+        before = compressed_by(model_config)
+        for entry in before:
+            if entry["name"] not in AFTER:
+                raise UserError(
+                    f"ma_bert cannot follow {entry['name']}: it changes attention itself and needs "
+                    f"it whole, with weights that can be trained. Put ma_bert before "
+                    f"{entry['name']} if that can follow it, or leave one of them out."
+                )
+        own = next((entry for entry in before if entry["name"] == self.name), None)
+        if own is None:
+            return self.model_copy(update={"length": self.length or LENGTH, "continues": False})
+        if self.length not in (None, own["length"]) or self.shared not in (False, own["shared"]):
+            raise UserError(
+                f"ma_bert cannot follow ma_bert with another length or other sharing: the model's "
+                f"softmax nets are of length {own['length']}"
+                f"{', one for all layers' if own['shared'] else ''}. Say "
+                f"data.max_length={own['length']}, and leave method.ma_bert.length and shared out."
+            )
+        same = {"length": own["length"], "shared": own["shared"], "continues": True}
+        return self.model_copy(update=same)
+
+    def student_config(self, model_config: Any) -> Any:
+        """The model's config with this method in its ``compression``."""
+        config = copy.deepcopy(model_config)
+        if not self.continues:
+            config.compression = [*compressed_by(config), self.model_dump(mode="json")]
+        return config
+
+    def phases(self) -> list[Phase]:
+        """One: transfer of knowledge into the new structure."""
+        return [Transfer(self)]
+
+    def remarks(self) -> list[str]:
+        """What the structure is worth by itself."""
+        return [
+            "ma_bert: the model computes matrix products, additions and ReLU alone; on processors "
+            "with fused float kernels that is about as fast as its teacher, and its use is "
+            "hardware without other functions, and integer arithmetic (q8bert after it)"
+        ]
+
+
+# -- the phase -------------------------------------------------------------------------------------
+
+
+class Transfer(Phase):
+    """Train with running statistics; at the end norms are constants."""
+
+    name = "transfer"
+
+    def __init__(self, method: MABERT) -> None:
+        self.method = method
+        self.epochs, self.lr = method.epochs, method.lr
+        fits = method.warm_start and not method.continues
+        self.calibration = method.calibration_rows if fits else 0
+        self.values: Values = {}  # from `initialise` to `prepare`
+        self.step: int | None = None
+        self.real = RealTokens()
+        self.handle: Any = None
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return self.method.length or LENGTH
+
+    def initialise(
+        self, model: nn.Module, batches: list[dict[str, Tensor]]
+    ) -> dict[str, dict[str, float]]:
+        """Fit the new parts to the model's own, or draw them; tells how well they fit."""
+        method = self.method
+        if method.continues:
+            return {}
+        new = copy.deepcopy(model)
+        exchange(new, self.length, shared=method.shared)
+        facts = {}
+        if method.warm_start:
+            facts = self._fit(model, new, batches)
+        else:
+            for seed, net in enumerate(softmax_nets(new)):
+                put(net, random_net(self.length, seed))
+        self.values = new_parts(new)
+        return facts
+
+    def _fit(self, model: Any, new: nn.Module, batches: list[dict[str, Tensor]]) -> Any:
+        if not batches:
+            raise UserError(
+                "ma_bert.warm_start found no calibration rows; give the task training rows, or "
+                "say method.ma_bert.warm_start=false."
+            )
+        sample = Sample(batches, self.length, model.config.num_attention_heads)
+        fit = Fit(sample, record(model, sample), self.method.fit_steps)
+        fit.run(new)
+        nets = {f"layer {index}": pair for index, pair in enumerate(fit.nets)}
+        return {
+            f"relative error of {what} {when} the fit": {
+                name: pair[column] for name, pair in rows.items()
+            }
+            for what, rows in (("softmax nets", nets), ("norms", fit.norms))
+            for column, when in enumerate(("before", "after"))
+        }
+
+    def prepare(self, model: nn.Module) -> None:
+        """Put nets, ReLU and PowerNorms in place, and let the norms take statistics."""
+        if not self.method.continues:
+            exchange(model, self.length, shared=self.method.shared)
+            if self.values:
+                unknown = model.load_state_dict(self.values, strict=False).unexpected_keys
+                assert not unknown
+                self.values = {}
+        for norm in power_norms(model):
+            norm.observe(self.real)
+        self.handle = backbone(model).register_forward_pre_hook(self._note_mask, with_kwargs=True)
+
+    def _note_mask(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # Each family's head passes the mask by name.
+        self.real.mask = kwargs.get("attention_mask")
+
+    def on_step(self, model: nn.Module, at: At) -> None:
+        """Where a new step begins, take what the last one saw into the running statistics."""
+        if at.step == self.step:
+            return
+        self.step = at.step
+        method = self.method
+        for norm in power_norms(model):
+            norm.warmup = (
+                round(method.warmup_share * at.total) if method.warmup is None else method.warmup
+            )
+            norm.update(method.alpha)
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """The mean over norms and channels of what activations are divided by."""
+        psi = torch.cat([norm.running_phi for norm in power_norms(model)]).sqrt()
+        return {"running_psi": psi.mean().item()}
+
+    def finish(self, model: nn.Module) -> None:
+        """Statistics stand still from here on."""
+        for norm in power_norms(model):
+            norm.settle()
+        self.handle.remove()
+
+
+def exchange(model: nn.Module, length: int, *, shared: bool) -> None:
+    """The structure: softmax nets of zeros, ReLU, and PowerNorms with the LayerNorms' weights."""
+    layers: Any = encoder_layers(model)
+    like = next(model.parameters())
+    owner = SoftmaxNet(length, like) if shared else None
+    if owner is not None:
+        layer_holder(model).add_module(SHARED, owner)
+    for layer in layers:
+        old = self_attention(layer)
+
+        def make(_name: str, attention: nn.Module) -> MatrixAttention:
+            new = matrix(attention, owner or SoftmaxNet(length, like))
+            return new.share() if shared else new
+
+        swap(layer, lambda _, module, old=old: module is old, make)
+        set_activation(layer, nn.ReLU())
+    chosen = set(layer_norms(model))
+    swap(model, lambda name, _: name in chosen, lambda _, norm: PowerNorm(norm))  # type: ignore[arg-type]
+
+
+def power_norms(model: nn.Module) -> list[PowerNorm]:
+    """The model's PowerNorms in its own order."""
+    return [module for module in model.modules() if isinstance(module, PowerNorm)]
+
+
+def softmax_nets(model: nn.Module) -> list[SoftmaxNet]:
+    """The model's softmax nets in its own order; a shared one is one."""
+    return [module for module in model.modules() if isinstance(module, SoftmaxNet)]
+
+
+def new_parts(model: nn.Module) -> Values:
+    """Parameters and buffers of nets and norms, by their names in the model."""
+    return {
+        f"{name}.{key}": value.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, (SoftmaxNet, PowerNorm))
+        for key, value in module.state_dict().items()
+    }

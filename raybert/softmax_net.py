@@ -1,0 +1,177 @@
+"""Attention whose softmax is a network of two linear layers over the keys (MA-BERT, section 3.1).
+
+The network reads the scores of one query, a vector of a fixed length N, and gives that query's
+attention. A shorter input counts as padded with zeros up to N inside the network, and what it gives
+for those places is cut off. Scores of padding are multiplied by 0 before it, and so is what padding
+would contribute after it; both is done on keys and values, which are smaller than the scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
+from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+
+from raybert.attention import (
+    QKV,
+    ProjectedAttention,
+    ProjectedBertAttention,
+    ProjectedDistilBertAttention,
+    ProjectedRobertaAttention,
+)
+from raybert.config import UserError
+
+
+class SoftmaxNet(nn.Module):
+    """``Linear(N, N) -> ReLU -> Linear(N, N)`` over the last axis. Made of zeros, to be filled."""
+
+    def __init__(self, length: int, like: Tensor) -> None:
+        super().__init__()
+        self.length = length
+        place: Any = {"device": like.device, "dtype": like.dtype}
+        self.hidden: nn.Module = nn.utils.skip_init(nn.Linear, length, length, **place)
+        self.out: nn.Module = nn.utils.skip_init(nn.Linear, length, length, **place)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Scores [..., T] of T <= N keys, 0 where there is padding -> attention [..., T].
+
+        Raises:
+            UserError: T > N.
+        """
+        keys = scores.shape[-1]
+        if keys > self.length:
+            raise UserError(
+                f"a sequence of {keys} tokens is longer than ma_bert.length, {self.length}, which "
+                "is the most that this model's softmax nets read. Cut it off there, or train with "
+                "a larger ma_bert.length."
+            )
+        hidden, out = self.hidden, self.out
+        first = torch.arange(keys, device=scores.device)  # a slice could not be traced for any T
+        if isinstance(hidden, nn.Linear) and isinstance(out, nn.Linear):
+            # Weights that zeros would be multiplied by are left out, and so is what would be cut.
+            inner = F.relu(F.linear(scores, hidden.weight.index_select(1, first), hidden.bias))
+            weight, bias = out.weight.index_select(0, first), out.bias.index_select(0, first)
+            return F.linear(inner, weight, bias)
+        padded = F.pad(scores, (0, self.length - keys))
+        return out(F.relu(hidden(padded))).index_select(-1, first)
+
+    def extra_repr(self) -> str:
+        """What printing shows."""
+        return f"length={self.length}"
+
+
+def real_tokens(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """1 for real tokens and 0 for padding, [B, T, 1], of what transformers made of the mask.
+
+    Args:
+        mask: [B, 1, T or 1, T]: true for real keys, or a float that is added to scores, 0 for real
+            keys; nothing: all are real.
+        like: gives the type.
+    """
+    if mask is None:
+        return None
+    keys = mask[:, 0, :1].transpose(1, 2)
+    return (keys if keys.dtype == torch.bool else keys == 0).to(like.dtype)
+
+
+class MatrixAttention(ProjectedAttention):
+    """Self-attention with a network in softmax's place, on whatever makes queries and keys."""
+
+    num_attention_heads: int
+    softmax_net: nn.Module
+
+    @classmethod
+    def of(cls, attention: nn.Module, net: nn.Module) -> MatrixAttention:
+        """The attention with another softmax; it adopts everything else, hooks included.
+
+        A ``net`` that all layers share has its place elsewhere, see `share`.
+        """
+        new = cls.__new__(cls)
+        new.__dict__.update(vars(attention))
+        new._modules = dict(attention._modules)
+        new.add_module("softmax_net", net)
+        return new
+
+    def share(self) -> MatrixAttention:
+        """Leave the net to its owner, so that every parameter has one name and one place."""
+        self.shared = (self._modules.pop("softmax_net"),)
+        return self
+
+    @property
+    def net(self) -> Any:
+        """The network, its own or the shared one."""
+        return self.softmax_net if "softmax_net" in self._modules else self.shared[0]
+
+    shared: tuple[Any, ...] = ()
+
+    def project(self, hidden: Tensor) -> QKV:
+        """hidden_states [B, T, H] -> queries, keys and values, each [B, T, H]."""
+        if "projection" in self._modules:
+            return self.projection(hidden)
+        query, key, value = (self.get_submodule(name) for name in self.dense)
+        return query(hidden), key(hidden), value(hidden)
+
+    def heads(self, hidden: Tensor, mask: Tensor | None) -> QKV:
+        """hidden_states [B, T, H] -> scaled queries, keys and values, each [B, A, T, D].
+
+        All three are 0 for padding. With such keys, scores are as if multiplied by the mask, and
+        with such values, padding adds nothing. Queries too: what padding would attend to, nothing
+        bounds, and it could grow until it is no number.
+        """
+        shape = (*hidden.shape[:-1], -1, self.attention_head_size)
+        query, key, value = self.project(hidden)
+        if self.scaling != 1.0:  # an exported model's queries are scaled already
+            query = query * self.scaling
+        real = real_tokens(mask, query)
+        if real is not None:
+            query, key, value = query * real, key * real, value * real
+        query, key, value = (part.view(shape).transpose(1, 2) for part in (query, key, value))
+        return query, key, value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states [B, T, H] -> context [B, T, H], and the attention [B, A, T, T]."""
+        query, key, value = self.heads(hidden_states, attention_mask)
+        weights = self.net(query @ key.transpose(2, 3))
+        context = (self.dropout(weights) @ value).transpose(1, 2)
+        return self.output(context.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class MatrixBertAttention(MatrixAttention, ProjectedBertAttention):
+    """BERT's."""
+
+
+class MatrixRobertaAttention(MatrixAttention, ProjectedRobertaAttention):
+    """RoBERTa's."""
+
+
+class MatrixDistilBertAttention(MatrixAttention, ProjectedDistilBertAttention):
+    """DistilBERT's, which holds the output projection as well."""
+
+
+MATRIX: dict[type[nn.Module], type[MatrixAttention]] = {
+    BertSelfAttention: MatrixBertAttention,
+    ProjectedBertAttention: MatrixBertAttention,
+    RobertaSelfAttention: MatrixRobertaAttention,
+    ProjectedRobertaAttention: MatrixRobertaAttention,
+    DistilBertSelfAttention: MatrixDistilBertAttention,
+    ProjectedDistilBertAttention: MatrixDistilBertAttention,
+}
+"""Hugging Face class, or lobert's -> the class that takes its place."""
+
+
+def matrix(attention: nn.Module, net: nn.Module) -> MatrixAttention:
+    """A self-attention module with its softmax replaced by a network."""
+    return MATRIX[type(attention)].of(attention, net)

@@ -1,0 +1,594 @@
+"""MA-BERT: PowerNorm against its formulas, softmax nets, masks, folding, export, both stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import OTHER, make_tokenizer
+from methods.test_conformance import finished, outputs, predecessor, rows
+from test_export import difference, operators, padded
+from torch import nn
+
+import raybert
+from raybert.cli import main
+from raybert.config import KDConfig, UserError, recipe_from
+from raybert.fold import Affine, folded
+from raybert.import_ma_bert import import_ma_bert
+from raybert.int8 import check_trainable
+from raybert.methods.ma_bert import MABERT, exchange, power_norms, softmax_nets
+from raybert.models import longest_input
+from raybert.onnx_trace import to_onnx, trace, translate
+from raybert.phase import At, Distillation, Taps
+from raybert.plan import make_plan, resolve_paths
+from raybert.power_norm import PowerNorm, RealTokens
+from raybert.run import compress
+from raybert.softmax_net import MatrixAttention, SoftmaxNet, real_tokens
+from raybert.surgery import encoder_layers, self_attention
+from raybert.warm_start import Queries, fit_net, net_error, put, random_net
+
+FAMILIES = ("bert", "roberta", "distilbert")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+CASE = {"name": "ma_bert", "length": 24, "fit_steps": 4}
+FORBIDDEN = {"Softmax", "Gelu", "Erf", "Exp", "Sqrt", "Div", "LayerNormalization", "Attention"}
+
+
+# -- PowerNorm -------------------------------------------------------------------------------------
+
+
+class Reading:
+    """PowerNorm as the formulas say it, for one optimiser step of several passes."""
+
+    def __init__(self, weight: np.ndarray, bias: np.ndarray, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight, bias, eps
+        self.phi, self.nu, self.updates = np.ones_like(weight), np.zeros_like(weight), 0
+
+    def step(self, passes: list[tuple[np.ndarray, ...]], warmup: int, alpha: float) -> list:
+        """Passes of x, mask and dL/dy -> y, dL/dx, dL/dweight and dL/dbias of each."""
+        found, squares, tokens, gz, zz = [], 0.0, 0.0, 0.0, 0.0
+        for x, mask, grad in passes:
+            real = mask[..., None]
+            moment = (x**2 * real).sum((0, 1)) / real.sum()
+            psi = np.sqrt((moment if self.updates < warmup else self.phi) + self.eps)
+            z = x / psi
+            g = grad * self.weight
+            dx = (g - self.nu * z * real) / psi
+            found.append(
+                (self.weight * z + self.bias, dx, (grad * z).sum((0, 1)), grad.sum((0, 1)))
+            )
+            squares, tokens = squares + (x**2 * real).sum((0, 1)), tokens + real.sum()
+            gz, zz = gz + (g * z * real).sum((0, 1)), zz + (z**2 * real).sum((0, 1))
+        self.updates += 1
+        share = 1 / self.updates if self.updates <= warmup else 1 - alpha
+        self.phi = self.phi + share * (squares / tokens - self.phi)
+        self.nu = self.nu * (1 - (1 - alpha) * zz / tokens) + (1 - alpha) * gz / tokens
+        return found
+
+
+def test_power_norm_is_what_the_formulas_say():
+    draw = np.random.default_rng(0)
+    layer = nn.LayerNorm(5, eps=1e-3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(draw.normal(size=5)))
+        layer.bias.copy_(torch.from_numpy(draw.normal(size=5)))
+    norm, real = PowerNorm(layer), RealTokens()
+    reading = Reading(
+        layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy(), 1e-3
+    )
+    norm.observe(real)
+    norm.warmup = 3
+    for step in range(6):
+        passes = []
+        for number in range(2):
+            mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, number, 0, 0]])
+            x = draw.normal(loc=0.5, scale=step + 1, size=(3, 4, 5))
+            passes.append((x, mask, draw.normal(size=x.shape) * mask[..., None]))
+        wanted = reading.step(passes, 3, 0.8)
+        for (x, mask, grad), expected in zip(passes, wanted, strict=True):
+            given = torch.tensor(x, dtype=torch.float32, requires_grad=True)
+            real.mask = torch.from_numpy(mask)
+            norm.zero_grad()
+            out = norm(given)
+            out.backward(torch.tensor(grad, dtype=torch.float32))
+            assert given.grad is not None
+            found = (out.detach(), given.grad, norm.weight.grad, norm.bias.grad)
+            for one, two in zip(found, expected, strict=True):
+                np.testing.assert_allclose(one.numpy(), two, rtol=2e-4, atol=2e-5)
+        norm.update(0.8)
+        np.testing.assert_allclose(norm.running_phi.numpy(), reading.phi, rtol=1e-4)
+        np.testing.assert_allclose(norm.nu.numpy(), reading.nu, rtol=1e-3, atol=1e-5)
+        assert norm.updates == step + 1
+    assert reading.nu.any()
+    phi = norm.running_phi.clone()
+    norm.update(0.8)  # nothing was seen since
+    assert torch.equal(norm.running_phi, phi)
+    assert norm.updates == 6
+    norm.settle()
+    x = torch.randn(2, 3, 5)
+    scale = norm.weight / (phi + 1e-3).sqrt()
+    for training in (True, False):
+        torch.testing.assert_close(norm.train(training)(x), x * scale + norm.bias)
+    assert set(norm.state_dict()) == {"weight", "bias", "running_phi", "nu", "updates"}
+
+
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from raybert.power_norm import PowerNorm, RealTokens
+
+folder, rank, workers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+if workers > 1:
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=workers)
+torch.manual_seed(0)
+norm, real = PowerNorm(nn.LayerNorm(4)), RealTokens()
+norm.observe(real)
+norm.warmup = 2
+rows, goal = torch.randn(5, 4, 3, 4), torch.randn(4, 3, 4)
+mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
+grads = []
+for x in rows:
+    norm.update(0.5)
+    given = x[rank::workers].clone().requires_grad_()
+    real.mask = mask[rank::workers]
+    kept = (norm(given) - goal[rank::workers]) * real.mask.unsqueeze(-1)
+    kept.square().sum((1, 2)).mean().backward()
+    whole = torch.zeros_like(x)
+    whole[rank::workers] = given.grad / workers
+    if workers > 1:
+        dist.all_reduce(whole)
+    grads.append(whole)
+norm.update(0.5)
+torch.save({"phi": norm.running_phi, "nu": norm.nu, "grads": torch.stack(grads)},
+           f"{folder}/{rank}of{workers}.pt")
+"""
+
+
+def test_two_workers_take_the_statistics_that_one_takes(tmp_path, monkeypatch):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path), rank, "2"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in "01"
+    ]
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), "0", "1"])
+    exec(WORKER, {})
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    names = ("0of1", "0of2", "1of2")
+    one, two, three = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in names)
+    for key in one:
+        assert torch.equal(two[key], three[key])
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)
+    assert one["nu"].abs().min() > 0
+
+
+# -- softmax nets and masks ------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """A linear layer that is not one, as a quantised layer is none."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self.linear = [linear]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear[0](x)
+
+
+def test_a_shorter_input_counts_as_padded_with_zeros():
+    net = SoftmaxNet(7, torch.empty(0))
+    put(net, random_net(7, 3))
+    scores = torch.randn(2, 2, 5, 5)
+    whole = torch.zeros(2, 2, 5, 7)
+    whole[..., :5] = scores
+    wanted = net.out(torch.relu(net.hidden(whole)))[..., :5]
+    torch.testing.assert_close(net(scores), wanted)
+    net.hidden, net.out = Plain(net.hidden), Plain(net.out)
+    torch.testing.assert_close(net(scores), wanted)
+    with pytest.raises(UserError, match=r"8 tokens is longer than ma_bert.length, 7"):
+        net(torch.randn(1, 1, 8, 8))
+
+
+def test_every_form_of_a_mask_says_which_tokens_are_real():
+    kept = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    wanted = kept[..., None].float()
+    boolean = kept.bool()[:, None, None]
+    added = torch.zeros(2, 1, 3, 3).masked_fill(~boolean, torch.finfo(torch.float32).min)
+    for mask in (boolean, boolean.expand(2, 1, 3, 3), added):
+        assert torch.equal(real_tokens(mask, torch.empty(0)), wanted)
+    assert real_tokens(None, torch.empty(0)) is None
+
+
+@every_family
+def test_padding_changes_nothing(family):
+    done = finished([CASE], family, "classification")
+    inputs = {k: v for k, v in rows("classification").items() if k != "labels"}
+    wider = {
+        k: nn.functional.pad(v, (0, 9), value=7 * (k == "input_ids")) for k, v in inputs.items()
+    }
+    for attention in ("sdpa", "eager"):
+        done.model.set_attn_implementation(attention)
+        with torch.no_grad():
+            one, two = (done.model(**each).logits for each in (inputs, wider))
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_padding_changes_no_statistic(family):
+    found = []
+    for extra in (0, 6):
+        model = predecessor(family)
+        phase = MABERT(length=24, warm_start=False, warmup=1).phases()[0]
+        phase.initialise(model, [])
+        phase.prepare(model)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        batch = rows("classification")
+        batch |= {
+            key: nn.functional.pad(batch[key], (0, extra))
+            for key in ("input_ids", "attention_mask")
+        }
+        for step in range(3):
+            phase.on_step(model, At(step, 3, step, 0))
+            model.zero_grad()
+            model(**batch).loss.backward()
+        phase.on_step(model, At(3, 3, 3, 0))
+        norms = power_norms(model)
+        found.append([(norm.running_phi, norm.nu, norm.weight.grad) for norm in norms])
+        assert all(norm.updates == 3 for norm in norms)
+        assert len(norms) == 1 + 2 * len(encoder_layers(model))
+    for one, two in zip(*found, strict=True):
+        for a, b in zip(one, two, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-5)
+
+
+def test_a_student_without_softmax_distils_its_nets_outputs():
+    model, teacher = predecessor("bert"), predecessor("bert")
+    teacher.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")
+    phase = MABERT(length=24, fit_steps=2).phases()[0]
+    batch = rows("classification")
+    phase.initialise(model, [batch])
+    phase.prepare(model)
+    taps = [Taps(each, hidden=True, attention=True) for each in (model, teacher)]
+    out, taught = (
+        tap.collect(each(**batch)) for tap, each in zip(taps, (model, teacher), strict=True)
+    )
+    kd = KDConfig(
+        alpha=0.9, temperature=15, form="soft_ce", hidden=1, attention=100, embeddings=True,
+        over_layers="sum",
+    )  # fmt: skip
+    terms = Distillation(kd, "classification", (1, 2, 3, 4)).losses(out, taught, batch)
+    mask = batch["attention_mask"].bool()
+    pairs = mask[:, None, :, None] & mask[:, None, None]
+    wanted = 0.0
+    for a, b in zip(out.attention, taught.attention, strict=True):
+        square = ((a - b) ** 2 * pairs).sum((1, 2, 3)) / (pairs.sum((1, 2, 3)) * a.shape[1])
+        wanted += 100 * square.mean().item()
+    assert terms["kd_attention"].item() == pytest.approx(wanted, rel=1e-4)
+    hidden = 0.0
+    for a, b in zip(out.hidden, taught.hidden, strict=True):
+        square = ((a - b) ** 2 * mask[..., None]).sum((1, 2)) / (mask.sum(1) * a.shape[-1])
+        hidden += square.mean().item()
+    assert len(out.hidden) == 5
+    assert terms["kd_hidden"].item() == pytest.approx(hidden, rel=1e-4)
+
+
+# -- the start -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_fit_comes_closer_to_the_model_than_no_fit(shared):
+    model = predecessor("bert")
+    phase = MABERT(length=24, fit_steps=60, shared=shared).phases()[0]
+    facts = phase.initialise(model, [rows("classification")])
+    for what, count in (("softmax nets", 4), ("norms", 9)):
+        before, after = (
+            facts[f"relative error of {what} {when} the fit"] for when in ("before", "after")
+        )
+        assert len(before) == len(after) == count
+        assert all(after[name] < before[name] for name in after)
+        assert all(0 < error < 1 for error in after.values())
+    phase.prepare(model)
+    assert len(softmax_nets(model)) == (1 if shared else 4)
+
+
+def test_a_net_that_exists_is_found_again():
+    draw = torch.Generator().manual_seed(1)
+    scores = torch.randn(3000, 6, generator=draw)
+    real = torch.ones_like(scores, dtype=torch.bool)
+    queries = Queries(scores, scores.softmax(-1), real)
+    values = fit_net(queries, 300, 0)
+    assert net_error(queries, values) < 0.3 < net_error(queries, random_net(6, 0))
+
+
+# -- folding and export ----------------------------------------------------------------------------
+
+
+def shaken(model: Any) -> Any:
+    """Statistics and weights that no norm would hide."""
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for norm in power_norms(model):
+            norm.running_phi.copy_(torch.rand(norm.nu.shape, generator=draw) * 3 + 0.2)
+            norm.bias.copy_(torch.randn(norm.nu.shape, generator=draw) * 0.3)
+            norm.weight[0] = -norm.weight[0]
+    return model
+
+
+@every_family
+def test_folded_equals_unfolded(family):
+    model = shaken(finished([CASE], family, "qa").model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = folded(model)
+    for one, two in zip(outputs(model), outputs(other), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    assert not power_norms(other)
+    assert sum(isinstance(module, Affine) for module in other.modules()) == 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), "the model itself is left alone"
+
+
+def test_a_norm_that_would_stretch_the_basis_too_far_is_kept():
+    model = finished([CASE], "bert", "classification").model
+    with torch.no_grad():
+        power_norms(model)[3].weight[5] = 0.0
+    other = folded(model)
+    for one, two in zip(outputs(model), outputs(other), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    assert sum(isinstance(module, Affine) for module in other.modules()) == 2
+
+
+def test_factors_of_lobert_are_left_as_they_are():
+    model = finished([{"name": "lobert"}, CASE], "bert", "classification").model
+    assert folded(model) is model
+
+
+@pytest.mark.parametrize(
+    ("family", "shared"), [("bert", False), ("roberta", True), ("distilbert", False)]
+)
+def test_graph_is_matrix_arithmetic_alone(family, shared):
+    case = {**CASE, "shared": shared, "warm_start": False}
+    model = shaken(finished([case], family, "classification").model)
+    program = trace(folded(model))
+    graph = translate(program)
+    kinds = set(operators(graph))
+    assert not kinds & FORBIDDEN
+    assert kinds <= {
+        *("MatMul", "Gemm", "Add", "Mul", "Relu"),  # arithmetic
+        *("Reshape", "Transpose", "Slice", "Gather", "Concat", "Shape", "Cast", "Identity"),
+        *("CumSum", "Equal", "Not", "Tanh"),  # RoBERTa's positions, and the pooler's
+    }
+    for shape in ((2, 9), (1, 1), (3, 24)):
+        assert difference(model, graph, padded(model, *shape)) < 1e-4
+    if shared:
+        names = [tensor.name for tensor in graph.graph.initializer if "softmax_net" in tensor.name]
+        assert len(names) == 4
+    # The last layer's keys and values are of all tokens, the rest of it of the first alone.
+    linear = [n.meta["val"] for n in program.graph.nodes if "linear" in str(n.target)]
+    ranks = [value.dim() for value in linear]
+    assert (ranks.count(3), ranks.count(2)) == (3 * 6 + 2, 4 + 2)
+    nets = [isinstance(value.shape[2], int) for value in linear if value.dim() == 4]
+    assert nets == [False] * 6 + [True] * 2
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_integers_after_ma_bert(family):
+    model = finished([CASE, {"name": "q8bert"}], family, "classification").model
+    graph = to_onnx(model)
+    kinds = operators(graph)
+    assert not set(kinds) & FORBIDDEN
+    assert "Gemm" not in kinds
+    assert kinds.count("MatMulIntegerToFloat") == 4 * 8 + 2  # softmax nets' too
+    for shape in ((2, 9), (1, 1), (3, 24)):
+        assert difference(model, graph, padded(model, *shape)) < 0.05
+    with pytest.raises(UserError, match="inference only"):
+        check_trainable(model)
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+
+def test_rows_longer_than_the_nets_are_refused_before_training(toy, teacher, tmp_path):
+    keys = {"teacher": str(teacher), "method": [{"name": "ma_bert", "length": 24}]}
+    with pytest.raises(UserError, match=r"data.max_length 32 is more than ma_bert.length 24"):
+        make_plan(resolve_paths(toy(tmp_path / "a", **keys)))
+    plan = make_plan(resolve_paths(toy(tmp_path / "b", **{**keys, "method": ["ma_bert"]})))
+    assert plan.recipe.method[0].model_dump()["length"] == 32
+    keys["train"] = {"precision": "fp16"}
+    with pytest.raises(UserError, match="fp16"):
+        make_plan(resolve_paths(toy(tmp_path / "c", **{**keys, "method": ["ma_bert"]})))
+
+
+@pytest.mark.parametrize("before", ["q8bert", "ebert"])
+def test_models_that_it_cannot_follow_are_named(before):
+    config = predecessor("bert").config
+    config.compression = [{"name": before}]
+    with pytest.raises(UserError, match=f"ma_bert cannot follow {before}"):
+        MABERT().resolve(config)
+
+
+def test_another_length_for_an_ma_bert_is_refused():
+    config = finished([CASE], "bert", "classification").model.config
+    assert longest_input(config) == 24
+    assert MABERT().resolve(config).continues
+    for wrong in (MABERT(length=32), MABERT(shared=True)):
+        with pytest.raises(UserError, match=r"ma_bert cannot follow ma_bert.*length 24"):
+            wrong.resolve(config)
+
+
+# -- both stages -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Recipe keys of plain text, and the folder of a model with a masked-language head."""
+    folder = tmp_path_factory.mktemp("text")
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 40), ("dev", 12)):
+        lines = [" ".join(draw.choice(OTHER, 8)) for _ in range(count)]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    predecessor("bert", "mlm").save_pretrained(folder / "bert")
+    make_tokenizer().save_pretrained(folder / "bert")
+    return {"train": str(folder / "train.txt"), "dev": str(folder / "dev.txt")}
+
+
+def transfer(text: dict[str, str], out: Path, teacher: str) -> Any:
+    return recipe_from(
+        {
+            "task": "mlm",
+            "data": {**text, "max_length": 32, "cache": str(out.parent / "cache")},
+            "teacher": teacher,
+            "method": [{"name": "ma_bert", "fit_steps": 4}],
+            "kd": {"alpha": 0.9, "form": "soft_ce", "hidden": 1.0, "attention": 100.0},
+            "train": {"epochs": 1, "batch_size": 4},
+            "measure": {"batches": []},
+            "out": str(out),
+        }
+    )
+
+
+def test_what_transfer_on_text_leaves_is_a_start_for_a_task(text, toy, teacher, tmp_path):
+    masked = str(Path(text["train"]).parent / "bert")
+    stage_a = compress(transfer(text, tmp_path / "a", masked), tell=lambda _: None)
+    facts = json.loads((stage_a / "report.json").read_text())["facts"]["transfer"]
+    assert len(facts["relative error of softmax nets after the fit"]) == 4
+    keys: dict[str, Any] = {"model": str(stage_a), "teacher": str(teacher)}
+    method = [{"name": "ma_bert", "epochs": 0}]
+    untrained = compress(toy(tmp_path / "b", method=method, **keys), tell=lambda _: None)
+    start, went_on = raybert.load(stage_a), raybert.load(untrained)
+    assert [entry["name"] for entry in went_on.config.compression] == ["ma_bert"]
+    assert type(went_on).__name__ == "CompressedBertForSequenceClassification"
+    found = went_on.state_dict()
+    body = {name: t for name, t in start.state_dict().items() if name.startswith("bert.")}
+    assert len(body) > 100
+    for name, tensor in body.items():
+        assert torch.equal(found[name], tensor), name
+    kd = {"alpha": 0.9, "form": "soft_ce", "hidden": 1.0, "attention": 100.0, "embeddings": True}
+    trained = compress(
+        toy(tmp_path / "c", method=["ma_bert"], kd=kd, train={"epochs": 1}, **keys),
+        tell=lambda _: None,
+    )
+    norms = power_norms(raybert.load(trained))
+    assert all(n.updates > o.updates > 0 for n, o in zip(norms, power_norms(start), strict=True))
+
+
+def test_text_without_a_masked_language_head_is_refused(text, encoder, tmp_path):
+    with pytest.raises(UserError, match=r"BertModel: it was not fine-tuned for mlm"):
+        make_plan(resolve_paths(transfer(text, tmp_path / "run", str(encoder))))
+
+
+# -- the authors' checkpoints ----------------------------------------------------------------------
+
+
+def upstream(model: Any, family: str, shared: bool) -> dict[str, torch.Tensor]:
+    """A finished masked-language model's weights as the authors' code would name them."""
+    found = {f"{family}.embeddings.position_ids": torch.arange(160)[None]}
+    holder = "transformer" if family == "distilbert" else "encoder"
+    inner = "attention" if family == "distilbert" else "attention.self"
+    for name, value in model.state_dict().items():
+        key = name
+        for ours, theirs in (("hidden", "0"), ("out", "2")):
+            key = key.replace(f"softmax_net.{ours}", f"softmax.linear_relu_stack.{theirs}")
+        if shared and key.startswith(f"{family}.{holder}.softmax."):
+            own = key.replace(f"{holder}.", "", 1)
+            found[own] = value
+            for layer in range(4):
+                tail = own.removeprefix(f"{family}.")
+                found[f"{family}.{holder}.layer.{layer}.{inner}.{tail}"] = value
+            continue
+        if key.endswith("running_phi"):
+            found[key.replace("running_phi", "accumulated_var")] = torch.zeros(1, 32, 1, 1)
+            value = value.view(1, -1, 1, 1)
+        elif key.endswith(".nu"):
+            key, value = key.replace(".nu", ".ema_gz"), value.view(1, -1, 1, 1) / 0.1
+        elif key.endswith(".updates"):
+            key, value = key.replace(".updates", ".iters"), value.view(1)
+        found[key] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "shared"), [("bert", False), ("bert", True), ("distilbert", False)]
+)
+def test_the_authors_checkpoints_are_imported(tmp_path, family, shared, capsys):
+    model = shaken(finished([{**CASE, "shared": shared}], family, "mlm").model)
+    base = tmp_path / "base"
+    predecessor(family, "mlm").save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    torch.save(upstream(model, family, shared), tmp_path / "ckpt.pt")
+    words = ["import-ma-bert", str(tmp_path / "ckpt.pt"), "--model", str(base)]
+    assert main([*words, "--out", str(tmp_path / "made")]) == 0
+    made = raybert.load(tmp_path / "made")
+    for one, two in zip(outputs(made), outputs(model), strict=True):
+        torch.testing.assert_close(one, two)
+    state = made.state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(state[name], tensor)
+    assert made.config.compression[0]["shared"] is shared
+    assert longest_input(made.config) == 24
+    assert main([*words, "--out", str(tmp_path / "made")]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_checkpoints_that_do_not_fit_are_listed(tmp_path):
+    base = tmp_path / "base"
+    predecessor("bert", "mlm").save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    good = upstream(finished([CASE], "bert", "mlm").model, "bert", False)
+    file = tmp_path / "ckpt.pt"
+
+    def refused(state: Any) -> str:
+        torch.save(state, file)
+        with pytest.raises(UserError) as error:
+            import_ma_bert(file, str(base), tmp_path / "made")
+        assert not (tmp_path / "made").exists()
+        return str(error.value)
+
+    odd = dict(good)
+    del odd["bert.encoder.layer.1.output.LayerNorm.running_phi"]
+    odd["bert.pooler.dense.weight"] = torch.zeros(32, 32)
+    odd["bert.encoder.layer.0.output.dense.weight"] = torch.zeros(3, 3)
+    text = refused(odd)
+    for part in (
+        "missing: bert.encoder.layer.1.output.LayerNorm.running_phi",
+        "unexpected: bert.pooler.dense.weight",
+        "bert.encoder.layer.0.output.dense.weight [3, 3], not [32, 64]",
+    ):
+        assert part in text
+    assert "no softmax nets" in refused({k: v for k, v in good.items() if "relu_stack" not in k})
+    name = "bert.encoder.layer.0.attention.self.softmax.linear_relu_stack.0.weight"
+    assert "softmax nets of shapes" in refused({**good, name: torch.zeros(9, 24)})
+    assert "no state dict" in refused([1, 2])
+    assert "cannot be read" in refused({"a": Path("x")})
+    with pytest.raises(UserError, match="cannot be read"):
+        import_ma_bert(tmp_path / "none.pt", str(base), tmp_path / "made")
+
+
+# -- a model folder --------------------------------------------------------------------------------
+
+
+def test_structure_is_as_the_paper_has_it():
+    model = predecessor("bert")
+    exchange(model, 12, shared=False)
+    for layer in encoder_layers(model):
+        attention = self_attention(layer)
+        assert isinstance(attention, MatrixAttention)
+        assert isinstance(layer.intermediate.intermediate_act_fn, nn.ReLU)
+        shapes = {tuple(p.shape) for p in attention.net.parameters()}
+        assert shapes == {(12, 12), (12,)}
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert kinds.count("PowerNorm") == 9
+    assert "LayerNorm" not in kinds
