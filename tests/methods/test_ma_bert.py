@@ -98,7 +98,10 @@ def test_power_norm_is_what_the_formulas_say():
             out = norm(given)
             out.backward(torch.tensor(grad, dtype=torch.float32))
             assert given.grad is not None
-            found = (out.detach(), given.grad, norm.weight.grad, norm.bias.grad)
+            found: tuple[Any, ...] = (
+                *(out.detach(), given.grad),
+                *(norm.weight.grad, norm.bias.grad),
+            )
             for one, two in zip(found, expected, strict=True):
                 np.testing.assert_allclose(one.numpy(), two, rtol=2e-4, atol=2e-5)
         norm.update(0.8)
@@ -205,7 +208,9 @@ def test_every_form_of_a_mask_says_which_tokens_are_real():
     boolean = kept.bool()[:, None, None]
     added = torch.zeros(2, 1, 3, 3).masked_fill(~boolean, torch.finfo(torch.float32).min)
     for mask in (boolean, boolean.expand(2, 1, 3, 3), added):
-        assert torch.equal(real_tokens(mask, torch.empty(0)), wanted)
+        found = real_tokens(mask, torch.empty(0))
+        assert found is not None
+        assert torch.equal(found, wanted)
     assert real_tokens(None, torch.empty(0)) is None
 
 
@@ -583,7 +588,8 @@ def test_checkpoints_that_do_not_fit_are_listed(tmp_path):
 def test_structure_is_as_the_paper_has_it():
     model = predecessor("bert")
     exchange(model, 12, shared=False)
-    for layer in encoder_layers(model):
+    layers: list[Any] = list(encoder_layers(model))
+    for layer in layers:
         attention = self_attention(layer)
         assert isinstance(attention, MatrixAttention)
         assert isinstance(layer.intermediate.intermediate_act_fn, nn.ReLU)
