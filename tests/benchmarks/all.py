@@ -16,7 +16,7 @@ from common import HERE, options
 WITH_DATA = ("tokens", "step_time", "distillation_step", "cached_step")
 WITHOUT = ("memory", "lobert_factorise")
 WITHOUT += ("onnx_latency", "theseus_latency", "lobert_latency", "q8bert_latency")
-WITHOUT += ("ma_bert_latency",)
+WITHOUT += ("ebert_latency", "ma_bert_latency")
 
 
 def main() -> int:

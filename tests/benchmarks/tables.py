@@ -36,6 +36,7 @@ BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", re.DOT
 TRAINING = ("step_time", "tokens", "distillation_step", "cached_step", "memory")
 TRAINING += ("lobert_factorise",)
 LATENCY = ("onnx_latency", "theseus_latency", "lobert_latency", "q8bert_latency")
+LATENCY += ("ebert_latency", "ma_bert_latency")
 ACCURACY = ("post_training", "lobert_data_aware")
 COLUMNS = ["Task", "Method", "Metric", "Teacher", "Student", "Floor", "Retained", "Ratio"]
 COLUMNS += ["Size", "FLOPs", "PyTorch 1 / 8", "ONNX 1 / 8", "Seeds", "Trained for"]
