@@ -10,6 +10,7 @@ runs in a process of its own, in turns.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,25 +36,28 @@ def aim(model: Any, share: float) -> None:
     from raybert.methods.ebert import gated
     from raybert.timer import token_ids
 
-    seen: dict[int, list[Any]] = {}
     blocks = [block for _, block in gated(model)]
     batches = [torch.tensor(token_ids(*shape, model.config.vocab_size)) for shape in SHAPES]
     draw = torch.Generator().manual_seed(0)
-    for number, block in enumerate(blocks):  # in order: what comes before changes what it sees
-        gate, seen[number] = block.gate, []
-        into: Any = seen[number]
-        handle = gate.register_forward_pre_hook(lambda _m, args, into=into: into.append(args[0]))
+    for block in blocks:  # in order: what comes before changes what it sees
+        gate: Any = block.gate
+        seen: list[torch.Tensor] = []
+        handle = gate.register_forward_pre_hook(functools.partial(_see, seen))
         with torch.no_grad():
             gate.reduce.weight.normal_(0.0, 1.0, generator=draw)
             gate.score.weight.normal_(0.0, 1.0, generator=draw)
             for ids in batches:
                 model(input_ids=ids, attention_mask=torch.ones_like(ids))
             handle.remove()
-            first = torch.cat(seen[number])
+            first = torch.cat(seen)
             gate.reduce.bias.copy_(-(first @ gate.reduce.weight.t()).mean(0))
             gate.score.bias.zero_()
             logits = gate.logits(first)
             gate.score.bias.fill_(-logits.quantile(1 - share).item())
+
+
+def _see(seen: list[Any], _module: Any, args: tuple[Any, ...]) -> None:
+    seen.append(args[0])
 
 
 def save_models(args: Any, folder: Path) -> tuple[dict[str, Path], dict[str, dict[str, float]]]:
