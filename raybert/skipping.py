@@ -126,7 +126,8 @@ class _Scratch(threading.local):
     def take(self, shape: list[int], like: Tensor) -> Tensor:
         key, size = (like.device, like.dtype), math.prod(shape)
         if key not in self.buffers or self.buffers[key].numel() < size:
-            self.buffers[key] = like.new_empty(size)
+            with torch.inference_mode(False):  # else it could not be written to outside that mode
+                self.buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
         return self.buffers[key][:size].view(shape)
 
 

@@ -27,7 +27,7 @@ from raybert.models import mark_compressed
 from raybert.phase import Distillation, Outputs
 from raybert.results import read_run
 from raybert.run import compress
-from raybert.skipping import Units, plan
+from raybert.skipping import Units, _scratch, plan
 
 FAMILIES = ("bert", "roberta", "distilbert")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -344,6 +344,14 @@ def test_skipping_gives_what_masking_gives(eager_to_skip, family, keys):
                 block.skips = True
             assert torch.allclose(skipped, masked, atol=1e-5)
             assert flops < 0.9 * dense
+
+
+def test_the_room_for_gathers_serves_in_and_outside_inference_mode(eager_to_skip):
+    model, _ = finished()
+    _scratch.buffers.clear()
+    with torch.inference_mode():
+        first = model(**inputs(1)).logits
+    assert torch.equal(first, logits(model, inputs(1)))
 
 
 def test_a_block_of_which_nothing_or_all_is_kept(eager_to_skip):
