@@ -8,14 +8,15 @@ __version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "compress", "finetune", "load", "load_recipe"]
 
 if TYPE_CHECKING:
-    from raybert.config import UserError, load_recipe
+    from raybert.config import UserError
     from raybert.models import load
+    from raybert.recipe_file import load_recipe
     from raybert.run import compress, finetune
 
 # Imported on first use: torch, transformers and ray take seconds, and `raybert --help` needs none.
 _HOMES = {
     "UserError": "raybert.config",
-    "load_recipe": "raybert.config",
+    "load_recipe": "raybert.recipe_file",
     "load": "raybert.models",
     "compress": "raybert.run",
     "finetune": "raybert.run",

@@ -13,20 +13,15 @@ import torch
 
 from raybert.bench import bench, count, hardware
 from raybert.checkpoint import World
-from raybert.config import Recipe, UserError, dump_recipe, load_recipe
+from raybert.compressed import longest_input
+from raybert.config import Recipe, UserError
 from raybert.data import prepare
 from raybert.evaluate import predict
 from raybert.export import export, read_export
 from raybert.metrics import floor, predictions, score
-from raybert.models import (
-    check_head,
-    load,
-    load_tokenizer,
-    longest_input,
-    model_folder,
-    read_config,
-)
+from raybert.models import check_head, load, load_tokenizer, model_folder, read_config
 from raybert.plan import Plan
+from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.report import model_card, write_run_report
 from raybert.results import RunReport, build, read_run, with_export
 from raybert.tasks import write_submission

@@ -7,13 +7,16 @@ The classes here are the Hugging Face classes, so that transformers knows them f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import BertSelfAttention, eager_attention_forward
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 QKV = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values, each [B, T, H]."""
@@ -37,11 +40,18 @@ class ProjectedAttention(nn.Module):
     attention_head_size: int
 
     @classmethod
-    def of(cls, attention: nn.Module, projection: nn.Module) -> ProjectedAttention:
-        """The attention with other projections; it adopts everything else, hooks included."""
+    def adopting(cls, attention: nn.Module, *without: str) -> Self:
+        """The attention as this class; all that it holds is adopted, hooks included, but for the
+        modules named."""
         new = cls.__new__(cls)
         new.__dict__.update(vars(attention))
-        new._modules = {k: v for k, v in attention._modules.items() if k not in cls.dense}
+        new._modules = {k: v for k, v in attention._modules.items() if k not in without}
+        return new
+
+    @classmethod
+    def of(cls, attention: nn.Module, projection: nn.Module) -> Self:
+        """The attention with other projections."""
+        new = cls.adopting(attention, *cls.dense)
         new.add_module("projection", projection)
         return new
 

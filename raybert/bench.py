@@ -19,11 +19,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from raybert.compressed import longest_input
 from raybert.config import UserError
 from raybert.int8 import Int8Embedding, Quantised
 from raybert.latency import Backend, latency, speedups
 from raybert.tables import escape_markdown, markdown_table
-from raybert.timer import positions, token_ids
+from raybert.timer import token_ids
 
 __all__ = [
     "bench",
@@ -103,7 +104,7 @@ def flops(model: torch.nn.Module, batch: int = 1, length: int = 128) -> int:
     """
     device = next(model.parameters()).device
     config: Any = model.config
-    most = positions(config.to_dict())
+    most = longest_input(config)
     if length > most:
         raise UserError(
             f"length {length} is more than the model's {most} positions; ask for a shorter one."

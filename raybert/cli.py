@@ -196,7 +196,8 @@ def _add_bench(commands: Any) -> None:
 
 
 def _recipe(words: Sequence[str]) -> Recipe:
-    from raybert.config import UserError, load_recipe
+    from raybert.config import UserError
+    from raybert.recipe_file import load_recipe
 
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
@@ -243,8 +244,8 @@ def _train(args: argparse.Namespace, command: str) -> int:
 
 
 def _show(args: argparse.Namespace, recipe: Recipe) -> int:
-    from raybert.config import dump_recipe
     from raybert.plan import check_folder, describe, make_plan, resolve_paths
+    from raybert.recipe_file import dump_recipe
 
     recipe = resolve_paths(recipe)
     if args.print_recipe:
@@ -298,7 +299,7 @@ def _predict_teacher(args: argparse.Namespace) -> int:
 
 def _own_recipe(args: argparse.Namespace) -> Recipe:
     """A run's own recipe with the words over it, unless the words name another."""
-    from raybert.config import load_recipe
+    from raybert.recipe_file import load_recipe
 
     own = Path(args.model).expanduser() / "recipe.yaml"
     if own.is_file() and all("=" in word for word in args.words):
@@ -386,12 +387,12 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from raybert.report import summary_table, write_report
-    from raybert.results import read_run
+    from raybert.results import read_runs
 
-    runs = [Path(run) for run in args.runs]
-    write_report(runs, Path(args.out))
-    print(summary_table([read_run(run) for run in runs]))
-    print(f"report  {Path(args.out) / 'report.html'}")
+    runs = read_runs([Path(run) for run in args.runs])
+    _, page = write_report(runs, Path(args.out))
+    print(summary_table(runs))
+    print(f"report  {page}")
     return 0
 
 
@@ -401,10 +402,9 @@ def _compare(args: argparse.Namespace) -> int:
 
     seeds = _numbers(args.seeds, "--seeds") if args.seeds else []
     comparison = make_comparison(_recipe(args.words), args.chain, seeds)
-    check_place(comparison.out)
-    plans = comparison.plans
     if args.dry_run:
-        print("\n\n".join(describe(plan) for plan in plans))
+        check_place(comparison.out)
+        print("\n\n".join(describe(plan) for plan in comparison.plans()))
         return 0
     compare(comparison, tell=_tell)
     return 0
@@ -426,7 +426,7 @@ def _tasks(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    from raybert.config import recipe_schema
+    from raybert.recipe_file import recipe_schema
 
     print(recipe_schema())
     return 0

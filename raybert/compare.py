@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from raybert.config import MethodConfig, Recipe, UserError, nearest, recipe_from
+from raybert.config import MethodConfig, Recipe, UserError
+from raybert.explain import nearest
 from raybert.methods import METHODS
 from raybert.plan import Plan, make_plan, resolve_paths, teacher_recipe
+from raybert.recipe_file import recipe_from
 from raybert.report import summary_table, write_report
-from raybert.results import read_run
+from raybert.results import read_runs
 from raybert.run import compress, finetune
 
 REPORTS = {"report.md", "report.html"}
@@ -31,9 +33,10 @@ class Comparison:
     teacher: Recipe | None
     students: tuple[Recipe, ...]
 
-    @property
     def plans(self) -> list[Plan]:
         """The students' plans, as if each fine-tuned its own teacher where there is none yet.
+
+        Looks at every file that the runs will read.
 
         Raises:
             UserError: a chain cannot be run.
@@ -141,10 +144,11 @@ def compare(comparison: Comparison, *, tell: Callable[[str], None] = print) -> P
         The report's HTML page.
 
     Raises:
-        UserError: the folder holds something else, or as `raybert.run.compress` does; runs that
-            were finished are kept.
+        UserError: before anything is trained, the folder holds something else or a chain cannot be
+            run; or as `raybert.run.compress` does, and runs that were finished are kept.
     """
     check_place(comparison.out)
+    comparison.plans()
     runs = []
     if comparison.teacher is not None:
         tell("1. fine-tuning the teacher")
@@ -153,8 +157,9 @@ def compare(comparison: Comparison, *, tell: Callable[[str], None] = print) -> P
         chain = " + ".join(method.name for method in student.method)
         tell(f"{number}. compressing: {chain}, seed {student.train.seed}")
         runs.append(compress(student, tell=tell))
-    write_report(runs, comparison.out)
+    found = read_runs(runs)
+    _, page = write_report(found, comparison.out)
     tell("")
-    tell(summary_table([read_run(run) for run in runs]))
-    tell(f"report  {comparison.out / 'report.html'}")
-    return comparison.out / "report.html"
+    tell(summary_table(found))
+    tell(f"report  {page}")
+    return page

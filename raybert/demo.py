@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raybert.compare import Comparison, compare
-from raybert.config import recipe_from
 from raybert.plan import demo_encoder
+from raybert.recipe_file import recipe_from
 
 TEACHER_TRAINING = {"epochs": 2, "lr": 1e-4, "batch_size": 32}
 TRAINING = {"lr": 1e-4, "batch_size": 32}

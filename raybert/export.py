@@ -11,29 +11,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from raybert import __version__
 from raybert.bench import hardware, parameters
+from raybert.compressed import longest_input
 from raybert.config import Recipe, UserError
 from raybert.data import TaskData, prepare
+from raybert.folders import whole
 from raybert.latency import latency, speedups
 from raybert.methods import METHODS
-from raybert.models import (
-    PROBE,
-    check_head,
-    load,
-    load_tokenizer,
-    longest_input,
-    model_folder,
-    read_config,
-)
+from raybert.models import PROBE, check_head, load, load_tokenizer, model_folder, read_config
 from raybert.parity import OnnxModel, logit_parity, metric_parity, probe_batches, real_batches
 from raybert.qa import question_room
 from raybert.surgery import compressed_by, family
@@ -100,7 +92,7 @@ def export(
     tell(f"exporting {folder}")
     graph = to_onnx(network, int8=int8)
     integer = any(node.op_type in INTEGER_NODES for node in graph.graph.node)
-    with _beside(target) as partial:
+    with whole(target) as partial:
         _write_graph(graph, partial / FILE)
         network.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -213,28 +205,6 @@ def _probe(folder: Path) -> list[dict[str, Any]]:
 
 
 # -- the folder ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _beside(target: Path):
-    """A folder beside the target that takes its place when all went well, or is gone."""
-    partial = target.parent / f".partial-{target.name}"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        old = target.parent / f".old-{target.name}"
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(partial, target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"the export cannot be written to {target}: {error}. Choose another --out."
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_graph(graph: Any, file: Path) -> None:

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raybert.workers import workers
+
 INNER = 64
 """Width of a gate's hidden layer."""
 
@@ -62,11 +64,6 @@ class Shape(NamedTuple):
         return kept + self.layers * self.predictors
 
 
-def distributed() -> bool:
-    """Whether there are other workers."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -83,7 +80,7 @@ class _AllSum(torch.autograd.Function):
 
 def all_sum(x: Tensor) -> Tensor:
     """The sum over workers; its gradient too is that of all workers' losses."""
-    if not distributed():
+    if workers() == 1:
         return x
     total: Any = _AllSum.apply(x)
     return total

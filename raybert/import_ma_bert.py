@@ -10,9 +10,7 @@ one thing: the attention that their nets gave to padding is left out.
 
 from __future__ import annotations
 
-import os
 import pickle
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raybert.compressed import longest_input, mark_compressed
 from raybert.config import UserError
+from raybert.folders import whole
 from raybert.methods.ma_bert import MABERT
-from raybert.models import (
-    FAMILIES,
-    HEADS,
-    load_tokenizer,
-    longest_input,
-    mark_compressed,
-    read_config,
-    write_probe,
-)
+from raybert.models import FAMILIES, HEADS, load_tokenizer, read_config, write_probe
 from raybert.surgery import compressed_by, family
 
 STACK = "softmax.linear_relu_stack."
@@ -187,17 +179,9 @@ def fill(network: Any, state: dict[str, Tensor], file: str | Path) -> None:
 
 
 def _write(network: Any, tokenizer: Any, target: Path) -> None:
-    partial = target.parent / f".partial-{target.name}"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with whole(target) as partial:
         network.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(network.config.vocab_size, (2, 16), generator=draw)
         write_probe(network, partial, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        os.replace(partial, target)
-    except OSError as error:
-        raise UserError(f"cannot write to {target}: {error}. Choose another --out.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from raybert.surgery import layer_holder
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+from raybert.surgery import layer_holder, model_inputs
 
 
 def kept_units(
@@ -34,7 +32,7 @@ def kept_units(
     ]
     with torch.no_grad():
         for batch in batches:
-            model(**{key: batch[key] for key in INPUTS if key in batch})
+            model(**model_inputs(batch))
     for handle in handles:
         handle.remove()
     return [torch.cat(parts) for parts in found]
@@ -51,7 +49,7 @@ def spread_rows(
     for batch in batches:
         for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
             if place in wanted:
-                part = {k: batch[k][row : row + 1, :length] for k in INPUTS if k in batch}
+                part = {k: v[row : row + 1, :length] for k, v in model_inputs(batch).items()}
                 found.append((place, part))
             place += 1
     return found
@@ -67,5 +65,5 @@ def layer_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
     counter = FlopCounterMode(display=False)
     # The counter does not know the CPU's fused attention.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(**{key: batch[key] for key in INPUTS if key in batch})
+        model(**model_inputs(batch))
     return sum(counter.get_flop_counts()[f"{type(model).__name__}.{name}"].values())

@@ -1,10 +1,4 @@
-"""Loading encoders, and the Hugging Face classes of models whose structure compression has changed.
-
-A compressed class is its Hugging Face class whose ``__init__`` replays the surgery that
-``config.compression`` lists, so that ``save_pretrained``, ``from_pretrained``, safetensors and
-meta-device loading are transformers' own. A method that ends in a plain architecture leaves no
-trace: what it makes is loaded by stock transformers without raybert.
-"""
+"""Loading encoders with a task's head, whole and checked, and finished models with their probes."""
 
 from __future__ import annotations
 
@@ -16,33 +10,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    DistilBertForQuestionAnswering,
-    DistilBertForSequenceClassification,
-    PreTrainedConfig,
     PreTrainedModel,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaForQuestionAnswering,
-    RobertaForSequenceClassification,
 )
 
-from raybert.config import MethodConfig, UserError
-from raybert.int8 import check_trainable
-from raybert.methods import METHODS
-from raybert.surgery import COMPRESSED_PREFIX, FAMILIES, compressed_by, family
+from raybert.compressed import COMPRESSED, STOCK, finished, replay
+from raybert.config import ROUNDING, MethodConfig, UserError
+from raybert.surgery import COMPRESSED_PREFIX, FAMILIES, family, model_inputs
 
 HEADS = {
     "classification": AutoModelForSequenceClassification,
@@ -69,105 +48,6 @@ _ARCHITECTURES = {
 
 PROBE = "probe.safetensors"
 """Inputs and the logits they must give, beside the weights; see `load`."""
-
-
-def replay(model: nn.Module, compression: list[dict[str, Any]]) -> None:
-    """Redo the structural surgery of finished methods; the weights come from the checkpoint."""
-    for entry in compression:
-        for phase in METHODS[entry["name"]].model_validate(entry).phases():
-            phase.prepare(model)
-            phase.finish(model)
-
-
-class CompressedBertConfig(BertConfig):
-    """A BERT config with the list of methods that changed the model's structure."""
-
-    model_type = COMPRESSED_PREFIX + "bert"
-    compression: list | None = None
-
-
-class CompressedRobertaConfig(RobertaConfig):
-    """A RoBERTa config with the list of methods that changed the model's structure."""
-
-    model_type = COMPRESSED_PREFIX + "roberta"
-    compression: list | None = None
-
-
-class CompressedDistilBertConfig(DistilBertConfig):
-    """A DistilBERT config with the list of methods that changed the model's structure."""
-
-    model_type = COMPRESSED_PREFIX + "distilbert"
-    compression: list | None = None
-
-
-CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "bert": CompressedBertConfig,
-    "roberta": CompressedRobertaConfig,
-    "distilbert": CompressedDistilBertConfig,
-}
-
-_STOCK: dict[str, tuple[type[PreTrainedModel], ...]] = {
-    "bert": (BertForSequenceClassification, BertForQuestionAnswering, BertForMaskedLM),
-    "roberta": (RobertaForSequenceClassification, RobertaForQuestionAnswering, RobertaForMaskedLM),
-    "distilbert": (
-        DistilBertForSequenceClassification,
-        DistilBertForQuestionAnswering,
-        DistilBertForMaskedLM,
-    ),
-}
-
-
-def _compressed(stock: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type:
-    def __init__(self, config, *args: Any, **kwargs: Any) -> None:
-        stock.__init__(self, config, *args, **kwargs)
-        replay(self, config.compression or [])
-
-    def train(self, mode: bool = True):
-        if mode:
-            check_trainable(self)  # before any part of it has changed
-        return stock.train(self, mode)
-
-    body: dict[str, Any] = {"__init__": __init__, "train": train, "config_class": config_class}
-    body["__module__"] = __name__
-    body["__doc__"] = f"{stock.__name__} whose structure `config.compression` describes."
-    return type(f"Compressed{stock.__name__}", (stock,), body)
-
-
-COMPRESSED: dict[str, type[PreTrainedModel]] = {
-    stock.__name__: _compressed(stock, CONFIGS[name])
-    for name, classes in _STOCK.items()
-    for stock in classes
-}
-"""Stock class name -> its compressed class."""
-
-for _name, _config in CONFIGS.items():
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    for _auto, _stock in zip(
-        (AutoModelForSequenceClassification, AutoModelForQuestionAnswering, AutoModelForMaskedLM),
-        _STOCK[_name],
-        strict=True,
-    ):
-        _auto.register(_config, COMPRESSED[_stock.__name__], exist_ok=True)
-
-
-def mark_compressed(model: PreTrainedModel, method: MethodConfig) -> None:
-    """Note in the config that ``method`` changed the structure, and take on the compressed class.
-
-    The model's modules are already as the finished method left them; only class and config change.
-    """
-    stock = type(model).__name__.removeprefix("Compressed")
-    done = list(model.config.compression or []) if stock != type(model).__name__ else []
-    data = {**model.config.to_dict(), "compression": [*done, method.model_dump(mode="json")]}
-    data.pop("model_type")
-    attention = model.config._attn_implementation
-    config = CONFIGS[family(model.config)].from_dict(data)
-    config._attn_implementation = attention
-    module: Any
-    for module in model.modules():
-        if vars(module).get("config") is model.config and module is not model:
-            module.config = config
-    model.config = config
-    model.__class__ = COMPRESSED[stock]
 
 
 def read_config(name: str) -> Any:
@@ -265,14 +145,6 @@ def check_head(name: str, config: Any, task: Any) -> None:
 def _first_sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text.split(". ")[0].rstrip(".") + "."
-
-
-def longest_input(config: Any) -> int:
-    """Tokens that a row may have at most."""
-    # RoBERTa counts positions from pad_token_id + 1.
-    offset = config.pad_token_id + 1 if family(config) == "roberta" else 0
-    nets = [entry["length"] for entry in compressed_by(config) if entry["name"] == "ma_bert"]
-    return min([config.max_position_embeddings - offset, *nets])
 
 
 def load_tokenizer(name: str) -> Any:
@@ -374,7 +246,7 @@ def blank(config: Any, kind: str, chain: list[MethodConfig]) -> PreTrainedModel:
     """
     with torch.device("meta"):
         model = HEADS[kind].from_config(copy.deepcopy(config))
-        replay(model, [method.model_dump(mode="json") for method in chain])
+        replay(model, chain)
     return model.eval()
 
 
@@ -393,7 +265,7 @@ def load(folder: str | Path, *, verify: bool = True, attention: str = "sdpa") ->
     path = model_folder(folder)
     config = read_config(str(path))
     name = (config.architectures or [""])[0].removeprefix("Compressed")
-    stock = {c.__name__: c for classes in _STOCK.values() for c in classes}
+    stock = {c.__name__: c for classes in STOCK.values() for c in classes}
     if name not in stock:
         raise UserError(
             f"{path} holds a {name or 'model without an architecture'}; raybert loads models "
@@ -448,11 +320,7 @@ def write_probe(model: PreTrainedModel, folder: Path, batch: dict[str, torch.Ten
         folder: the model folder.
         batch: input_ids, attention_mask and, where the model takes them, token_type_ids, [B, T].
     """
-    inputs = {
-        key: batch[key].cpu().contiguous()
-        for key in ("input_ids", "attention_mask", "token_type_ids")
-        if key in batch
-    }
+    inputs = {key: values.cpu().contiguous() for key, values in model_inputs(batch).items()}
     save_file({**inputs, "expected": _probe_output(model, inputs)}, folder / PROBE)
 
 
@@ -466,24 +334,14 @@ def verify_probe(model: PreTrainedModel, folder: Path) -> None:
     expected = stored.pop("expected")
     found = _probe_output(model, stored)
     worst = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
-    if not worst <= _tolerance(model.config) * max(1.0, expected.abs().max().item()):
+    allowed = max([ROUNDING, *(method.rounding for method in finished(model.config))])
+    if not worst <= allowed * max(1.0, expected.abs().max().item()):
         raise UserError(
             f"{folder} gives other outputs than when it was made (largest difference "
             f"{worst:.2g}): the "
             "weights were damaged, or a library changed its results. Compare the versions in its "
             "README.md, or load with verify=False if you know why."
         )
-
-
-def _tolerance(config: Any) -> float:
-    """How far rounding may move an output, relative to the largest."""
-    for entry in compressed_by(config):
-        if entry["name"] == "ebert":
-            return 0.02  # rounding can tip a gate's decision over
-        if entry["name"] == "q8bert" and entry["mode"] != "none":
-            # Rounding can tip an activation over to its next level; seen: 0.02 with 8 bits.
-            return 0.05 * 2 ** ((8 - entry["activation_bits"]) / 2)
-    return 1e-3
 
 
 def _probe_output(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

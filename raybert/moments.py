@@ -8,9 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from raybert.surgery import backbone
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+from raybert.surgery import backbone, model_inputs
 
 Key = TypeVar("Key")
 
@@ -36,7 +34,7 @@ def second_moments(
     """
     moments: dict[Key, Tensor] = {}
     real = torch.empty(0)
-    tokens = 0
+    count = 0
 
     def hook(key: Key):
         def add(layer: nn.Linear, args: Any, output: Tensor) -> None:
@@ -53,12 +51,12 @@ def second_moments(
     try:
         for batch in batches:
             real = batch["attention_mask"].bool()  # [B, T]
-            tokens += int(real.sum())
+            count += int(real.sum())
             with torch.no_grad():
-                backbone(model)(**{k: batch[k] for k in INPUTS if k in batch})
+                backbone(model)(**model_inputs(batch))
     finally:
         for handle in handles:
             handle.remove()
-    if not tokens:
+    if not count:
         raise ValueError("no calibration rows")
-    return {key: moment / tokens for key, moment in moments.items()}
+    return {key: moment / count for key, moment in moments.items()}

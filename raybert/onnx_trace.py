@@ -15,12 +15,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raybert import __version__
+from raybert.compressed import longest_input
 from raybert.config import UserError
 from raybert.fold import folded
-from raybert.models import longest_input
 from raybert.onnx_first import keep_first
 from raybert.onnx_graph import Graph, Translation, dims_of
 from raybert.onnx_ops import HANDLERS
+from raybert.timer import LONGEST
 
 Int8 = Literal["fused", "qdq"]
 
@@ -80,7 +81,9 @@ def to_onnx(model: PreTrainedModel, *, int8: Int8 = "fused") -> onnx.ModelProto:
     Raises:
         UserError: the model computes something that has no translation.
     """
-    return translate(trace(folded(model)), int8=int8)
+    graph = translate(trace(folded(model)), int8=int8)
+    graph.metadata_props.add(key=LONGEST, value=str(longest_input(model.config)))
+    return graph
 
 
 def translate(program: torch.export.ExportedProgram, *, int8: Int8 = "fused") -> onnx.ModelProto:

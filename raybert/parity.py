@@ -20,6 +20,7 @@ from raybert.config import UserError
 from raybert.data import TaskData
 from raybert.evaluate import predict
 from raybert.metrics import score
+from raybert.surgery import model_inputs
 
 Batch = dict[str, Tensor]
 
@@ -86,8 +87,7 @@ def probe_batches(probe: Batch) -> list[Batch]:
 def token_batch(batches: Iterable[Batch]) -> Batch:
     """The shortest input that there is: one row of one token."""
     first = next(iter(batches))
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    return {name: first[name][:1, :1] for name in names if name in first}
+    return {name: values[:1, :1] for name, values in model_inputs(first).items()}
 
 
 def logit_parity(
@@ -111,8 +111,7 @@ def logit_parity(
     largest = scale = 0.0
     shapes = []
     for batch in [*batches, token_batch(batches)]:
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        inputs = {name: batch[name] for name in names if name in batch}
+        inputs = model_inputs(batch)
         with torch.inference_mode():
             wanted = model(**inputs)
         found = exported(**inputs)

@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from raybert.bench import flops, parameters
-from raybert.config import DataConfig, KDConfig, Recipe, UserError, dump_recipe
+from raybert.compressed import longest_input
+from raybert.config import DataConfig, KDConfig, Recipe, UserError
 from raybert.data import TaskData, prepare, steps_per_epoch
 from raybert.engine import precision_for
 from raybert.export import need_packages
@@ -24,12 +25,12 @@ from raybert.models import (
     check_head,
     check_weights,
     load_tokenizer,
-    longest_input,
     model_folder,
     read_config,
 )
 from raybert.phase import check_layer_map
 from raybert.predictions import check_named, takes_saved
+from raybert.recipe_file import dump_recipe
 from raybert.surgery import compressed_by
 from raybert.teacher import Request, identity_of, request_for, teacher_digest
 

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raybert.workers import workers
+
 PENDING = ("seen_moment", "seen_tokens", "seen_gz", "seen_zz")
 """Buffers that exist only while statistics are taken: sums since the last update."""
 
@@ -31,12 +33,6 @@ class RealTokens:
         if self.mask is None:
             return x.new_ones(*x.shape[:-1], 1)
         return self.mask.to(x.dtype).unsqueeze(-1)
-
-
-def workers() -> int:
-    """How many processes train side by side."""
-    there = dist.is_available() and dist.is_initialized()
-    return dist.get_world_size() if there else 1
 
 
 def summed(*parts: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from raybert.config import UserError
-from raybert.surgery import family
+from raybert.surgery import sizes
 
 Rank = int | tuple[int, ...]
 
@@ -30,9 +30,8 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, config: Any) -> Shape:
         """The sizes of a Hugging Face config."""
-        distil = family(config) == "distilbert"
-        inner = config.hidden_dim if distil else config.intermediate_size
-        return cls(config.num_hidden_layers, config.hidden_size, inner)
+        known = sizes(config)
+        return cls(known["layers"], known["hidden"], known["inner"])
 
     def matrix(self, name: str) -> tuple[int, int]:
         """[out, in] of one of a layer's matrices."""

@@ -18,7 +18,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from raybert import __version__, tables
 from raybert.card import model_card
-from raybert.config import UserError
 from raybert.groups import Group, group_runs, on_front
 from raybert.results import (
     RETAINED,
@@ -26,7 +25,6 @@ from raybert.results import (
     RunReport,
     build,
     read_metrics,
-    read_run,
     read_runs,
     retained,
     validated,
@@ -67,31 +65,24 @@ def write_run_report(folder: Path, report: RunReport | Mapping[str, Any]) -> Run
     return report
 
 
-def write_report(runs: Sequence[Path], out: Path) -> tuple[Path, Path]:
+def write_report(runs: Sequence[Run], out: Path) -> tuple[Path, Path]:
     """Write one report over several runs.
 
     Args:
-        runs: finished run folders; one given twice counts once.
+        runs: one or more.
         out: the folder to write ``report.md`` and ``report.html`` into; or, ending in ``.md`` or
             ``.html``, the file's name, and the other is written beside it.
 
     Returns:
         The Markdown file and the HTML file.
-
-    Raises:
-        UserError: no run was given, or one cannot be read.
     """
-    folders = list({Path(folder).resolve(): Path(folder) for folder in runs}.values())
-    if not folders:
-        raise UserError("no run to report on; give run folders, for example runs/*.")
-    found = [read_run(folder) for folder in folders]
     out = Path(out)
     stem = out.with_suffix("") if out.suffix in (".md", ".html") else out / "report"
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = stem.parent / f"{stem.name}.md", stem.parent / f"{stem.name}.html"
-    title = found[0].report.name if len(found) == 1 else "Compression report"
-    _replace(files[0], _markdown(found, title))
-    _replace(files[1], _html(found, title))
+    title = runs[0].report.name if len(runs) == 1 else "Compression report"
+    _replace(files[0], _markdown(runs, title))
+    _replace(files[1], _html(runs, title))
     return files
 
 

@@ -329,9 +329,16 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def read_runs(folders: Sequence[Path]) -> list[RunReport]:
-    """The reports of several run folders, in order. Raises ``UserError`` as ``read_run`` does."""
-    return [read_run(folder).report for folder in folders]
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Several run folders, in order; one given twice counts once.
+
+    Raises:
+        UserError: none was given, or as ``read_run``.
+    """
+    unique = {Path(folder).resolve(): Path(folder) for folder in folders}
+    if not unique:
+        raise UserError("no run to report on; give run folders, for example runs/*.")
+    return [read_run(folder) for folder in unique.values()]
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from raybert.config import DataConfig, UserError, nearest
+from raybert.config import DataConfig, UserError
+from raybert.explain import nearest
 from raybert.readers import Raw
 from raybert.tasks import Task
 

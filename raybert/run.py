@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybert.config import Recipe, UserError, dump_recipe
+from raybert.config import Recipe, UserError
 from raybert.plan import (
     Plan,
     check_command,
@@ -27,6 +27,7 @@ from raybert.plan import (
     resolve_paths,
 )
 from raybert.predictions import META, check_named, fault
+from raybert.recipe_file import dump_recipe
 from raybert.teacher import Request, check_out, check_room, find_shards, request_for, seal
 
 if TYPE_CHECKING:

@@ -350,9 +350,7 @@ class GatedAttention(Gated, ProjectedAttention):
             gate: of its heads.
             mean: see `Gated`.
         """
-        new = cls.__new__(cls)
-        new.__dict__.update(vars(attention))
-        new._modules = {k: v for k, v in attention._modules.items() if k not in cls.dense}
+        new = cls.adopting(attention, *cls.dense)
         heads = matrices[0].out_features // new.attention_head_size
         new.add_module("units", Units(matrices[:3], matrices[3], heads))
         new.add_module("gate", gate)

@@ -8,7 +8,7 @@ would contribute after it; both is done on keys and values, which are smaller th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from raybert.attention import (
     ProjectedRobertaAttention,
 )
 from raybert.config import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class SoftmaxNet(nn.Module):
@@ -88,14 +91,12 @@ class MatrixAttention(ProjectedAttention):
     softmax_net: nn.Module
 
     @classmethod
-    def of(cls, attention: nn.Module, net: nn.Module) -> MatrixAttention:
-        """The attention with another softmax; it adopts everything else, hooks included.
+    def of(cls, attention: nn.Module, net: nn.Module) -> Self:
+        """The attention with another softmax.
 
         A ``net`` that all layers share has its place elsewhere, see `share`.
         """
-        new = cls.__new__(cls)
-        new.__dict__.update(vars(attention))
-        new._modules = dict(attention._modules)
+        new = cls.adopting(attention)
         new.add_module("softmax_net", net)
         return new
 

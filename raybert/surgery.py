@@ -5,7 +5,7 @@ Methods reach into a model through these functions alone, so a new model family 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch import nn
 
 FAMILIES = {"bert": "bert", "roberta": "roberta", "distilbert": "distilbert"}
 """Hugging Face ``model_type`` -> name of the backbone inside a model with a head."""
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""What a model reads of a batch, each [B, T]; not every model has the last."""
 
 COMPRESSED_PREFIX = "raybert_"
 """What the ``model_type`` of a compressed class begins with."""
@@ -27,6 +30,22 @@ def family(config: Any) -> str:
 def compressed_by(config: Any) -> list[dict[str, Any]]:
     """The methods that changed the structure of a config's model, as they were saved, in order."""
     return list(vars(config).get("compression") or [])
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model reads of a batch, without labels."""
+    return {name: batch[name] for name in INPUTS if name in batch}
+
+
+def sizes(config: Any) -> dict[str, int]:
+    """Layers, width, heads and the feed-forward's inner width of a Hugging Face config."""
+    distil = family(config) == "distilbert"
+    return {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "inner": config.hidden_dim if distil else config.intermediate_size,
+    }
 
 
 def swap(
@@ -172,13 +191,6 @@ def set_blocks(layer: Any, attention: nn.Module, feed_forward: nn.Module) -> Non
         return
     layer.attention.self, layer.attention.output.dense = attention, nn.Identity()
     layer.intermediate, layer.output.dense = feed_forward, nn.Identity()
-
-
-def blocks(layer: Any) -> tuple[nn.Module, nn.Module]:
-    """What `set_blocks` put there: attention and feed-forward."""
-    if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
-        return layer.attention, layer.ffn[0]
-    return layer.attention.self, layer.intermediate
 
 
 def set_activation(layer: Any, function: nn.Module) -> None:

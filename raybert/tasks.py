@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raybert.config import DataConfig, Section, UserError, nearest
+from raybert.config import DataConfig, Section, UserError
+from raybert.explain import nearest
 
 Kind = Literal["classification", "multilabel", "regression", "qa", "mlm"]
 

@@ -23,9 +23,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from raybert.compressed import longest_input
 from raybert.config import UserError
 from raybert.data import MODEL_INPUTS, TaskData, load_prepared
-from raybert.models import check_head, check_weights, load_for_task, longest_input, read_config
+from raybert.models import check_head, check_weights, load_for_task, read_config
 from raybert.predictions import FORMAT, META, check_shard, key_of, read_meta
 from raybert.surgery import encoder_layers
 

@@ -19,6 +19,9 @@ from typing import Any
 
 from raybert.config import UserError
 
+LONGEST = "longest_input"
+"""Metadata of an exported graph: tokens that a row may have."""
+
 
 class TorchModel:
     """A Hugging Face folder, plain or compressed, in inference mode and with its own attention."""
@@ -26,6 +29,7 @@ class TorchModel:
     def __init__(self, job: dict[str, Any]):
         import torch
 
+        from raybert.compressed import longest_input
         from raybert.models import load
 
         torch.set_num_threads(job["threads"])
@@ -33,7 +37,7 @@ class TorchModel:
         self.model = load(Path(job["path"])).eval()
         self.model.to(torch.device(self.device))  # pyright: ignore[reportArgumentType]
         self.vocab: int = self.model.config.vocab_size
-        self.positions = positions(self.model.config.to_dict())
+        self.positions = longest_input(self.model.config)
 
     def inputs(self, batch: int, length: int) -> dict[str, Any]:
         """Token ids and a full mask on the model's device  # [batch, length] each"""
@@ -86,13 +90,15 @@ class OnnxModel:
                 raise UserError(f"no {wanted}; export the model first: raybert export")
         known = json.loads(config.read_text(encoding="utf-8"))
         self.vocab: int = known["vocab_size"]
-        self.positions = positions(known)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = job["threads"], 1
         # Threads may spin while a pass runs, as in production, and stop when it ends: between turns
         # they would burn the cores that another model is being timed on.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        # A graph of raybert's says itself what it reads.
+        told = self.session.get_modelmeta().custom_metadata_map
+        self.positions = int(told.get(LONGEST, known["max_position_embeddings"]))
 
     def inputs(self, batch: int, length: int) -> dict[str, Any]:
         """The arrays that the graph asks for  # [batch, length] each"""
@@ -129,13 +135,6 @@ class OnnxModel:
 
 
 BACKENDS = {"torch": TorchModel, "onnx": OnnxModel}
-
-
-def positions(config: dict[str, Any]) -> int:
-    """Tokens that a model of this config reads at most."""
-    compression = config.get("compression") or []
-    nets = [entry["length"] for entry in compression if entry["name"] == "ma_bert"]
-    return min([config["max_position_embeddings"], *nets])
 
 
 def token_ids(batch: int, length: int, vocab: int) -> list[list[int]]:

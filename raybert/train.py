@@ -37,6 +37,7 @@ from raybert.checkpoint import (
     save,
     save_weights,
 )
+from raybert.compressed import mark_compressed
 from raybert.config import UserError
 from raybert.data import (
     TaskData,
@@ -57,7 +58,7 @@ from raybert.evaluate import evaluate
 from raybert.job import Hooks, Job, PhaseOf, phase_steps, phases_of
 from raybert.metrics import floor
 from raybert.metrics_log import MetricsLog
-from raybert.models import load_for_task, load_tokenizer, mark_compressed, write_probe
+from raybert.models import load_for_task, load_tokenizer, write_probe
 from raybert.phase import (
     At,
     Phase,

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybert.moments import INPUTS
 from raybert.power_norm import PowerNorm
 from raybert.softmax_net import MatrixAttention, SoftmaxNet, matrix
-from raybert.surgery import backbone, encoder_layers, self_attention
+from raybert.surgery import backbone, encoder_layers, model_inputs, self_attention
 
 Values = dict[str, Tensor]
 """Parameter or buffer name, below its module -> value."""
@@ -76,7 +75,7 @@ class Sample:
 
     def __init__(self, batches: Sequence[Mapping[str, Any]], length: int, heads: int) -> None:
         longest = max(batch["input_ids"].shape[1] for batch in batches)
-        keys = [key for key in INPUTS if key in batches[0]]
+        keys = list(model_inputs(batches[0]))
         self.batch = {
             key: torch.cat([F.pad(b[key], (0, longest - b[key].shape[1])) for b in batches])
             for key in keys

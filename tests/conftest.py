@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from transformers import (
     RobertaModel,
 )
 
-from raybert.config import Recipe, recipe_from
+from raybert.config import Recipe
+from raybert.recipe_file import recipe_from
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -147,3 +150,36 @@ def teacher(toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "run"
     recipe = toy(folder, train={"epochs": 6, "lr": 5e-3})
     return finetune(recipe, tell=lambda text: None)
+
+
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+folder, rank, workers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+if workers > 1:
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=workers)
+"""
+
+SAVED = """
+torch.save(found, f"{folder}/{rank}of{workers}.pt")
+if workers > 1:
+    dist.destroy_process_group()
+"""
+
+
+def one_and_two(code: str, folder: Path) -> list[Any]:
+    """What ``code`` leaves in ``found`` where one worker runs it, and where each of two does.
+
+    It knows ``torch``, ``dist``, its ``rank`` and how many ``workers`` there are.
+    """
+    places = [("0", "1"), ("0", "2"), ("1", "2")]
+    started = [
+        subprocess.Popen([sys.executable, "-c", WORKER + code + SAVED, str(folder), *place])
+        for place in places
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0, 0]
+    files = [folder / f"{rank}of{workers}.pt" for rank, workers in places]
+    return [torch.load(file, weights_only=True) for file in files]

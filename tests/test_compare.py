@@ -52,7 +52,7 @@ def test_an_illegal_chain_is_refused_before_the_teacher_is_trained(toy, tmp_path
     recipe = toy(tmp_path / "out")
     comparison = make_comparison(recipe, ["theseus", "q8bert,theseus"])
     with pytest.raises(UserError, match=r"^q8bert-theseus: .*q8bert"):
-        _ = comparison.plans
+        _ = comparison.plans()
     assert not (tmp_path / "out").exists()
 
 
@@ -67,7 +67,7 @@ def test_all_chains_are_run_beside_their_teacher(toy, tmp_path):
     out, told = tmp_path / "out", []
     recipe = toy(out, finetune={"max_steps": 4}, train={"max_steps": 2})
     comparison = make_comparison(recipe, ["theseus", "q8bert"])
-    assert len(comparison.plans) == 2
+    assert len(comparison.plans()) == 2
     page = compare(comparison, tell=told.append)
     assert page == out / "report.html"
     for name in ("teacher", "theseus", "q8bert"):

@@ -6,15 +6,9 @@ import jsonschema
 import pytest
 import yaml
 
-from raybert.config import (
-    RECIPES,
-    UserError,
-    dump_recipe,
-    load_recipe,
-    recipe_from,
-    recipe_schema,
-)
+from raybert.config import UserError
 from raybert.methods import METHODS
+from raybert.recipe_file import RECIPES, dump_recipe, load_recipe, recipe_from, recipe_schema
 
 
 def test_overrides_reach_every_depth_and_numbers_without_a_dot_are_numbers():

@@ -21,12 +21,13 @@ from torch import nn
 import raybert.export as export_module
 from raybert import parity
 from raybert.cli import main
-from raybert.config import UserError, load_recipe, recipe_from
+from raybert.config import UserError
 from raybert.export import export
 from raybert.int8 import Int8Linear, Scheme
 from raybert.models import HEADS, load, write_probe
 from raybert.onnx_first import keep_first
 from raybert.onnx_trace import input_names, to_onnx, trace, translate
+from raybert.recipe_file import load_recipe, recipe_from
 
 FAMILIES = ("bert", "roberta", "distilbert")
 KINDS = ("classification", "qa", "mlm")

@@ -21,18 +21,10 @@ from transformers import (
 
 import raybert
 from raybert.bench import parameters
+from raybert.compressed import COMPRESSED, mark_compressed
 from raybert.config import MethodConfig, UserError
 from raybert.methods import METHODS
-from raybert.models import (
-    COMPRESSED,
-    HEADS,
-    PROBE,
-    blank,
-    load_for_task,
-    mark_compressed,
-    read_config,
-    write_probe,
-)
+from raybert.models import HEADS, PROBE, blank, load_for_task, read_config, write_probe
 from raybert.phase import Phase
 from raybert.surgery import encoder_layers, family
 from raybert.tasks import TASKS, Task
@@ -89,9 +81,6 @@ class Bottleneck(MethodConfig):
 
     def resolve(self, model_config: Any) -> Bottleneck:
         return self
-
-    def student_config(self, model_config: Any) -> Any:
-        return copy.deepcopy(model_config)
 
     def phases(self) -> list[Phase]:
         return [Squeeze(self.rank)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from raybert.cli import parse
-from raybert.config import RECIPES, load_recipe
+from raybert.recipe_file import RECIPES, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

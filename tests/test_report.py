@@ -144,7 +144,7 @@ def test_a_teacher_has_nothing_to_retain() -> None:
 def test_report_json_round_trips_even_with_nan(finished: Callable[..., Path]) -> None:
     folder = finished("diverged")
     write_run_report(folder, a_report(math.nan))
-    report = read_runs([folder])[0]
+    report = read_run(folder).report
     assert math.isnan(report.student.score)
     assert "nan" in (folder / "report.md").read_text()
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -202,7 +202,9 @@ def test_what_rows_keep_of_each_layer_is_a_picture(finished: Callable[..., Path]
     assert picture == kept_plot(group, "k")
     (without,) = group_runs([read_run(finished("plain"))])
     assert kept_plot(without, "k") is None
-    page = write_report([finished("one", facts=facts)], finished("none").parent)[1].read_text()
+    page = write_report(read_runs([finished("one", facts=facts)]), finished("none").parent)[
+        1
+    ].read_text()
     assert "Share of each layer that a row keeps" in page
 
 
@@ -231,7 +233,7 @@ def test_a_group_of_seeds_is_one_row_with_its_deviation(
     tmp_path: Path, finished: Callable[..., Path]
 ) -> None:
     folders = [finished(f"s{n}", score, seed=n) for n, score in ((1, 0.82), (2, 0.84))]
-    markdown, page = write_report([*folders, folders[0]], tmp_path / "out")
+    markdown, page = write_report(read_runs([*folders, folders[0]]), tmp_path / "out")
     text = markdown.read_text()
     assert text.count("theseus; mean ± sd, n = 2 seeds (1, 2)") == 1
     assert "0.830 ± 0.014" in text
@@ -262,7 +264,7 @@ def test_page_stands_alone_and_holds_every_plot(
     tmp_path: Path, finished: Callable[..., Path]
 ) -> None:
     folders = [finished("one"), finished("cola", task="cola")]
-    text = write_report(folders, tmp_path / "new" / "page.html")[1].read_text()
+    text = write_report(read_runs(folders), tmp_path / "new" / "page.html")[1].read_text()
     page = Page(text)
     assert page.tags.count("svg") == 8
     assert all(link.startswith("#") for link in page.links)
@@ -277,8 +279,8 @@ def test_page_stands_alone_and_holds_every_plot(
 
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path, finished: Callable[..., Path]) -> None:
     folder = finished("one")
-    first = write_report([folder], tmp_path / "a")[1].read_bytes()
-    assert write_report([folder], tmp_path / "b")[1].read_bytes() == first
+    first = write_report(read_runs([folder]), tmp_path / "a")[1].read_bytes()
+    assert write_report(read_runs([folder]), tmp_path / "b")[1].read_bytes() == first
 
 
 def test_names_cannot_break_out_of_page_plot_or_table(
@@ -293,14 +295,14 @@ def test_names_cannot_break_out_of_page_plot_or_table(
         "hardware": {EVIL: EVIL},
     }
     folder = finished("run", recipe={"note": EVIL}, **hostile)
-    markdown, page = write_report([folder], tmp_path / "out")
+    markdown, page = write_report(read_runs([folder]), tmp_path / "out")
     assert "script" not in Page(page.read_text()).tags
     assert page.read_text().count("&lt;script&gt;") > 8
     table = [line for line in markdown.read_text().splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     outside = [x for x in markdown.read_text().splitlines() if not x.startswith("    ")]
     assert "<script" not in "\n".join(outside)
-    card = model_card(read_runs([folder])[0], "a: 1", plain=True)
+    card = model_card(read_run(folder).report, "a: 1", plain=True)
     assert "<script" not in card.split("---")[2]
 
 
@@ -308,9 +310,9 @@ def test_simulated_compression_is_labelled_everywhere(
     tmp_path: Path, finished: Callable[..., Path]
 ) -> None:
     folder = finished("run", simulated=True)
-    for file in write_report([folder], tmp_path / "out"):
+    for file in write_report(read_runs([folder]), tmp_path / "out"):
         assert "simulated" in file.read_text()
-    report = read_runs([folder])[0]
+    report = read_run(folder).report
     assert "simulated" in summary_table([Run(report, "")])
     assert "simulated" in model_card(report, "", plain=True)
     assert "simulated" not in summary_table([Run(a_report(), "")])

@@ -13,7 +13,8 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 import raybert
 from raybert.artifact import evaluate_model
-from raybert.config import UserError, load_recipe, recipe_from
+from raybert.config import UserError
+from raybert.recipe_file import load_recipe, recipe_from
 from raybert.run import compress, finetune
 
 QUIET = {"tell": lambda text: None}

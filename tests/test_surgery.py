@@ -11,7 +11,7 @@ from conftest import VOCAB, toy_encoder
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from raybert.models import CONFIGS
+from raybert.compressed import CONFIGS
 from raybert.surgery import (
     attention_block,
     backbone,

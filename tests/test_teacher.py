@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from test_run import task_files
 
 from raybert import teacher as teacher_room
-from raybert.config import KDConfig, Recipe, UserError, recipe_from
+from raybert.config import KDConfig, Recipe, UserError
 from raybert.data import MODEL_INPUTS, load_prepared, prepare
 from raybert.models import load_for_task
 from raybert.phase import Distillation, Taps
 from raybert.plan import make_plan
 from raybert.predictions import META, Predictions, fault, takes_saved
+from raybert.recipe_file import recipe_from
 from raybert.run import compress, predict_teacher
 from raybert.teacher import Predictor, check_room, request_for
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from raybert.checkpoint import find_last_good
-from raybert.config import UserError, dump_recipe
+from raybert.config import UserError
+from raybert.recipe_file import dump_recipe
 from raybert.run import compress, finetune
 
 QUIET = {"tell": lambda text: None}

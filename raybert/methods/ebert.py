@@ -14,7 +14,6 @@ heads and neurons that no calibration sample keeps can be removed for good.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -37,10 +36,10 @@ from raybert.surgery import (
     activation,
     compressed_by,
     encoder_layers,
-    family,
     matrices,
     self_attention,
     set_blocks,
+    sizes,
 )
 
 Counts = tuple[PositiveInt, ...]
@@ -130,13 +129,7 @@ class EBERT(MethodConfig):
                 "ebert's gates look at a sample's first token, which feed-forwards in chunks do "
                 "not all see; load the model with chunk_size_feed_forward=0."
             )
-        distil = family(model_config) == "distilbert"
-        shape = Shape(
-            model_config.num_hidden_layers,
-            model_config.hidden_size,
-            model_config.num_attention_heads,
-            model_config.hidden_dim if distil else model_config.intermediate_size,
-        )
+        shape = Shape(**sizes(model_config))
         own = shape.cost(0, 0, self.length) / shape.dense_cost(self.length)
         if self.target_flops_ratio <= own:
             raise UserError(
@@ -177,11 +170,10 @@ class EBERT(MethodConfig):
             "PyTorch it does."
         ]
 
-    def student_config(self, model_config: Any) -> Any:
-        """The model's config with this method in its ``compression``."""
-        config = copy.deepcopy(model_config)
-        config.compression = [*compressed_by(config), self.model_dump(mode="json")]
-        return config
+    @property
+    def rounding(self) -> float:
+        """It can tip a gate's decision over."""
+        return 0.02
 
     def phases(self) -> list[Phase]:
         """Training with gates, and training with frozen ones if that is asked for."""

@@ -15,7 +15,6 @@ attention's output projection.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from raybert.config import MethodConfig, UserError
 from raybert.factorise import spectrum
 from raybert.factors import Key, Layout, Values, build, dense_matrices, factorise
+from raybert.lowrank import PARTS
 from raybert.moments import second_moments
 from raybert.phase import Phase
 from raybert.ranks import (
@@ -42,9 +42,7 @@ from raybert.ranks import (
     saving_rank,
     spend,
 )
-from raybert.surgery import MATRICES, compressed_by, encoder_layers
-
-QKV = MATRICES[:3]
+from raybert.surgery import compressed_by, encoder_layers
 
 
 class LoBERT(MethodConfig):
@@ -370,20 +368,14 @@ class LoBERT(MethodConfig):
         # Not ffn_tucker's outputs: the moment [I, I] of their inputs would cost more than all else.
         names = {
             *self.svd,
-            *(QKV if self.attention else ()),
+            *(PARTS if self.attention else ()),
             *(("intermediate",) if self.ffn else ()),
         }
         seen = {key: dense for key, dense in dense_matrices(model).items() if key[1] in names}
         # Queries, keys and values have one input, whose moment is taken once.
-        twins = {key for key in seen if key[1] in QKV[1:]}
+        twins = {key for key in seen if key[1] in PARTS[1:]}
         found = second_moments(model, {k: v for k, v in seen.items() if k not in twins}, batches)
         return found | {(layer, name): found[layer, "query"] for layer, name in twins}
-
-    def student_config(self, model_config: Any) -> Any:
-        """The model's config with this method in its ``compression``."""
-        config = copy.deepcopy(model_config)
-        config.compression = [*compressed_by(config), self.model_dump(mode="json")]
-        return config
 
     def phases(self) -> list[Phase]:
         """One: factorise, then train."""

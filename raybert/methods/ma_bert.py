@@ -139,12 +139,10 @@ class MABERT(MethodConfig):
         same = {"length": own["length"], "shared": own["shared"], "continues": True}
         return self.model_copy(update=same)
 
-    def student_config(self, model_config: Any) -> Any:
-        """The model's config with this method in its ``compression``."""
-        config = copy.deepcopy(model_config)
-        if not self.continues:
-            config.compression = [*compressed_by(config), self.model_dump(mode="json")]
-        return config
+    @property
+    def longest(self) -> int | None:
+        """N."""
+        return self.length
 
     def phases(self) -> list[Phase]:
         """One: transfer of knowledge into the new structure."""

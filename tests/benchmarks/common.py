@@ -158,8 +158,11 @@ def publish(
     print(f"written to {file.relative_to(HERE.parents[1])}")
 
 
-def options(description: str, *, data: bool = False, model: bool = True) -> argparse.ArgumentParser:
-    """The options of all benchmarks; ``--data`` and ``--model`` where they mean something."""
+def options(
+    description: str, *, data: bool = False, model: bool = True, timed: bool = False
+) -> argparse.ArgumentParser:
+    """The options of all benchmarks; ``--data``, ``--model``, and what latency is timed with, where
+    they mean something."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a trial: too short to be believed")
@@ -167,6 +170,9 @@ def options(description: str, *, data: bool = False, model: bool = True) -> argp
         parser.add_argument("--data", help="an MRPC folder (default: the generated demo task)")
     if model:
         parser.add_argument("--model", help="encoder (default: the demo extra's, 6 layers x 384)")
+    if timed:
+        parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+        parser.add_argument("--seconds", type=float, default=10.0, help="timed, a shape and model")
     return parser
 
 
@@ -175,6 +181,30 @@ def encoder(args: argparse.Namespace) -> str:
     from raybert.plan import demo_encoder
 
     return args.model or demo_encoder()
+
+
+def latencies(
+    args: argparse.Namespace, backend: str, paths: Mapping[str, Path], shapes: Any
+) -> list[dict[str, Any]]:
+    """Rows of `raybert.latency.latency` on the CPU, timed as the options say."""
+    from raybert.latency import latency
+
+    seconds = 0.2 if args.quick else args.seconds
+    device = "cpu" if backend == "torch" else None
+    chosen: Any = backend
+    return latency(
+        paths, shapes, backend=chosen, threads=args.threads, device=device, seconds=seconds
+    )
+
+
+def medians_of(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], float]:
+    """Median milliseconds of each model, backend and batch size."""
+    return {(r["model"], r["backend"], r["batch"]): r["p50_ms"] for r in rows}
+
+
+def best_form(times: Mapping[tuple[str, str, int], float], batch: int) -> float:
+    """The teacher's milliseconds in ONNX Runtime or in PyTorch, whichever is faster."""
+    return min(times["teacher", backend, batch] for backend in ("onnx", "torch"))
 
 
 # -- turns -----------------------------------------------------------------------------------------
@@ -251,7 +281,7 @@ def single_worker() -> Iterator[Path]:
 
 def recipe_for(args: argparse.Namespace, folder: Path, **keys: Any) -> Recipe:
     """A fine-tuning recipe in float32 for MRPC's rows if they were given, else the demo task's."""
-    from raybert.config import recipe_from
+    from raybert.recipe_file import recipe_from
 
     data = {"cache": str(folder / "cache"), **({"source": args.data} if args.data else {})}
     train = {"precision": "fp32", "lr": 5e-5, "batch_size": 8 if args.quick else 32}

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import Figure, encoder, options, publish
+from common import Figure, encoder, latencies, options, publish
 
 SHAPES = [(1, 128), (1, 64), (8, 128)]
 
@@ -66,8 +66,8 @@ def save_models(args: Any, folder: Path) -> tuple[dict[str, Path], dict[str, dic
     from transformers import AutoModelForSequenceClassification
 
     from raybert.bench import flops
+    from raybert.compressed import mark_compressed
     from raybert.methods.ebert import EBERT
-    from raybert.models import mark_compressed
 
     def fresh() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(encoder(args)).eval()
@@ -92,12 +92,11 @@ def save_models(args: Any, folder: Path) -> tuple[dict[str, Path], dict[str, dic
 
 def measure(args: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
     """Rows of `raybert.latency.latency`, the students' speed-ups, and their shares of FLOPs."""
-    from raybert.latency import latency, speedups
+    from raybert.latency import speedups
 
     with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
         paths, shares = save_models(args, Path(folder))
-        seconds = 0.2 if args.quick else 10.0
-        rows = latency(paths, SHAPES, backend="torch", seconds=seconds)
+        rows = latencies(args, "torch", paths, SHAPES)
     return rows, speedups(rows, "teacher"), shares
 
 
@@ -122,7 +121,7 @@ def figures_of(row: dict[str, Any], shares: dict[str, dict[str, float]]) -> list
 
 def main() -> None:
     """Measure, print and write."""
-    args = options("EBERT students that skip against their dense teacher").parse_args()
+    args = options("EBERT students that skip against their dense teacher", timed=True).parse_args()
     rows, faster, shares = measure(args)
     figures = [figure for row in faster for figure in figures_of(row, shares)]
     details = {"latency": rows, "flops": shares}

@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def recipe_of(args: Any, keys: dict[str, Any], out: Path) -> Any:
     """A short distillation from the teacher; its dev metric is noted before the first step."""
-    from raybert.config import recipe_from
+    from raybert.recipe_file import recipe_from
 
     train = {"max_steps": args.steps, "lr": 5e-5, "keep": "last", "precision": "fp32"}
     return recipe_from(

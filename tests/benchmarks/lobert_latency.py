@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import Figure, encoder, options, publish
+from common import Figure, encoder, latencies, options, publish
 
 SHAPES = [(1, 128), (8, 128)]
 
@@ -35,8 +35,8 @@ def save_models(args: Any, folder: Path) -> tuple[dict[str, Path], dict[str, flo
     from transformers import AutoModelForSequenceClassification
 
     from raybert.bench import flops
+    from raybert.compressed import mark_compressed
     from raybert.methods.lobert import LoBERT
-    from raybert.models import mark_compressed
 
     def fresh() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(encoder(args)).eval()
@@ -61,18 +61,19 @@ def save_models(args: Any, folder: Path) -> tuple[dict[str, Path], dict[str, flo
 
 def measure(args: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
     """Rows of `raybert.latency.latency`, the students' speed-ups, and their shares of FLOPs."""
-    from raybert.latency import latency, speedups
+    from raybert.latency import speedups
 
     with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
         paths, shares = save_models(args, Path(folder))
-        seconds = 0.2 if args.quick else 10.0
-        rows = latency(paths, SHAPES, backend="torch", seconds=seconds)
+        rows = latencies(args, "torch", paths, SHAPES)
     return rows, speedups(rows, "teacher"), shares
 
 
 def main() -> None:
     """Measure, print and write."""
-    parser = options("LoBERT students at half the encoder's parameters against their teacher")
+    parser = options(
+        "LoBERT students at half the encoder's parameters against their teacher", timed=True
+    )
     parser.add_argument("--only", help="students whose name holds this")
     args = parser.parse_args()
     rows, faster, shares = measure(args)

@@ -10,12 +10,11 @@ MA-BERT is also put against Q8BERT alone: that is what arithmetic without other 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import Figure, encoder, options, publish
+from common import Figure, best_form, encoder, latencies, medians_of, options, publish
 from onnx_latency import SHAPES, compressed, write
 
 MATRIX = {"name": "ma_bert", "length": 128, "warm_start": False}
@@ -31,9 +30,6 @@ CHAINS: dict[str, list[dict[str, Any]]] = {
 
 def measure(args: Any) -> dict[str, Any]:
     """Latency rows of all graphs, and of teacher and student in PyTorch."""
-    from raybert.latency import latency
-
-    seconds = 0.2 if args.quick else args.seconds
     with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
         root = Path(folder)
         graphs, models = {}, {}
@@ -44,20 +40,18 @@ def measure(args: Any) -> dict[str, Any]:
             if label in ("teacher", "ma_bert"):
                 models[label] = root / f"torch{number}"
                 model.save_pretrained(models[label])
-        rows = latency(graphs, SHAPES, backend="onnx", threads=args.threads, seconds=seconds)
-        rows += latency(
-            models, SHAPES, backend="torch", threads=args.threads, device="cpu", seconds=seconds
-        )
+        rows = latencies(args, "onnx", graphs, SHAPES)
+        rows += latencies(args, "torch", models, SHAPES)
     return {"latency": rows}
 
 
 def figures(found: dict[str, Any]) -> list[Figure]:
     """Speed-ups over the teacher's faster form, and of the integers over Q8BERT's."""
-    times = {(r["model"], r["backend"], r["batch"]): r["p50_ms"] for r in found["latency"]}
+    times = medians_of(found["latency"])
     made = []
     for batch, length in SHAPES:
         shape = f"batch {batch} x {length}"
-        best = min(times["teacher", backend, batch] for backend in ("onnx", "torch"))
+        best = best_form(times, batch)
         rows = {(name, "onnx"): times[name, "onnx", batch] for name in CHAINS}
         rows["ma_bert", "torch"] = times["ma_bert", "torch", batch]
         for (name, backend), spent in rows.items():
@@ -70,13 +64,10 @@ def figures(found: dict[str, Any]) -> list[Figure]:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = options("MA-BERT students in ONNX Runtime and PyTorch against their teacher")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="timed, a shape and model")
-    args = parser.parse_args()
+    title = "MA-BERT students in ONNX Runtime and PyTorch against their teacher"
+    args = options(title, timed=True).parse_args()
     found = measure(args)
-    title = "MA-BERT students against their teacher"
-    publish(args, title, figures(found), json.loads(json.dumps(found)))
+    publish(args, "MA-BERT students against their teacher", figures(found), found)
 
 
 if __name__ == "__main__":

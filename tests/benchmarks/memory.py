@@ -33,7 +33,7 @@ def write_rows(file: Path, rows: int, words: int) -> None:
 
 def finetune(model: str, folder: Path, rows: int, steps: int) -> float:
     """Fine-tune for a few steps; this process's peak in GiB. Run in a process of its own."""
-    from raybert.config import recipe_from
+    from raybert.recipe_file import recipe_from
     from raybert.run import finetune
     from raybert.timer import process_peak_mb
 

@@ -12,13 +12,12 @@ further runs, model folders or exported folders to be timed beside.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import Figure, encoder, options, publish
+from common import Figure, best_form, encoder, latencies, medians_of, options, publish
 
 SHAPES = [(1, 128), (8, 128)]
 
@@ -56,8 +55,8 @@ def compressed(name: str, chain: list[dict[str, Any]]) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    from raybert.compressed import mark_compressed
     from raybert.methods import METHODS
-    from raybert.models import mark_compressed
 
     config = AutoConfig.from_pretrained(name)
     model = AutoModelForSequenceClassification.from_pretrained(name, config=config).eval()
@@ -136,17 +135,11 @@ def folders(args: Any, root: Path) -> dict[str, Path]:
 
 def measure(args: Any) -> dict[str, Any]:
     """Latency rows of all graphs and of the teacher in PyTorch, and bytes."""
-    from raybert.latency import latency
-
-    seconds = 0.2 if args.quick else args.seconds
     with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
         root = Path(folder)
         paths = folders(args, root)
-        rows = latency(paths, SHAPES, backend="onnx", threads=args.threads, seconds=seconds)
-        both = {"teacher": root / "torch"}
-        rows += latency(
-            both, SHAPES, backend="torch", threads=args.threads, device="cpu", seconds=seconds
-        )
+        rows = latencies(args, "onnx", paths, SHAPES)
+        rows += latencies(args, "torch", {"teacher": root / "torch"}, SHAPES)
         file = {label: (path / "model.onnx").stat().st_size for label, path in paths.items()}
         encoders = {label: encoder_bytes(path) for label, path in paths.items()}
     return {"latency": rows, "file_bytes": file, "encoder_bytes": encoders}
@@ -154,12 +147,12 @@ def measure(args: Any) -> dict[str, Any]:
 
 def figures(found: dict[str, Any]) -> list[Figure]:
     """Speed-ups over the teacher's faster form, over the stock tool, and sizes."""
-    times = {(r["model"], r["backend"], r["batch"]): r["p50_ms"] for r in found["latency"]}
+    times = medians_of(found["latency"])
     names = list(dict.fromkeys(r["model"] for r in found["latency"] if r["model"] != "teacher"))
     made = []
     for batch, length in SHAPES:
         shape = f"batch {batch} x {length}"
-        best = min(times["teacher", backend, batch] for backend in ("onnx", "torch"))
+        best = best_form(times, batch)
         for name in names:
             made.append(
                 Figure(
@@ -182,14 +175,12 @@ def figures(found: dict[str, Any]) -> list[Figure]:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = options("compressed models in ONNX Runtime against their teacher")
+    parser = options("compressed models in ONNX Runtime against their teacher", timed=True)
     parser.add_argument("models", nargs="*", help="further runs, model or exported folders")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="timed, a shape and model")
     args = parser.parse_args()
     found = measure(args)
     title = "Compressed models against their teacher (ONNX Runtime)"
-    publish(args, title, figures(found), json.loads(json.dumps(found)))
+    publish(args, title, figures(found), found)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ def scored(run: Path, root: Path) -> dict[str, Any]:
     import torch
 
     from raybert.checkpoint import World
-    from raybert.config import load_recipe
     from raybert.data import prepare
     from raybert.evaluate import predict
     from raybert.metrics import score
     from raybert.models import load, load_tokenizer, model_folder
     from raybert.parity import OnnxModel
+    from raybert.recipe_file import load_recipe
     from raybert.results import read_run, retained
 
     report = read_run(run).report

@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 from common import RESULTS, shown_path, today, write_json
 
-from raybert.config import recipe_from
 from raybert.groups import Group, Spread, group_runs
 from raybert.methods import METHODS
 from raybert.plan import DEMO_ENCODER
+from raybert.recipe_file import recipe_from
 from raybert.results import Measured, Run, RunReport, read_run
 
 DEMO_NAME = "MiniLM-L6-H384 (demo extra)"

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import Figure, encoder, options, publish
+from common import Figure, encoder, latencies, options, publish
 
 SHAPES = [(1, 128), (8, 128)]
 
@@ -34,18 +34,17 @@ def save_models(name: str, folder: Path) -> dict[str, Path]:
 
 def measure(args: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of `raybert.latency.latency` and the student's speed-ups."""
-    from raybert.latency import latency, speedups
+    from raybert.latency import speedups
 
     with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
         paths = save_models(encoder(args), Path(folder))
-        seconds = 0.2 if args.quick else 15.0
-        rows = latency(paths, SHAPES, backend="torch", seconds=seconds)
+        rows = latencies(args, "torch", paths, SHAPES)
     return rows, speedups(rows, "teacher")
 
 
 def main() -> None:
     """Measure, print and write."""
-    args = options("a Theseus student's speed-up over its teacher").parse_args()
+    args = options("a Theseus student's speed-up over its teacher", timed=True).parse_args()
     rows, faster = measure(args)
     figures = [
         Figure(

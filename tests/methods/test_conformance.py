@@ -23,11 +23,13 @@ from torch import Tensor, nn
 import raybert
 import raybert.train
 from raybert.bench import parameters
-from raybert.config import KDConfig, MethodConfig, UserError, recipe_from
+from raybert.compressed import mark_compressed
+from raybert.config import KDConfig, MethodConfig, UserError
 from raybert.methods import METHODS
-from raybert.models import COMPRESSED_PREFIX, HEADS, PROBLEMS, blank, mark_compressed
+from raybert.models import COMPRESSED_PREFIX, HEADS, PROBLEMS, blank
 from raybert.phase import At, Distillation, Outputs, Phase
 from raybert.plan import make_plan, resolve_paths
+from raybert.recipe_file import recipe_from
 from raybert.results import read_run
 from raybert.run import _fit, compress
 

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import toy_encoder
+from conftest import one_and_two, toy_encoder
 from test_conformance import At, predecessor, rows
 from torch import Tensor, nn
 
 import raybert
 from raybert import skipping
-from raybert.config import KEPT_SHARE, KDConfig, UserError, recipe_from
+from raybert.compressed import mark_compressed
+from raybert.config import KEPT_SHARE, KDConfig, UserError
 from raybert.gates import Gate, Shape, WorkersBatchNorm, flops_loss, summary, uniform
 from raybert.kept import layer_flops
 from raybert.methods.ebert import EBERT, FrozenGates, TrainGates, gated
 from raybert.methods.lobert import LoBERT
 from raybert.methods.q8bert import Q8BERT
-from raybert.models import mark_compressed
 from raybert.phase import Distillation, Outputs
+from raybert.recipe_file import recipe_from
 from raybert.results import read_run
 from raybert.run import compress
 from raybert.skipping import Units, _scratch, plan
@@ -212,45 +211,31 @@ def test_normalisation_of_one_worker_is_torch_s():
 
 
 STEP = """
-import sys, torch, torch.distributed as dist
 from raybert.gates import Gate, Shape, flops_loss
 
-rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
-if size > 1:
-    store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
 torch.manual_seed(0)
 gate = Gate(8, 6, number=0, top=None, start=0.0, temperature=1.0).train()
 heads = torch.nn.Parameter(torch.full((12, 2), 0.5))
-own = torch.arange(12) if size == 1 else torch.arange(8) if rank == 0 else torch.arange(8, 12)
+own = torch.arange(12) if workers == 1 else torch.arange(8) if rank == 0 else torch.arange(8, 12)
 first = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))[own]
 gate.draw = (1, 2, own)
 kept = gate(first)
 shape = Shape(layers=1, hidden=8, heads=2, inner=6)
 loss, share = flops_loss(shape, [heads[own], kept], own + 3, target=0.3, weight=5.0)
 # As the loop does: every worker's mean, weighted by its rows, averaged over workers.
-((loss + kept.square().sum(1).mean()) * len(own) * size / 12).backward()
+((loss + kept.square().sum(1).mean()) * len(own) * workers / 12).backward()
 grads = {f"{n}.grad": p.grad for n, p in [*gate.named_parameters(), ("heads", heads)]}
-if size > 1:
+if workers > 1:
     for grad in grads.values():
         dist.all_reduce(grad)
-        grad /= size
-    dist.destroy_process_group()
-if rank == 0:
-    found = {"mean": gate.norm.running_mean, "var": gate.norm.running_var}
-    torch.save({**found, **grads, "share": share, "loss": loss.detach()}, f"{folder}/{size}.pt")
+        grad /= workers
+statistics = {"mean": gate.norm.running_mean, "var": gate.norm.running_var}
+found = {**statistics, **grads, "share": share, "loss": loss.detach()}
 """
 
 
 def test_two_workers_have_the_statistics_and_gradients_of_one(tmp_path: Path):
-    ranks = [(0, 1), (0, 2), (1, 2)]
-    started = [
-        subprocess.Popen([sys.executable, "-c", STEP, str(rank), str(size), str(tmp_path)])
-        for rank, size in ranks
-    ]
-    assert [process.wait(120) for process in started] == [0, 0, 0]
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    one, two, _ = one_and_two(STEP, tmp_path)
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert torch.allclose(value, two[key], atol=1e-6), key

@@ -18,17 +18,19 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 import raybert
 from raybert.bench import flops, parameters
-from raybert.config import RECIPES, MethodConfig, UserError, load_recipe
+from raybert.compressed import mark_compressed
+from raybert.config import MethodConfig, UserError
 from raybert.factorise import error, error_on_data, low_rank
 from raybert.factors import Layout, build, dense_matrices, factorise
 from raybert.lowrank import LowRankLinear, LowRankProjection, SharedLinear, SharedProjection
 from raybert.methods.lobert import LoBERT, LowRank
 from raybert.methods.theseus import Theseus
-from raybert.models import blank, mark_compressed
+from raybert.models import blank
 from raybert.moments import second_moments
 from raybert.phase import Taps
 from raybert.plan import make_plan, resolve_paths
 from raybert.ranks import ATTENTION, FFN, Shape, Svd, Tucker, even_ranks, saving_rank, spend
+from raybert.recipe_file import RECIPES, load_recipe
 from raybert.run import _fit
 from raybert.surgery import (
     MATRICES,

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import OTHER, make_tokenizer
+from conftest import OTHER, make_tokenizer, one_and_two
 from methods.test_conformance import finished, outputs, predecessor, rows
 from test_export import difference, operators, padded
 from torch import nn
 
 import raybert
 from raybert.cli import main
-from raybert.config import KDConfig, UserError, recipe_from
+from raybert.compressed import longest_input
+from raybert.config import KDConfig, UserError
 from raybert.fold import Affine, folded
 from raybert.import_ma_bert import import_ma_bert
 from raybert.int8 import check_trainable
 from raybert.methods.ma_bert import MABERT, exchange, power_norms, softmax_nets
-from raybert.models import longest_input
 from raybert.onnx_trace import to_onnx, trace, translate
 from raybert.phase import At, Distillation, Taps
 from raybert.plan import make_plan, resolve_paths
 from raybert.power_norm import PowerNorm, RealTokens
+from raybert.recipe_file import recipe_from
 from raybert.run import compress
 from raybert.softmax_net import MatrixAttention, SoftmaxNet, real_tokens
 from raybert.surgery import encoder_layers, self_attention
@@ -121,16 +119,10 @@ def test_power_norm_is_what_the_formulas_say():
     assert set(norm.state_dict()) == {"weight", "bias", "running_phi", "nu", "updates"}
 
 
-WORKER = """
-import sys
-import torch
-import torch.distributed as dist
+STATISTICS = """
 from torch import nn
 from raybert.power_norm import PowerNorm, RealTokens
 
-folder, rank, workers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-if workers > 1:
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=workers)
 torch.manual_seed(0)
 norm, real = PowerNorm(nn.LayerNorm(4)), RealTokens()
 norm.observe(real)
@@ -150,24 +142,12 @@ for x in rows:
         dist.all_reduce(whole)
     grads.append(whole)
 norm.update(0.5)
-torch.save({"phi": norm.running_phi, "nu": norm.nu, "grads": torch.stack(grads)},
-           f"{folder}/{rank}of{workers}.pt")
+found = {"phi": norm.running_phi, "nu": norm.nu, "grads": torch.stack(grads)}
 """
 
 
-def test_two_workers_take_the_statistics_that_one_takes(tmp_path, monkeypatch):
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path), rank, "2"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in "01"
-    ]
-    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), "0", "1"])
-    exec(WORKER, {})
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
-    names = ("0of1", "0of2", "1of2")
-    one, two, three = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in names)
+def test_two_workers_take_the_statistics_that_one_takes(tmp_path):
+    one, two, three = one_and_two(STATISTICS, tmp_path)
     for key in one:
         assert torch.equal(two[key], three[key])
         torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB
+from conftest import VOCAB, one_and_two
 from safetensors.torch import load_file, save_file
 from test_conformance import finished, outputs, predecessor, rows
 from torch import nn
@@ -22,13 +19,14 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 import raybert
 from raybert.bench import flops, parameters
-from raybert.config import KDConfig, UserError, recipe_from
+from raybert.config import KDConfig, UserError
 from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, product
 from raybert.int8 import Int8Embedding, Int8Linear, Scheme
 from raybert.methods.q8bert import Q8BERT, Quantise, calibrate, learned_ranges, selected
 from raybert.models import PROBE, verify_probe
 from raybert.phase import At, Distillation, Outputs
 from raybert.plan import make_plan, resolve_paths
+from raybert.recipe_file import recipe_from
 from raybert.run import compress
 
 NO_KD = Distillation(KDConfig.model_validate({}), "classification", ())
@@ -224,19 +222,12 @@ def test_training_sees_quantised_values_from_the_start_step_on():
     assert not torch.allclose(outputs(model)[0], outputs(dense)[0], atol=1e-3), "evaluated as it is"
 
 
-WORKER = """
-import sys
-import torch
-import torch.distributed as dist
+RANGES = """
 from transformers import BertConfig, BertForSequenceClassification
 from raybert.config import KDConfig
 from raybert.methods.q8bert import Q8BERT, learned_ranges
-from raybert.models import PROBE, verify_probe
 from raybert.phase import At, Distillation, Outputs
 
-folder, rank, workers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-if workers > 1:
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=workers)
 torch.manual_seed(0)
 sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
 model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
@@ -253,23 +244,11 @@ for step in range(3):
         one.train()
     phase.losses(model, Outputs(model(**batch)), None, batch, kd)
 found = torch.stack([t for one in learned_ranges(model) for t in (one.ema, one.seen)])
-torch.save(found, f"{folder}/{rank}of{workers}.pt")
 """
 
 
-def test_two_workers_see_what_one_sees(tmp_path, monkeypatch):
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path), rank, "2"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in "01"
-    ]
-    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), "0", "1"])
-    exec(WORKER, {})
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
-    names = ("0of1", "0of2", "1of2")
-    one, two, three = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in names)
+def test_two_workers_see_what_one_sees(tmp_path):
+    one, two, three = one_and_two(RANGES, tmp_path)
     assert torch.equal(two, three)
     assert torch.allclose(one, two, rtol=1e-5)
     assert one.min() > 0

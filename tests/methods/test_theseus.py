@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from raybert.config import UserError, recipe_from
+from raybert.config import UserError
 from raybert.methods.theseus import Replace, SuccessorFinetune, Theseus, TheseusModule
 from raybert.models import load_for_task
 from raybert.phase import At
 from raybert.plan import make_plan, resolve_paths
+from raybert.recipe_file import recipe_from
 from raybert.run import _fit
 from raybert.surgery import attention_block, encoder_layers, ffn_block
 from raybert.tasks import TASKS

@@ -1,0 +1,35 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raybert.config import UserError
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A folder beside the target that takes its place, and that of what was there, when all went
+    well, and is gone otherwise.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial, old = (target.parent / f".{kind}-{target.name}" for kind in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {target}: {error}. Choose another --out.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

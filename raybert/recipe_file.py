@@ -1,0 +1,182 @@
+"""Recipes as text: YAML files, shipped recipes, dotted ``key=value`` words, JSON Schema."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from raybert.config import Recipe, UserError, as_list
+from raybert.explain import explain, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+"""The paper recipes that ship inside the package, ``<method>/<task>.yaml``."""
+
+
+def recipe_from(data: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """Validate nested recipe data.
+
+    Args:
+        data: the mapping, as YAML gives it.
+        origin: what to call the mapping in an error, for example the file's path.
+
+    Raises:
+        UserError: an unknown key (with the nearest known one), a wrong type, or a value out of
+            range.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe, prefix=f"{origin}: ")) from None
+
+
+def load_recipe(name: str | None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A recipe from a YAML file or a shipped recipe's name, with dotted overrides on top.
+
+    Args:
+        name: path of a YAML file, the name of a shipped recipe (``theseus/mrpc``), or nothing.
+        overrides: ``key=value`` words; the value is read as YAML, the key may be dotted.
+
+    Raises:
+        UserError: the file is missing or not YAML, or the recipe is not valid.
+    """
+    data: dict[str, Any] = {}
+    origin = "recipe"
+    if name is not None:
+        path = recipe_path(name)
+        origin = str(path)
+        data = _read_yaml(path)
+    for word in overrides:
+        key, found, value = word.partition("=")
+        if not found or not key:
+            raise UserError(
+                f"`{word}` is not an override; write it as key=value, for example train.lr=3e-5."
+            )
+        _put(data, key.split("."), _parse_value(value))
+    named = {word.partition("=")[0] for word in overrides}
+    if "teacher" in named and "model" not in named:
+        # A file's `model` is what its teacher would be fine-tuned from; this one is there already.
+        data.pop("model", None)
+    return recipe_from(data, origin)
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe given as a path or as the name of a shipped one."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{name}.yaml"
+    # A shipped name never leaves the package: `..` would name any file on the machine.
+    if shipped.is_file() and shipped.resolve().is_relative_to(RECIPES.resolve()):
+        return shipped
+    names = sorted(
+        p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml")
+    )
+    raise UserError(
+        f"no recipe {name!r}: neither a file nor a shipped recipe{nearest(name, names)}. "
+        f"Shipped: {', '.join(names)}. "
+        "Overrides are written key=value."
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{path} holds a {type(data).__name__}; a recipe is a mapping of keys to values."
+        )
+    return data
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    # YAML 1.1 reads 3e-5 as a string for want of a dot.
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set a dotted key. ``method.theseus.layers=3`` reaches into the chain, adding the method
+    when absent."""
+    if keys[0] == "method" and len(keys) == 3:
+        chain: list[dict[str, Any]] = [
+            dict(e) if isinstance(e, dict) else {"name": e} for e in as_list(data.get("method"))
+        ]
+        entry: dict[str, Any] | None = next(
+            (e for e in chain if e.get("name") == keys[1] or keys[1] in e), None
+        )
+        if entry is None:
+            entry = dict[str, Any](name=keys[1])
+            chain.append(entry)
+        if "name" in entry:
+            entry[keys[2]] = value
+        else:
+            entry[keys[1]] = {**(entry[keys[1]] or {}), keys[2]: value}
+        data["method"] = chain
+        return
+    section: dict[str, Any] = data
+    for key in keys[:-1]:
+        inner: Any = section.get(key)
+        if isinstance(inner, str) and key == "data":
+            inner = {"source": inner}
+        section[key] = inner = dict(inner) if isinstance(inner, dict) else {}
+        section = inner
+    last = keys[-1]
+    if last == "data" and isinstance(section.get("data"), dict) and isinstance(value, str):
+        section["data"] = {**section["data"], "source": value}
+    else:
+        section[last] = value
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_schema() -> str:
+    """JSON Schema of the recipe, for editors, with each method's parameters spelled out."""
+    from raybert.methods import METHODS
+
+    schema = Recipe.model_json_schema(mode="validation")
+    definitions = schema.setdefault("$defs", {})
+    definitions.pop("MethodConfig", None)
+    choices: list[dict[str, Any]] = [
+        {"type": "string", "description": "Names of methods, separated by commas."}
+    ]
+    for name, method in METHODS.items():
+        own = method.model_json_schema(mode="validation")
+        definitions.update(own.pop("$defs", {}))
+        own["required"] = ["name"]
+        own["properties"]["name"] = {"const": name}
+        definitions[method.__name__] = own
+        choices.append({"$ref": f"#/$defs/{method.__name__}"})
+    entry = {"anyOf": choices}
+    described = schema["properties"]["method"].get("description", "")
+    schema["properties"]["method"] = {
+        "description": described,
+        "anyOf": [*choices, {"type": "array", "items": entry}],
+    }
+    data = schema["properties"]["data"]
+    schema["properties"]["data"] = {
+        "anyOf": [{"type": "string"}, {"$ref": data.get("$ref", "#/$defs/DataConfig")}]
+    }
+    return json.dumps(
+        {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": "raybert recipe",
+            **schema,
+        }
+    )
