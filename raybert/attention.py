@@ -22,6 +22,20 @@ QKV = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values, each [B, T, H]."""
 
 
+def attend(attention: Any, qkv: Sequence[Tensor], mask: Tensor | None, **kwargs: Any):
+    """Three [B, A, T, D] -> the context [B, T, A, D], and the attention [B, A, T, T] or None.
+
+    Args:
+        attention: a self-attention module, whose implementation, dropout and scaling are used.
+        qkv: queries, keys and values; there may be fewer queries than keys.
+        mask: what transformers makes of attention_mask for the implementation in use.
+    """
+    name = attention.config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+    dropout = attention.dropout.p if attention.training else 0.0
+    return function(attention, *qkv, mask, dropout=dropout, scaling=attention.scaling, **kwargs)
+
+
 class ProjectedAttention(nn.Module):
     """Self-attention whose queries, keys and values come from one module, ``projection``.
 
@@ -60,14 +74,8 @@ class ProjectedAttention(nn.Module):
         return self.projection(hidden)
 
     def attend(self, qkv: Sequence[Tensor], mask: Tensor | None, **kwargs: Any):
-        """Three [B, A, T, D] -> the context [B, T, A, D], and the attention [B, A, T, T] or None.
-
-        ``mask`` is what transformers makes of attention_mask for the attention in use.
-        """
-        name = self.config._attn_implementation
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        dropout = self.dropout.p if self.training else 0.0
-        return function(self, *qkv, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        """See the function `attend`."""
+        return attend(self, qkv, mask, **kwargs)
 
     def output(self, context: Tensor) -> Tensor:
         """What becomes of the heads' joined context [B, T, H]."""

@@ -54,6 +54,8 @@ class Phase:
         rates: learning rates by parameter name pattern; the first match wins, 0 keeps a parameter
             out of the optimiser, ``None`` is the phase's own rate. ``train.rates`` is asked first.
         layer_map: teacher layer (from 1) of each student layer; ``None`` is evenly spaced.
+        every_token: whether it looks at tokens that a classifier's head does not read; the last
+            layer then computes them too.
         calibration: training rows that `initialise` wants to see.
         examined: dev rows that `facts` wants to see.
     """
@@ -63,6 +65,7 @@ class Phase:
     lr: float | None = None
     rates: dict[str, float | None] = {}  # noqa: RUF012 (never written to)
     layer_map: tuple[int, ...] | None = None
+    every_token: bool = False
     calibration: int = 0
     examined: int = 0
 

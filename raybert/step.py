@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from raybert.checkpoint import World
 from raybert.config import KDConfig, UserError
 from raybert.data import MODEL_INPUTS
 from raybert.engine import autocast, fill_gradients
+from raybert.first_token import first_token_only
+from raybert.models import PROBLEMS
 from raybert.phase import Distillation, Outputs, Phase, Taps, check_layer_map, even_layer_map
 from raybert.predictions import Predictions
 from raybert.surgery import encoder_layers
@@ -48,6 +52,11 @@ class Distiller:
             tapped = [engine.module, self.teacher] if live else [engine.module]
             self.taps = [Taps(model, **wants) for model in tapped]
         self.distillation = Distillation(kd, kind, layer_map)
+        self.narrowed = contextlib.ExitStack()
+        if kind in PROBLEMS and not phase.every_token and not (kd.hidden or kd.attention):
+            self.narrowed.enter_context(first_token_only(engine.module))
+            if isinstance(self.teacher, nn.Module):
+                self.narrowed.enter_context(first_token_only(self.teacher))
         self.anchor = next(p for p in engine.module.parameters() if p.requires_grad)
 
     def forward_backward(
@@ -90,7 +99,8 @@ class Distiller:
         return self.taps[which].collect(model_output) if self.taps else Outputs(model_output)
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Leave the models as they were."""
+        self.narrowed.close()
         for taps in self.taps:
             taps.remove()
 

@@ -160,6 +160,13 @@ def attention_block(layer: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any)
     return layer.attention(hidden, *args, **kwargs)[0]
 
 
+def after_attention(layer: Any, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The heads' joined context through the output projection, residual and norm. All [B, T, H]."""
+    if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT
+        return layer.sa_layer_norm(layer.attention.out_lin(context) + hidden)
+    return layer.attention.output(context, hidden)
+
+
 def ffn_block(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     """The second half of a layer: feed-forward, residual and norm. [B, T, H] -> [B, T, H]."""
     if "sa_layer_norm" in dict(layer.named_children()):  # DistilBERT

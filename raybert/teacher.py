@@ -7,6 +7,7 @@ Ray; `raybert.run` shares the shards out.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from raybert.compressed import longest_input
 from raybert.config import UserError
 from raybert.data import MODEL_INPUTS, TaskData, load_prepared
-from raybert.models import check_head, check_weights, load_for_task, read_config
+from raybert.first_token import first_token_only
+from raybert.models import PROBLEMS, check_head, check_weights, load_for_task, read_config
 from raybert.predictions import FORMAT, META, check_shard, key_of, read_meta
 from raybert.surgery import encoder_layers
 
@@ -280,6 +282,9 @@ class Predictor:
         if request.cls:
             for layer in encoder_layers(self.model):
                 layer.register_forward_hook(self._keep)
+        self.narrowed = contextlib.ExitStack()
+        if request.kind in PROBLEMS:
+            self.narrowed.enter_context(first_token_only(self.model))
 
     def _keep(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         self.states.append(output[:, 0].clone())  # a view would hold on to every token

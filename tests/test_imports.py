@@ -20,6 +20,7 @@ LAYERS = [
     {"folders", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant", "gates"},
     {"skipping", "power_norm", "softmax_net", "onnx_int8"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
+    {"first_token"},
     {"warm_start", "fold"},
     {"features", "sources", "groups", "methods", "predictions"},
     {"qa", "batches", "tables", "compressed", "recipe_file"},

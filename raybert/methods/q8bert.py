@@ -231,6 +231,7 @@ class Quantise(Phase):
     """Train with quantised values; at the end the integers are left."""
 
     name = "quantise"
+    every_token = True  # ranges are of all tokens
 
     def __init__(self, method: Q8BERT) -> None:
         self.method = method
