@@ -69,7 +69,8 @@ def measure(args: Any) -> dict[str, list[float]]:
         variants: dict[str, Callable[[Sequence[Step]], Any]] = {
             PLAIN: Worker(plain, Phase(), total),
             DISTIL: Worker(distilling, Phase(), total, teacher),
-            FORWARD: forward_only(distilling, teacher),
+            # Another copy, all of it: the other's last layer computes what its head reads.
+            FORWARD: forward_only(distilling, distilling._load_teacher()),
         }
         return alternate(variants, planned, waiter(plain))
 
