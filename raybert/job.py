@@ -21,6 +21,10 @@ class Hooks(Protocol):
         """New dev metrics; called on every worker."""
         ...
 
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint is whole; called on every worker."""
+        ...
+
     def progress(self, total: int, label: str) -> Any:
         """A progress bar with ``update(n)``, ``set_postfix_str(text)`` and ``close()``."""
         ...

@@ -350,7 +350,8 @@ class Trainer:
                     self._evaluate(engine, phase, total)
                 if saves:
                     position.log_lines = self.log.lines
-                    save(self.folder, engine, position, self.world, train.zero, self._best())
+                    place = (self.world, train.zero, self._best())
+                    self.hooks.saved(save(self.folder, engine, position, *place))
 
     def distiller(self, engine: Any, phase: Phase, teacher: Any) -> Distiller:
         """What runs the phase's forward and backward passes."""

@@ -1,0 +1,5 @@
+"""A search's page: not drawn yet."""
+
+
+def page(answer):
+    return "<html></html>"
