@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "compress", "finetune", "load", "load_recipe"]
+__all__ = ["UserError", "__version__", "compress", "finetune", "load", "load_recipe", "tune"]
 
 if TYPE_CHECKING:
     from raybert.config import UserError, load_recipe
     from raybert.models import load
     from raybert.run import compress, finetune
+    from raybert.search import tune
 
 # Imported on first use: torch, transformers and ray take seconds, and `raybert --help` needs none.
 _HOMES = {
@@ -19,6 +20,7 @@ _HOMES = {
     "load": "raybert.models",
     "compress": "raybert.run",
     "finetune": "raybert.run",
+    "tune": "raybert.search",
 }
 
 

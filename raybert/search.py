@@ -27,13 +27,14 @@ from raybert.ledger import Ledger, Trial
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
 from raybert.plan import Plan, make_plan, resolve_paths, teacher_recipe
 from raybert.run import finetune, predict_teacher, ray_up
-from raybert.search_results import Answer, answer_of, write_answer
+from raybert.search_page import write_page
+from raybert.search_results import Answer, answer_of, write_tables
 from raybert.shares import Shares, share_out
 from raybert.space import Space, apply, chain_of, make_space, read_space
 from raybert.steering import SCHEDULERS, check_schedules
 from raybert.teacher import teacher_digest
 from raybert.trial import Work
-from raybert.tuning import LOGGERS, Runner, make_loggers
+from raybert.tuning import LOGGERS, Runner, machines, make_loggers
 
 Tell = Callable[[str], None]
 
@@ -462,18 +463,17 @@ def _nothing(ledger: Ledger, folder: Path) -> UserError:
     )
 
 
-def _shares(search: Search) -> Shares:
-    import ray
+def write_answer(answer: Answer) -> None:
+    """Write all that a search folder says of its answer: recipes, tables and the page."""
+    write_tables(answer)
+    write_page(answer)
 
-    nodes = [
-        (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+
+def _shares(search: Search) -> Shares:
     free = None if "RAY_ADDRESS" in os.environ else psutil.virtual_memory().available
     return share_out(
         search.recipe,
-        nodes,
+        machines(),
         trials=search.settings.trials,
         concurrent=search.settings.concurrent,
         gpu=search.settings.gpu,

@@ -18,10 +18,18 @@ import pyarrow.parquet as pq
 from scipy import stats
 
 from raybert.config import Recipe, dump_recipe
-from raybert.finalists import Finished, Loss, choose, finalists_of, on_front, read_finished, rule
+from raybert.finalists import (
+    Finished,
+    Loss,
+    choose,
+    finalists_of,
+    least_score,
+    on_front,
+    read_finished,
+    rule,
+)
 from raybert.ledger import Ledger, Trial
 from raybert.objectives import Objective, in_trials
-from raybert.results import RunReport
 from raybert.space import Space, apply
 
 
@@ -35,11 +43,13 @@ class Answer:
         space: what was searched.
         objectives: what counts.
         trials: all of them, skipped ones too.
-        cores: core-seconds and wall-clock seconds of all trials, the finalists' runs too.
+        seconds: wall-clock, of all trials added up, the finalists' runs too.
+        core_seconds: the same times the cores that each held.
         finished: those with a model.
         finalists: those that the winner was chosen from.
         winner: the trial that won.
         within: whether it stays within the loss.
+        least: the score that it must reach.
         rule: how it was chosen, in words.
         front: numbers of the trials that no other beats in all objectives.
     """
@@ -55,6 +65,7 @@ class Answer:
     finalists: tuple[Finished, ...]
     winner: Finished
     within: bool
+    least: float
     rule: str
     front: tuple[int, ...]
 
@@ -100,6 +111,7 @@ def answer_of(
         tuple(chosen),
         winner,
         within,
+        least_score(chosen, loss),
         rule(chosen, objectives, loss, seeds),
         tuple(f.trial.number for f, front in zip(finished, there, strict=True) if front),
     )
@@ -108,25 +120,22 @@ def answer_of(
 # -- files -----------------------------------------------------------------------------------------
 
 
-def write_answer(answer: Answer) -> None:
-    """Write ``best.yaml``, ``front/``, ``trials.csv``, ``trials.parquet`` and ``report.html``."""
-    from raybert.search_page import page
-
+def write_tables(answer: Answer) -> None:
+    """Write ``best.yaml``, ``front/``, ``trials.csv`` and ``trials.parquet``."""
     folder = answer.folder
-    _replace(folder / "best.yaml", dump_recipe(answer.best).encode())
+    write_whole(folder / "best.yaml", dump_recipe(answer.best).encode())
     shutil.rmtree(folder / "front", ignore_errors=True)
     (folder / "front").mkdir()
     for entry in answer.finished:
         if entry.trial.number in answer.front:
             name = entry.trial.name
             recipe = answer.recipe_of(entry.trial, folder / "front" / name)
-            _replace(folder / "front" / f"{name}.yaml", dump_recipe(recipe).encode())
+            write_whole(folder / "front" / f"{name}.yaml", dump_recipe(recipe).encode())
     rows = table(answer)
-    _replace(folder / "trials.csv", _csv(rows))
+    write_whole(folder / "trials.csv", _csv(rows))
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(_columns(rows)), sink)
-    _replace(folder / "trials.parquet", sink.getvalue())
-    _replace(folder / "report.html", page(answer).encode())
+    write_whole(folder / "trials.parquet", sink.getvalue())
 
 
 def table(answer: Answer) -> list[dict[str, Any]]:
@@ -180,7 +189,7 @@ def _kind(value: Any) -> type:
     return float if type(value) is int else type(value)
 
 
-def _replace(file: Path, data: bytes) -> None:
+def write_whole(file: Path, data: bytes) -> None:
     """Write beside the file and rename: a reader finds the old or the new, never half."""
     partial = file.with_name(f".partial-{file.name}")
     partial.write_bytes(data)
@@ -251,8 +260,3 @@ def summary(answer: Answer) -> str:
 
 def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def reports_of(answer: Answer) -> list[RunReport]:
-    """The finished trials' reports, of their first seed."""
-    return [entry.reports[0] for entry in answer.finished]

@@ -316,6 +316,14 @@ def _quiet() -> Iterator[None]:
                 os.environ[key] = value
 
 
+def machines() -> list[tuple[int, int]]:
+    """CPUs and GPUs of each machine of the cluster that Ray is connected to."""
+    import ray
+
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found]
+
+
 def make_loggers(names: Sequence[str], folder: Path) -> list[Any]:
     """Tune's callbacks for MLflow and Weights & Biases.
 

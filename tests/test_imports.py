@@ -12,16 +12,22 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "raybert"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-ONLY_HERE = {"ray": {"run.py"}, "deepspeed": {"engine.py"}}
+SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py"}
+"""The rooms of `raybert tune` that are written in Ray Tune's words."""
+
+ONLY_HERE = {"ray": {"run.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
     {"templates", "onnx_graph", "onnx_first", "power_norm"},
     {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8", "gates"},
+    {"ledger", "shares"},
     {"onnx_int8", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant", "softmax_net"},
     {"skipping"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
     {"warm_start", "fold"},
-    {"features", "sources", "groups", "methods", "predictions"},
+    {"features", "sources", "groups", "methods", "predictions", "objectives"},
+    {"space", "finalists"},
+    {"draws"},
     {"qa", "batches", "tables"},
     {"data", "models", "bench", "plots", "card"},
     {"metrics", "checkpoint", "engine", "views", "job", "teacher", "onnx_trace", "import_ma_bert"},
@@ -29,9 +35,13 @@ LAYERS = [
     {"train", "parity"},
     {"export"},
     {"plan"},
+    {"steering"},
     {"artifact"},
     {"run"},
-    {"compare"},
+    {"compare", "trial", "search_results"},
+    {"tuning", "search_plots"},
+    {"search_page"},
+    {"search"},
     {"demo"},
     {"cli"},
 ]

@@ -1,10 +1,11 @@
 """LoBERT: how much of the encoder's parameters to keep, and how to teach what is left.
 
-``SPACE`` is about size first: the share of the encoder layers' parameters to keep, spread evenly or
-by energy, with or without calibration rows; the rate, and the weights of what is learnt, around what
-was released. ``PAPER`` is the released code's grid of 24: three rates, four weights of the [CLS]
-vectors, compared at unit length or raw. ``SCHEDULES`` is what population-based training may change
-while a recipe runs.
+``SPACE`` is about size first: the share of the encoder layers' parameters to keep, the same for all
+layers or by energy, with or without calibration rows. Rate and distillation range around what was
+released (rates 1e-5 to 5e-5; weights of the [CLS] vectors 10 to 1000; alpha 0.2 to 0.7,
+temperatures 5 to 20), and further up for rates, since small models take larger ones. ``PAPER`` is
+the released code's grid of 24. ``SCHEDULES`` is what population-based training may change on the
+way.
 """
 
 from ray import tune
