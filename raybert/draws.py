@@ -212,6 +212,10 @@ class Draws(Searcher):
         self.check, self.limit, self._say = check, limit, tell
         self.number = self.count = self.skipped = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles what it is given, for a restore that never comes."""
+        return {}
+
     def suggest(self, trial_id: str) -> Any:
         """The next trial's config; see `Searcher.suggest`."""
         while self.count < self.limit and self.skipped < SKIPS:

@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import threading
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,7 +94,7 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore", FutureWarning)
     number, seed, values = config["number"], config["seed"], dict(config["values"])
-    folder, began = work.place(number, seed), time.time()
+    folder = work.place(number, seed)
     try:
         if work.hands_over and seed is None:
             values = _take_over(work, number, values, folder)
@@ -105,7 +104,7 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
         report = read_run(folder).report
     except UserError as error:
         # Not raised: it would be tried again, to the same end.
-        tune.report({"failed": str(error), "values": values, "seconds": time.time() - began})
+        tune.report({"failed": str(error), "values": values})
         return
     # The finished model is in model/; what training left would fill the disk trial by trial.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -116,7 +115,6 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
             "percent": 100.0,
             "finished": True,
             "values": values,
-            "seconds": time.time() - began,
         }
     )
 

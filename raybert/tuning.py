@@ -63,6 +63,10 @@ class Scribe(tune.Callback):
         self.told, self.tell, self.deadline = told, tell, deadline
         self.stamps: dict[str, float] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles what it is given, for a restore that never comes."""
+        return {}
+
     def _of(self, trial: Any) -> Trial:
         number, seed = trial.config["number"], trial.config["seed"]
         known = self.ledger.get(number, seed)
@@ -139,6 +143,10 @@ class Listed(Searcher):
     def __init__(self, trials: Sequence[Trial]) -> None:
         super().__init__()
         self.waiting = list(trials)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles what it is given, for a restore that never comes."""
+        return {}
 
     def suggest(self, trial_id: str) -> Any:
         """The next; see `Searcher.suggest`."""
