@@ -45,6 +45,7 @@ class Job:
         teacher: folder of the fine-tuned teacher; ``None`` when a teacher is being fine-tuned.
         keep_head: whether a head that does not fit the task is an error.
         predictions: folder of the teacher's saved predictions; ``None``: it runs where it is asked.
+        teacher_metrics: the teacher's dev metrics where they are known; ``None``: it is evaluated.
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class Job:
     teacher: str | None
     keep_head: bool
     predictions: Path | None = None
+    teacher_metrics: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

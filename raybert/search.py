@@ -9,6 +9,7 @@ same command continues a search that was interrupted.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from typing import Any
 import psutil
 import yaml
 
-from raybert.artifact import add_measurements
+from raybert.artifact import add_measurements, evaluate_model
 from raybert.config import Recipe, UserError, dump_recipe
 from raybert.draws import ALGORITHMS, Plain, has_optuna, make_source
 from raybert.finalists import Finished, Loss, finalists_of, on_front, parse_loss, read_finished
@@ -28,7 +29,7 @@ from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
 from raybert.plan import Plan, make_plan, resolve_paths, teacher_recipe
 from raybert.run import finetune, predict_teacher, ray_up
 from raybert.search_page import write_page
-from raybert.search_results import Answer, answer_of, write_tables
+from raybert.search_results import Answer, answer_of, write_tables, write_whole
 from raybert.shares import Shares, share_out
 from raybert.space import Space, apply, chain_of, make_space, read_space
 from raybert.steering import SCHEDULERS, check_schedules
@@ -41,8 +42,22 @@ Tell = Callable[[str], None]
 SEARCH = "search.yaml"
 """What a search folder says of itself."""
 
+TEACHER = "teacher.json"
+"""The teacher's dev metrics."""
+
 OWN = {
-    *(SEARCH, "ledger", "trials", "finalists", "front", "ray", "teacher", "best.yaml", "best"),
+    *(
+        SEARCH,
+        TEACHER,
+        "ledger",
+        "trials",
+        "finalists",
+        "front",
+        "ray",
+        "teacher",
+        "best.yaml",
+        "best",
+    ),
     *("trials.csv", "trials.parquet", "report.html"),
 }
 """What a search folder may hold."""
@@ -352,18 +367,17 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
     loggers = make_loggers(search.settings.loggers, search.folder)
     tell(f"{'continuing' if check_place(search) else 'searching'} {search.folder}")
     search.folder.mkdir(parents=True, exist_ok=True)
-    partial = search.folder / f".partial-{SEARCH}"
     settings = {**asdict(search.settings), "loggers": list(search.settings.loggers)}
     held = {**identity(search), "settings": settings}
-    partial.write_text(yaml.safe_dump(held, sort_keys=False), encoding="utf-8")
-    os.replace(partial, search.folder / SEARCH)
+    write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False).encode())
     if search.teacher is not None:
         tell("fine-tuning the teacher")
         finetune(search.teacher, tell=tell)
     _save_predictions(search, tell)
+    teacher = _teacher_metrics(search)
     ledger = Ledger(search.folder)
     try:
-        _train(search, ledger, loggers, tell)
+        _train(search, teacher, ledger, loggers, tell)
     except KeyboardInterrupt:
         if any(trial.state == "finished" for trial in ledger.trials):
             write_answer(_answer(search, ledger))
@@ -389,7 +403,18 @@ def _save_predictions(search: Search, tell: Tell) -> None:
         predict_teacher(recipe.model_copy(update=keys), cls=True in kinds, tell=tell)
 
 
-def _train(search: Search, ledger: Ledger, loggers: list[Any], tell: Tell) -> None:
+def _teacher_metrics(search: Search) -> dict[str, float]:
+    """The teacher's dev metrics, once for all trials; a search that goes on has them."""
+    file = search.folder / TEACHER
+    if not file.is_file():
+        found = evaluate_model(search.recipe.teacher or "", search.plans[0].recipe)
+        write_whole(file, json.dumps(found["metrics"]).encode())
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _train(
+    search: Search, teacher: dict[str, float], ledger: Ledger, loggers: list[Any], tell: Tell
+) -> None:
     """All that needs Ray: the trials, and the finalists' further seeds."""
     settings, recipe = search.settings, search.recipe
     deadline = time.time() + 60 * settings.minutes if settings.minutes else float("inf")
@@ -408,6 +433,7 @@ def _train(search: Search, ledger: Ledger, loggers: list[Any], tell: Tell) -> No
             shares.gpu,
             settings.scheduler == "pbt",
             tuple(search.space.axes),
+            teacher,
         )
         runner = Runner(
             work,

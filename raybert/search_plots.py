@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
-from raybert.finalists import Finished, cost_of
+from raybert.finalists import Finished
 from raybert.ledger import Trial
 from raybert.objectives import LATENCY, Objective
 from raybert.plots import COLOURS, TEACHER, pareto, svg_of
@@ -116,7 +116,7 @@ def _front(
             axes.errorbar(
                 x, entry.score.mean, yerr=entry.score.sd, fmt=marker, color=colour, markersize=size,
                 capsize=3, elinewidth=1.2, zorder=4 if what != "trial" else 3,
-                label=None if what in named else what, gid=f"bars-{entry.trial.number}",
+                label=None if what in named else what,
             )  # fmt: skip
             # The mark again, by itself: error bars take the id of a whole container.
             axes.plot(x, entry.score.mean, marker, color=colour, markersize=size, zorder=5,
@@ -261,9 +261,3 @@ def curves_plot(answer: Answer) -> str | None:
 
     svg = svg_of(draw, "curves", "score by percent of each trial's steps")
     return with_hover(svg, "curves", trials, {})
-
-
-def cost_name(answer: Answer) -> str:
-    """What the winner is the smallest in."""
-    cost = cost_of(answer.objectives)
-    return UNITS.get(cost.name, (1.0, cost.name))[1] if cost else "score"

@@ -26,11 +26,11 @@ SCHEDULERS = ("none", "asha", "median", "pbt")
 TIME = "percent"
 """What schedulers count in: percent of a trial's own steps, over all phases."""
 
-GRACE = 20
-"""Percent that every trial is given before it may be stopped."""
+GRACE = 15
+"""Percent that every trial is given before it may be stopped: the warm-up, and half as much."""
 
-HALVING = 2
-"""ASHA: of the trials that reached a rung, one in so many goes on; rungs are at 20, 40 and 80."""
+THINNING = 3
+"""ASHA: of the trials that reached a rung, one in so many goes on; rungs are at 15 and 45."""
 
 PERTURB = 20
 """Population-based training: percent between looks at the population."""
@@ -43,7 +43,7 @@ def make_scheduler(name: str, space: Space, seed: int) -> Any:
         # More than 100: a trial that has trained to its end is not stopped before its model is
         # written.
         return AsyncHyperBandScheduler(
-            **shared, max_t=101, grace_period=GRACE, reduction_factor=HALVING
+            **shared, max_t=101, grace_period=GRACE, reduction_factor=THINNING
         )
     if name == "median":
         return MedianStoppingRule(**shared, grace_period=GRACE, min_samples_required=3)

@@ -15,7 +15,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Work:
         gpu: GPUs of each worker, or of a trial of one worker a share of one.
         hands_over: whether trials take over each other's checkpoints (population-based training).
         keys: of the space.
+        teacher_metrics: the teacher's on the dev rows.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class Work:
     gpu: float
     hands_over: bool
     keys: tuple[str, ...]
+    teacher_metrics: dict[str, float]
 
     def place(self, number: int, seed: int | None) -> Path:
         """A trial's run folder."""
@@ -141,6 +143,7 @@ class _Carrier:
     def fit(self, plan: Plan, job: Job) -> dict[str, Any]:
         """See `raybert.run.Fit`."""
         hooks = _TuneHooks(self, plan)
+        job = replace(job, teacher_metrics=self.work.teacher_metrics)
         if plan.recipe.workers == 1:
             return run_here(job, hooks)
         return _fit_group(job, hooks, self.work)
