@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, help="folder to write")
     command.set_defaults(run=_import_ma_bert)
     command = commands.add_parser("demo", help="all of it, offline, in a few minutes")
-    command.add_argument("--out", default="demo", help="folder (default: demo)")
+    command.add_argument("--out", help="folder (default: demo, or demo-tune)")
     command.add_argument("--workers", type=int, default=1, help="training processes (default: 1)")
     command.add_argument(
         "--tune", action="store_true", help="search one method's parameters instead"
@@ -462,7 +462,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from raybert.search import Settings, check_place, describe, make_search, run_search
+    from raybert.search import run_search
+    from raybert.search_plan import Settings, check_place, describe, make_search
     from raybert.search_results import summary
 
     settings = Settings(
@@ -495,11 +496,11 @@ def _demo(args: argparse.Namespace) -> int:
     from raybert.search_results import summary
 
     if args.tune:
-        answer = tune_demo(Path(args.out), tell=_tell)
+        answer = tune_demo(Path(args.out or "demo-tune"), tell=_tell)
         print(summary(answer))
         print(f"report   {answer.folder / 'report.html'}")
         return 0
-    run_demo(Path(args.out), workers=args.workers, tell=_tell)
+    run_demo(Path(args.out or "demo"), workers=args.workers, tell=_tell)
     return 0
 
 

@@ -113,13 +113,11 @@ def _front(
         named: set[str] = set()
         for (entry, _), (x, _y) in zip(known, points, strict=True):
             what, colour, marker, size = _look(answer, entry)
-            axes.errorbar(
-                x, entry.score.mean, yerr=entry.score.sd, fmt=marker, color=colour, markersize=size,
-                capsize=3, elinewidth=1.2, zorder=4 if what != "trial" else 3,
-                label=None if what in named else what,
-            )  # fmt: skip
-            # The mark again, by itself: error bars take the id of a whole container.
+            if entry.score.sd:
+                axes.errorbar(x, entry.score.mean, yerr=entry.score.sd, fmt="none", ecolor=colour,
+                              capsize=3, elinewidth=1.2, zorder=4)  # fmt: skip
             axes.plot(x, entry.score.mean, marker, color=colour, markersize=size, zorder=5,
+                      label=None if what in named else what,
                       gid=f"trial-{entry.trial.number}")  # fmt: skip
             named.add(what)
         report = known[0][0].reports[0]

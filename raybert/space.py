@@ -7,7 +7,6 @@ A space is a dictionary in a Python module, a YAML file, or one that ships in `t
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -52,33 +51,14 @@ class Space:
     axes: Mapping[str, Any]
 
     @property
-    def varied(self) -> list[str]:
-        """The keys that have more than one value."""
-        return [key for key, axis in self.axes.items() if choices(axis) != 1]
-
-    @property
     def text(self) -> dict[str, str]:
         """Every key with what it is searched over, in words."""
         return {key: describe(axis) for key, axis in self.axes.items()}
-
-    @property
-    def digest(self) -> str:
-        """Tells spaces apart, whatever they are called."""
-        return hashlib.sha256(json.dumps(self.text, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_grid(axis: Any) -> bool:
     """Whether an axis is ``tune.grid_search``."""
     return isinstance(axis, dict) and set(axis) == {"grid_search"}
-
-
-def choices(axis: Any) -> int | None:
-    """How many values an axis has; None where there is no end to them."""
-    if is_grid(axis):
-        return len(axis["grid_search"])
-    if isinstance(axis, Categorical):
-        return len(axis)
-    return None if isinstance(axis, Domain) else 1
 
 
 def listed(axis: Any) -> list[Any] | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from transformers.utils.logging import disable_progress_bar
 
 from raybert.config import Recipe, UserError, dump_recipe, load_recipe
 from raybert.job import Job
@@ -51,6 +52,7 @@ class Work:
         hands_over: whether trials take over each other's checkpoints (population-based training).
         keys: of the space.
         teacher_metrics: the teacher's on the dev rows.
+        address: of the cluster, if one was named; a machine's own cores are then no limit.
     """
 
     recipe: Recipe
@@ -61,6 +63,7 @@ class Work:
     hands_over: bool
     keys: tuple[str, ...]
     teacher_metrics: dict[str, float]
+    address: str | None
 
     def place(self, number: int, seed: int | None) -> Path:
         """A trial's run folder."""
@@ -94,7 +97,10 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
         work: what all share.
     """
     logging.disable(logging.INFO)
+    disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
+    if work.address is not None:
+        os.environ["RAY_ADDRESS"] = work.address
     number, seed, values = config["number"], config["seed"], dict(config["values"])
     folder = work.place(number, seed)
     try:

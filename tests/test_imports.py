@@ -40,7 +40,7 @@ LAYERS = [
     {"run"},
     {"compare", "trial", "search_results"},
     {"tuning", "search_plots"},
-    {"search_page"},
+    {"search_page", "search_plan"},
     {"search"},
     {"demo"},
     {"cli"},

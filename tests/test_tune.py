@@ -21,7 +21,8 @@ from raybert.ledger import Ledger, Trial
 from raybert.objectives import front, in_trials, latency, parse_objectives
 from raybert.report import write_run_report
 from raybert.results import build
-from raybert.search import Settings, check_place, describe, identity, make_search, write_answer
+from raybert.search import write_answer
+from raybert.search_plan import Settings, check_place, describe, identity, make_search
 from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
 from raybert.space import make_space

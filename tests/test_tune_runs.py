@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,9 @@ import yaml
 from ray import tune as ray_tune
 
 from raybert.config import UserError, dump_recipe, load_recipe
+from raybert.draws import Plain
 from raybert.ledger import Ledger
+from raybert.plan import own_cores
 from raybert.run import compress
 from raybert.search import tune
 
@@ -116,7 +117,7 @@ def test_trials_fail_alone_and_a_search_without_any_says_why(toy, teacher, tmp_p
     assert report["teacher"]["metrics"] == found["teacher"]["metrics"]
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+@pytest.mark.skipif(own_cores() < 2, reason="needs two cores")
 def test_trials_of_two_workers_come_to_the_same_as_of_one(toy, teacher, tmp_path):
     axes = {"train.lr": ray_tune.grid_search([2e-3])}
     settings = {"algorithm": "grid", "finalists": 0, **QUIET}
@@ -126,7 +127,7 @@ def test_trials_of_two_workers_come_to_the_same_as_of_one(toy, teacher, tmp_path
         recipe = toy(out, teacher=str(teacher), method=["lobert"], workers=workers)
         answer = tune(recipe, axes, **settings)
         results[workers] = answer.winner.reports[0]
-        assert answer.trials[0].cores == workers * max(1, (os.cpu_count() or 1) // workers)
+        assert answer.trials[0].cores == workers * (own_cores() // workers)
         assert len(answer.trials[0].curve) > 1, "evaluations reached Tune"
     assert results[1].student.metrics == pytest.approx(results[2].student.metrics, abs=0.03)
 
@@ -140,12 +141,8 @@ def test_a_population_takes_over_the_better_weights(toy, teacher, tmp_path):
     settings = {"scheduler": "pbt", "trials": 4, "finalists": 0, "concurrent": 2, **QUIET}
     answer = tune(recipe, axes, **settings)
     assert [trial.state for trial in answer.trials] == ["finished"] * 4
-    first = {}
-    from raybert.draws import Plain
-
-    for trial in answer.trials:
-        first[trial.number] = Plain(answer.space, recipe.train.seed).ask(trial.number)
-    changed = [t for t in answer.trials if t.values != first[t.number]]
+    drawn = Plain(answer.space, recipe.train.seed)
+    changed = [t for t in answer.trials if t.values != drawn.ask(t.number)]
     assert changed, "nobody took over"
     for trial in changed:
         assert 1e-6 <= trial.values["train.lr"] <= 1e-2

@@ -20,7 +20,8 @@ from common import Figure, encoder, options, publish
 def search(args: Any, folder: Path, teacher: Path, name: str, **how: Any) -> dict[str, Any]:
     """One way to go through the grid: its seconds and the best score."""
     from raybert.config import recipe_from
-    from raybert.search import Settings, make_search, run_search
+    from raybert.search import run_search
+    from raybert.search_plan import Settings, make_search
 
     # Predictions of its own: what another search has saved would be a present.
     data = {"max_length": 64, "limit": args.rows, "cache": str(folder / f"cache-{name}")}

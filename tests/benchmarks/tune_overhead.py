@@ -25,7 +25,8 @@ def measure(args: Any, folder: Path) -> dict[str, Any]:
     from raybert.finalists import read_finished
     from raybert.ledger import Ledger
     from raybert.run import finetune
-    from raybert.search import Settings, make_search, run_search
+    from raybert.search import run_search
+    from raybert.search_plan import Settings, make_search
 
     data = {"max_length": 64, "limit": 64 if args.quick else None, "cache": str(folder / "cache")}
     keys: dict[str, Any] = {"task": "demo", "data": data, "model": encoder(args)}
