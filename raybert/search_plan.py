@@ -26,19 +26,8 @@ TEACHER = "teacher.json"
 """The teacher's dev metrics."""
 
 OWN = {
-    *(
-        SEARCH,
-        TEACHER,
-        "ledger",
-        "trials",
-        "finalists",
-        "front",
-        "ray",
-        "teacher",
-        "best.yaml",
-        "best",
-    ),
-    *("trials.csv", "trials.parquet", "report.html"),
+    *(SEARCH, TEACHER, "ledger", "trials", "finalists", "teacher", "ray"),
+    *("best", "best.yaml", "front", "trials.csv", "trials.parquet", "report.html"),
 }
 """What a search folder may hold."""
 

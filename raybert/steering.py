@@ -61,7 +61,7 @@ def make_scheduler(name: str, space: Space, seed: int) -> Any:
 def mutable(space: Space) -> dict[str, Any]:
     """The axes that population-based training changes, as it wants them."""
     return {
-        key: axis["grid_search"] if is_grid(axis) else axis
+        key: listed(axis) or axis  # a list is stepped through, a distribution multiplied
         for key, axis in space.axes.items()
         if is_grid(axis) or isinstance(axis, Domain)
     }

@@ -286,7 +286,8 @@ class Runner:
                 storage_path=str(place),
                 callbacks=[scribe, *self.loggers],
                 failure_config=tune.FailureConfig(max_failures=self.retries),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+                # Of a population: one that is taken over must not be gone by then.
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
                 verbose=0,
             ),
         )
