@@ -103,8 +103,10 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
         os.environ["RAY_ADDRESS"] = work.address
     number, seed, values = config["number"], config["seed"], dict(config["values"])
     folder = work.place(number, seed)
+    if seed is not None:  # a finalist's run: its recipe stays as it is
+        work = replace(work, hands_over=False)
     try:
-        if work.hands_over and seed is None:
+        if work.hands_over:
             values = _take_over(work, number, values, folder)
         recipe = work.recipe_for(number, seed, values)
         carrier = _Carrier(work, number, values)

@@ -8,6 +8,7 @@ algorithm, and what was running runs on in its own run folder.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -31,8 +32,9 @@ from raybert.trial import Work, run_trial
 Tell = Callable[[str], None]
 
 HEAD = "node:__internal_head__"
-"""A resource of the machine that the search runs on. Trials of several workers only watch them, so
-they take none of the CPUs that those need: else trials would hold all CPUs and wait for ever."""
+"""A resource of the machine that the search runs on, 1 in all. Trials of several workers only watch
+them, so they take none of the CPUs that those need, else they would hold all and wait for ever:
+they take their part of this."""
 
 LOGGERS = {"mlflow": "mlflow", "wandb": "wandb"}
 """Loggers by name, and the package that each needs."""
@@ -261,12 +263,9 @@ class Runner:
 
     def _fit(self, axes: dict[str, Any], scribe: Scribe, samples: int, **how: Any) -> None:
         alone = self.work.recipe.workers == 1
-        if alone:
-            resources: dict[str, float] = {"CPU": self.shares.cpus}
-            resources |= {"GPU": self.shares.gpu} if self.shares.gpu else {}
-        else:
-            resources = {"CPU": 0, HEAD: 0.001}
-        trainable = tune.with_resources(tune.with_parameters(run_trial, work=self.work), resources)
+        trainable = tune.with_resources(
+            tune.with_parameters(run_trial, work=self.work), self._resources()
+        )
         place = self.work.folder / "ray"
         left = self.deadline - time.time()
         tuner = tune.Tuner(
@@ -274,7 +273,8 @@ class Runner:
             param_space=axes,
             tune_config=tune.TuneConfig(
                 num_samples=samples,
-                max_concurrent_trials=self.shares.concurrent,
+                # A population waits in turns: what is held back by a number is not part of it.
+                max_concurrent_trials=None if self.work.hands_over else self.shares.concurrent,
                 # An actor of its own a trial costs the seconds of importing torch; one worker's
                 # loop leaves nothing behind in its process.
                 reuse_actors=alone,
@@ -294,6 +294,15 @@ class Runner:
         with _quiet():
             tuner.fit()
         shutil.rmtree(place, ignore_errors=True)
+
+    def _resources(self) -> dict[str, float]:
+        """What Tune sets aside for a trial."""
+        shares = self.shares
+        if self.work.recipe.workers > 1:
+            return {"CPU": 0, HEAD: math.floor(900 / shares.concurrent) / 1000}
+        cpus = sum(cpu for cpu, _ in machines()) // shares.concurrent
+        taken = max(shares.cpus, cpus) if self.work.hands_over else shares.cpus
+        return {"CPU": taken, **({"GPU": shares.gpu} if shares.gpu else {})}
 
 
 def _nobody(trial: Trial) -> None:
