@@ -205,6 +205,9 @@ def _add_tune(commands: Any) -> None:
     command.add_argument("--gpu", type=float, default=1.0, help="GPUs a trial, such as 0.5")
     command.add_argument("--minutes", type=float, help="train no longer than this")
     command.add_argument(
+        "--retry-failed", action="store_true", help="let trials that failed before run again"
+    )
+    command.add_argument(
         "--log", action="append", default=[], choices=("mlflow", "wandb"), help="log there too"
     )
     command.add_argument("--dry-run", action="store_true", help="check all, show samples; stop")
@@ -477,6 +480,7 @@ def _tune(args: argparse.Namespace) -> int:
         concurrent=args.concurrent,
         gpu=args.gpu,
         minutes=args.minutes,
+        retry_failed=args.retry_failed,
         loggers=tuple(args.log),
     )
     search = make_search(_recipe(args.words), args.space, settings)

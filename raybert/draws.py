@@ -211,6 +211,7 @@ class Draws(Searcher):
         self.source, self.ledger, self.recipe = source, ledger, recipe
         self.check, self.limit, self._say = check, limit, tell
         self.number = self.count = self.skipped = 0
+        self.ahead: list[dict[str, Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles what it is given, for a restore that never comes."""
@@ -218,6 +219,8 @@ class Draws(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial's config; see `Searcher.suggest`."""
+        if self.ahead:
+            return self.ahead.pop()
         while self.count < self.limit and self.skipped < SKIPS:
             known = self.ledger.get(self.number)
             if known is None:
@@ -234,6 +237,12 @@ class Draws(Searcher):
             results = known.results if known.state in ("finished", "stopped") else None
             self.source.tell(known.number, results)
         return Searcher.FINISHED
+
+    def has_next(self) -> bool:
+        """Whether there is anything to run: Tune does without a search that has not."""
+        found = self.suggest("")
+        self.ahead = [] if found == Searcher.FINISHED else [found]
+        return bool(self.ahead)
 
     def _draw(self) -> Trial | None:
         values = self.source.ask(self.number)

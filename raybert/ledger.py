@@ -79,10 +79,23 @@ class Ledger:
         partial.write_text(json.dumps(asdict(trial), indent=1) + "\n", encoding="utf-8")
         os.replace(partial, file)
 
+    def reopen_failed(self) -> int:
+        """Let failed trials run again, from their last checkpoints; how many there are."""
+        failed = [trial for trial in self._trials.values() if trial.state == "failed"]
+        for trial in failed:
+            trial.state, trial.reason = "running", ""
+            self.write(trial)
+        return len(failed)
+
     @property
     def trials(self) -> list[Trial]:
         """The search's own trials, in order of drawing."""
         return sorted((t for t in self._trials.values() if t.seed is None), key=lambda t: t.number)
+
+    @property
+    def ended(self) -> int:
+        """How many of them need not be run again, skipped ones not counted."""
+        return sum(t.state in DONE and t.state != "skipped" for t in self.trials)
 
     def seeds_of(self, number: int) -> list[Trial]:
         """A finalist's runs with further seeds."""

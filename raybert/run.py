@@ -408,9 +408,14 @@ def _cluster(recipe: Recipe) -> Iterator[tuple[int, bool]]:
 
 
 @contextlib.contextmanager
-def ray_up() -> Iterator[dict[str, float]]:
+def ray_up(dashboard: bool = True) -> Iterator[dict[str, float]]:
     """Ray, RAY_ADDRESS's cluster or this machine as one: its resources in all. What was started
-    here is stopped at the end."""
+    here is stopped at the end.
+
+    Args:
+        dashboard: whether a Ray started here has one, on loopback: Ray Train asks its State API
+            which workers are left to clean. It takes seconds to start.
+    """
     import ray
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -420,9 +425,7 @@ def ray_up() -> Iterator[dict[str, float]]:
     if started:
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
         if "RAY_ADDRESS" not in os.environ:
-            # The dashboard, on loopback: Ray Train asks its State API which workers are left to
-            # clean.
-            options |= {"num_cpus": own_cores(), "include_dashboard": True}
+            options |= {"num_cpus": own_cores(), "include_dashboard": dashboard}
             options |= {"dashboard_host": "127.0.0.1"}
         ray.init(**options)
     try:

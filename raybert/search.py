@@ -25,7 +25,7 @@ from raybert.config import Recipe, UserError
 from raybert.data import steps_per_epoch
 from raybert.draws import Plain, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
-from raybert.ledger import Ledger, Trial
+from raybert.ledger import DONE, Ledger, Trial
 from raybert.objectives import LATENCY, in_trials
 from raybert.predictions import takes_saved
 from raybert.run import finetune, predict_teacher, ray_up
@@ -85,7 +85,7 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
     loggers = make_loggers(search.settings.loggers, search.folder)
     tell(f"{'continuing' if check_place(search) else 'searching'} {search.folder}")
     search.folder.mkdir(parents=True, exist_ok=True)
-    settings = {**asdict(search.settings), "loggers": list(search.settings.loggers)}
+    settings = json.loads(json.dumps(asdict(search.settings)))  # without tuples
     held = {**identity(search), "settings": settings}
     write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False).encode())
     if search.teacher is not None:
@@ -94,8 +94,11 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
     _save_predictions(search, tell)
     teacher = _teacher_metrics(search)
     ledger = Ledger(search.folder)
+    if search.settings.retry_failed:
+        tell(f"{ledger.reopen_failed()} failed trials run again")
     try:
-        _train(search, teacher, ledger, loggers, tell)
+        if not _is_done(search, ledger):
+            _train(search, teacher, ledger, loggers, tell)
     except KeyboardInterrupt:
         if any(trial.state == "finished" for trial in ledger.trials):
             write_answer(_answer(search, ledger))
@@ -145,7 +148,7 @@ def _train(
     """All that needs Ray: the trials, and the finalists' further seeds."""
     settings, recipe = search.settings, search.recipe
     deadline = time.time() + 60 * settings.minutes if settings.minutes else float("inf")
-    with ray_up():
+    with ray_up(dashboard=recipe.workers > 1):
         shares = _shares(search)
         tell(
             f"{shares.concurrent} trials at once, {recipe.workers} worker(s) of {shares.cpus} "
@@ -190,6 +193,17 @@ def _train(
         if not finished:
             raise _nothing(ledger, search.folder)
         runner.repeat(_again(search, finished))
+
+
+def _is_done(search: Search, ledger: Ledger) -> bool:
+    """Whether all that was asked for has been run, so that Ray need not be started."""
+    if ledger.ended < search.settings.trials:
+        return False
+    finished = read_finished(ledger, search.folder)
+    if not finished:
+        raise _nothing(ledger, search.folder)
+    runs = [ledger.get(trial.number, trial.seed) for trial in _again(search, finished)]
+    return all(run is not None and run.state in DONE for run in runs)
 
 
 def _again(search: Search, finished: list[Finished]) -> list[Trial]:

@@ -52,6 +52,7 @@ class Settings:
         gpu: GPUs of a trial of one worker, such as 0.5.
         minutes: after which nothing more is trained; None: no limit.
         retries: how often a trial that crashed is tried again.
+        retry_failed: of an earlier start, let failed trials run again.
         loggers: ``mlflow`` and ``wandb``, beside the TensorBoard files in each trial's folder.
     """
 
@@ -66,6 +67,7 @@ class Settings:
     gpu: float = 1.0
     minutes: float | None = None
     retries: int = 2
+    retry_failed: bool = False
     loggers: tuple[str, ...] = ()
 
     def checked(self) -> Settings:

@@ -122,7 +122,7 @@ class Scribe(tune.Callback):
     def _ended(self, own: Trial) -> None:
         self.ledger.write(own)
         self.told(own)
-        done = sum(t.state in DONE and t.state != "skipped" for t in self.ledger.trials)
+        done = self.ledger.ended
         shown = ", ".join(
             f"{key} {value:.4g}" for key, value in own.results.items() if key in ("score", "bytes")
         )
@@ -215,7 +215,7 @@ class Runner:
         draws = Draws(source, self.ledger, recipe, check, limit, self.tell)
         steering = make_scheduler(scheduler, space, recipe.train.seed)
         remember(steering, [t for t in self.ledger.trials if t.state in ("finished", "stopped")])
-        if self._open(limit):
+        if time.time() < self.deadline and draws.has_next():
             scribe = self._scribe(limit, draws.told)
             self._fit({}, scribe, limit, search_alg=draws, scheduler=steering)
         if draws.skipped >= SKIPS:
@@ -251,11 +251,6 @@ class Runner:
         }
         scheduler = make_scheduler("pbt", space, self.work.recipe.train.seed)
         self._fit(space_of_numbers, self._scribe(limit, _nobody), 1, scheduler=scheduler)
-
-    def _open(self, limit: int) -> bool:
-        """Whether there may be anything left to run."""
-        done = sum(t.state in DONE and t.state != "skipped" for t in self.ledger.trials)
-        return done < limit and time.time() < self.deadline
 
     def _scribe(self, total: int, told: Callable[[Trial], None]) -> Scribe:
         cores = self.shares.cpus * self.work.recipe.workers

@@ -269,6 +269,8 @@ def test_the_ledger_reads_what_it_wrote(tmp_path):
     assert [t.number for t in again.trials] == [1, 2]
     assert again.get(1) == ledger.get(1)
     assert [t.seed for t in again.seeds_of(1)] == [43]
+    assert again.reopen_failed() == 1
+    assert [t.state for t in Ledger(tmp_path).trials] == ["running", "running"]
     (tmp_path / "ledger" / "002.json").write_text("{")
     with pytest.raises(UserError, match=r"002\.json is damaged"):
         Ledger(tmp_path)
