@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ from ray.tune.search.sample import Domain
 from raybert.config import MethodConfig, UserError
 from raybert.ledger import Trial
 from raybert.methods import METHODS
+from raybert.objectives import Objective, front
 from raybert.plan import Plan
 from raybert.space import Space, is_grid, listed
 
@@ -36,14 +36,44 @@ PERTURB = 20
 """Population-based training: percent between looks at the population."""
 
 
-def make_scheduler(name: str, space: Space, seed: int) -> Any:
+class Sparing(AsyncHyperBandScheduler):
+    """ASHA that goes by the score, and spares trials that no other beats in all objectives.
+
+    Among models of all sizes the score alone would stop the small ones, which a search is for.
+
+    Args:
+        objectives: what trials are judged by; the score alone spares none that ASHA would stop.
+        how: the scheduler's own.
+    """
+
+    def __init__(self, objectives: Sequence[Objective], **how: Any) -> None:
+        super().__init__(**how)
+        self.objectives = objectives
+        self.curves: dict[str, list[dict[str, Any]]] = {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """ASHA's decision, unless the trial is on the front of those that came as far."""
+        self.curves.setdefault(trial.trial_id, []).append(result)
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if decision != self.STOP or len(self.objectives) < 2:
+            return decision
+        rivals = [
+            [point for point in curve if point[TIME] <= result[TIME]][-1:]
+            for name, curve in self.curves.items()
+            if name != trial.trial_id
+        ]
+        rows = [result, *(point for points in rivals for point in points)]
+        return self.CONTINUE if front(rows, self.objectives)[0] else decision
+
+
+def make_scheduler(name: str, space: Space, objectives: Sequence[Objective]) -> Any:
     """A Tune scheduler by its name; all go by the dev score."""
     shared: dict[str, Any] = {"time_attr": TIME, "metric": "score", "mode": "max"}
     if name == "asha":
         # More than 100: a trial that has trained to its end is not stopped before its model is
         # written.
-        return AsyncHyperBandScheduler(
-            **shared, max_t=101, grace_period=GRACE, reduction_factor=THINNING
+        return Sparing(
+            objectives, **shared, max_t=101, grace_period=GRACE, reduction_factor=THINNING
         )
     if name == "median":
         return MedianStoppingRule(**shared, grace_period=GRACE, min_samples_required=3)
@@ -125,12 +155,12 @@ def check_schedules(space: Space, plans: Sequence[Plan]) -> None:
 
 def remember(scheduler: Any, trials: Sequence[Trial]) -> None:
     """Show a scheduler the curves of trials that ended before the search was interrupted."""
-    if not isinstance(scheduler, AsyncHyperBandScheduler):
+    if not isinstance(scheduler, Sparing):
         return
     for trial in trials:
         stub: Any = SimpleNamespace(trial_id=f"before-{trial.name}", config={})
         controller: Any = None
         scheduler.on_trial_add(controller, stub)
         for percent, score in trial.curve:
-            result = {TIME: percent, "score": score, "time_total_s": time.time()}
+            result = {**trial.results, TIME: percent, "score": score}
             scheduler.on_trial_result(controller, stub, result)

@@ -213,7 +213,7 @@ class Runner:
             self._population(source, check, limit, space)
             return
         draws = Draws(source, self.ledger, recipe, check, limit, self.tell)
-        steering = make_scheduler(scheduler, space, recipe.train.seed)
+        steering = make_scheduler(scheduler, space, self.work.objectives)
         remember(steering, [t for t in self.ledger.trials if t.state in ("finished", "stopped")])
         if time.time() < self.deadline and draws.has_next():
             scribe = self._scribe(limit, draws.told)
@@ -249,7 +249,7 @@ class Runner:
             "seed": None,
             "values": tune.sample_from(lambda config: dict(found[config["number"]])),
         }
-        scheduler = make_scheduler("pbt", space, self.work.recipe.train.seed)
+        scheduler = make_scheduler("pbt", space, self.work.objectives)
         self._fit(space_of_numbers, self._scribe(limit, _nobody), 1, scheduler=scheduler)
 
     def _scribe(self, total: int, told: Callable[[Trial], None]) -> Scribe:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -244,17 +245,27 @@ def test_optuna_learns_from_what_it_is_told():
     assert late[len(late) // 2] < 0.15, "half of the later ones are near the best"
 
 
-def test_asha_remembers_trials_of_before():
-    curves = [[[25.0, s], [50.0, s], [75.0, s]] for s in (0.9, 0.8, 0.7, 0.6)]
-    scheduler = make_scheduler("asha", SPACE, 0)
-    remember(scheduler, [Trial(n, {}, "finished", curve=c) for n, c in enumerate(curves)])
+def test_asha_remembers_trials_of_before_and_spares_the_front():
+    sizes, scores = (100.0, 90.0, 80.0, 70.0), (0.9, 0.8, 0.7, 0.6)
+    before = [
+        Trial(n, {}, "finished", results={"bytes": size},
+              curve=[[25.0, score], [50.0, score], [75.0, score]])
+        for n, (size, score) in enumerate(zip(sizes, scores, strict=True))
+    ]  # fmt: skip
 
-    class Stub:
-        trial_id, config = "new", {}
+    def decision(objectives, score: float, size: float) -> str:
+        scheduler = make_scheduler("asha", SPACE, objectives)
+        remember(scheduler, before)
+        stub = SimpleNamespace(trial_id="new", config={})
+        scheduler.on_trial_add(None, stub)
+        result = {"percent": 25.0, "score": score, "bytes": size}
+        return scheduler.on_trial_result(None, stub, result)
 
-    result = {"percent": 25.0, "score": 0.65, "time_total_s": 1.0}
-    scheduler.on_trial_add(None, Stub())
-    assert scheduler.on_trial_result(None, Stub(), result) == scheduler.STOP
+    only_score = SCORE_BYTES[:1]
+    assert decision(only_score, 0.95, 100.0) == "CONTINUE"
+    assert decision(only_score, 0.65, 50.0) == "STOP"
+    assert decision(SCORE_BYTES, 0.65, 75.0) == "CONTINUE", "no smaller one is as good"
+    assert decision(SCORE_BYTES, 0.65, 85.0) == "STOP", "a smaller one is better"
 
 
 # -- the ledger ------------------------------------------------------------------------------------
