@@ -186,6 +186,16 @@ Check = Callable[[Values], str]
 """Why a sample is not worth a start-up; nothing where it is."""
 
 
+def config_of(trial: Trial) -> dict[str, Any]:
+    """What a trial's actor is told."""
+    return {
+        "number": trial.number,
+        "population": None,
+        "seed": trial.seed,
+        "values": trial.values,
+    }
+
+
 class Draws(Searcher):
     """Gives Tune one legal trial after the other, those of an interrupted search first.
 
@@ -233,7 +243,7 @@ class Draws(Searcher):
             self.skipped = self.skipped + 1 if known.state == "skipped" else 0
             self.count += known.state != "skipped"
             if known.state not in DONE:
-                return {"number": known.number, "seed": None, "values": known.values}
+                return config_of(known)
             results = known.results if known.state in ("finished", "stopped") else None
             self.source.tell(known.number, results)
         return Searcher.FINISHED

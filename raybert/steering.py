@@ -53,8 +53,10 @@ class Sparing(AsyncHyperBandScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """ASHA's decision, unless the trial is on the front of those that came as far."""
-        self.curves.setdefault(trial.trial_id, []).append(result)
         decision = super().on_trial_result(tune_controller, trial, result)
+        if TIME not in result:  # it has failed
+            return decision
+        self.curves.setdefault(trial.trial_id, []).append(result)
         if decision != self.STOP or len(self.objectives) < 2:
             return decision
         rivals = [
@@ -81,6 +83,7 @@ def make_scheduler(name: str, space: Space, objectives: Sequence[Objective]) -> 
         return PopulationBasedTraining(
             **shared,
             perturbation_interval=PERTURB,
+            require_attrs=False,  # a trial that has failed has none
             hyperparam_mutations={"values": mutable(space)},
             custom_explore_fn=_Inside(space),
             log_config=False,

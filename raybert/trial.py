@@ -93,7 +93,7 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
     """The function that Tune runs for each trial.
 
     Args:
-        config: ``number``, ``seed`` and ``values`` of the trial.
+        config: ``number``, ``seed`` and ``values`` of the trial; see `number_of`.
         work: what all share.
     """
     logging.disable(logging.INFO)
@@ -101,7 +101,8 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     if work.address is not None:
         os.environ["RAY_ADDRESS"] = work.address
-    number, seed, values = config["number"], config["seed"], dict(config["values"])
+    number = number_of(config, tune.get_context().get_trial_id())
+    seed, values = config["seed"], dict(config["values"])
     folder = work.place(number, seed)
     if seed is not None:  # a finalist's run: its recipe stays as it is
         work = replace(work, hands_over=False)
@@ -127,6 +128,20 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
             "values": values,
         }
     )
+
+
+def number_of(config: dict[str, Any], trial_id: str) -> int:
+    """A trial's number.
+
+    Args:
+        config: its ``number``. Of a population also ``population``, the numbers of all: a trial
+            that takes over from another gets that one's config, number and all.
+        trial_id: Tune's, which for a population ends in the place among them.
+    """
+    population = config["population"]
+    if population is None:
+        return config["number"]
+    return population[int(trial_id.rpartition("_")[2])]
 
 
 def results_of(report: RunReport, objectives: tuple[Objective, ...]) -> dict[str, float]:

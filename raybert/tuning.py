@@ -21,13 +21,13 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from raybert.config import UserError
-from raybert.draws import SKIPS, Check, Draws, Source
+from raybert.draws import SKIPS, Check, Draws, Source, config_of
 from raybert.ledger import DONE, Ledger, Trial
 from raybert.run import last_line
 from raybert.shares import Shares
 from raybert.space import Space
 from raybert.steering import make_scheduler, remember
-from raybert.trial import Work, run_trial
+from raybert.trial import Work, number_of, run_trial
 
 Tell = Callable[[str], None]
 
@@ -70,7 +70,7 @@ class Scribe(tune.Callback):
         return {}
 
     def _of(self, trial: Any) -> Trial:
-        number, seed = trial.config["number"], trial.config["seed"]
+        number, seed = number_of(trial.config, trial.trial_id), trial.config["seed"]
         known = self.ledger.get(number, seed)
         return known or Trial(number, dict(trial.config["values"]), seed=seed)
 
@@ -168,11 +168,6 @@ class Listed(Searcher):
         """See `save`."""
 
 
-def config_of(trial: Trial) -> dict[str, Any]:
-    """What a trial's actor is told."""
-    return {"number": trial.number, "seed": trial.seed, "values": trial.values}
-
-
 class Runner:
     """Runs the trials of one search.
 
@@ -246,6 +241,7 @@ class Runner:
             return
         space_of_numbers = {
             "number": tune.grid_search(list(found)),
+            "population": list(found),
             "seed": None,
             "values": tune.sample_from(lambda config: dict(found[config["number"]])),
         }
@@ -310,6 +306,8 @@ def _quiet() -> Iterator[None]:
     settings = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        # A trial that has failed has no score; the others go on.
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
     }

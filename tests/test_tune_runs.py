@@ -147,7 +147,7 @@ def test_a_population_takes_over_the_better_weights(toy, teacher, tmp_path):
     kd = {"alpha": 0.5}
     recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], train=train, kd=kd)
     axes = {"train.lr": ray_tune.loguniform(1e-6, 1e-2), "kd.alpha": ray_tune.uniform(0.1, 0.9)}
-    settings = {"scheduler": "pbt", "trials": 4, "finalists": 0, "concurrent": 2, **QUIET}
+    settings = {"scheduler": "pbt", "trials": 4, "finalists": 0, **QUIET}
     answer = tune(recipe, axes, **settings)
     assert [trial.state for trial in answer.trials] == ["finished"] * 4
     drawn = Plain(answer.space, recipe.train.seed)
