@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "compress", "finetune", "load", "load_recipe"]
+__all__ = ["UserError", "__version__", "compress", "finetune", "load", "load_recipe", "tune"]
 
 if TYPE_CHECKING:
     from raybert.config import UserError
     from raybert.models import load
     from raybert.recipe_file import load_recipe
     from raybert.run import compress, finetune
+    from raybert.search import tune
 
 # Imported on first use: torch, transformers and ray take seconds, and `raybert --help` needs none.
 _HOMES = {
@@ -20,6 +21,7 @@ _HOMES = {
     "load": "raybert.models",
     "compress": "raybert.run",
     "finetune": "raybert.run",
+    "tune": "raybert.search",
 }
 
 

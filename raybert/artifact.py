@@ -23,7 +23,7 @@ from raybert.models import check_head, load, load_tokenizer, model_folder, read_
 from raybert.plan import Plan
 from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.report import model_card, write_run_report
-from raybert.results import RunReport, build, read_run, with_export
+from raybert.results import RunReport, build, read_run, validated, with_export
 from raybert.tasks import write_submission
 from raybert.train import FINAL
 
@@ -96,6 +96,30 @@ def add_export(folder: Path) -> None:
     """Write a finished run's report anew, with what its ``onnx`` folder says."""
     report = with_export(read_run(folder).report, read_export(folder / "onnx"))
     write_run_report(folder, report)
+
+
+def add_measurements(folder: Path, recipe: Recipe, tell: Callable[[str], None]) -> RunReport:
+    """Time a finished run that was not timed, and export it, as a recipe says; its report is
+    written anew.
+
+    Args:
+        folder: the run folder.
+        recipe: its ``measure`` and ``export`` count; its teacher is the run's.
+        tell: gets what the export notes.
+    """
+    own = load_recipe(str(folder / "recipe.yaml"))
+    changes = {"measure": recipe.measure, "export": recipe.export}
+    own = own.model_copy(update=changes)
+    report = read_run(folder).report
+    if not report.latency and own.teacher and own.measure.batches:
+        found = _measure(own, folder / "model", Path(own.teacher))
+        rows = {key: found[key] for key in ("latency", "speedup")}
+        report = validated({**report.model_dump(), **rows}, f"the report of {report.name}")
+        write_run_report(folder, report)
+    if own.export and report.onnx is None:
+        export(folder, own, against=own.teacher, overwrite=True, tell=tell)
+        add_export(folder)
+    return read_run(folder).report
 
 
 def encoder_name(recipe: Recipe) -> str:

@@ -30,6 +30,8 @@ logger = logging.getLogger("raybert")
 KEPT = 2
 MANIFEST = "manifest.json"
 BEST = "best.safetensors"
+OWN_RATES = ("peak_lr", "weight_decay")
+"""What an optimiser's group has from the recipe, whatever a checkpoint says."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,8 @@ def restore(path: Path, engine: Any, world: World, stage: int) -> Position:
             f"{world.size} at stage {stage}. Continue with workers={workers} "
             f"train.zero={saved_stage}, or start another run folder."
         )
+    # Rates are the recipe's: a trial that takes over another's checkpoint goes on at its own.
+    own = [{key: group[key] for key in OWN_RATES} for group in engine.optimizer.param_groups]
     if stage:
         loaded, _ = engine.load_checkpoint(str(path), tag="zero")
         if loaded is None:
@@ -310,6 +314,8 @@ def restore(path: Path, engine: Any, world: World, stage: int) -> Position:
         if engine.torch_autocast_z0_gradscaler is not None and (path / "scaler.pt").is_file():
             scale = torch.load(path / "scaler.pt", weights_only=True)
             engine.torch_autocast_z0_gradscaler.load_state_dict(scale)
+    for group, rates in zip(engine.optimizer.param_groups, own, strict=True):
+        group.update(rates)
     engine.global_steps = position.step
     rng_file = path / f"rng-{world.rank}.pt"
     if rng_file.is_file():  # absent where there are more workers than before

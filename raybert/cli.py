@@ -25,6 +25,7 @@ examples:
   raybert compress theseus/mrpc model=bert-base-uncased data=glue/MRPC --dry-run
   raybert bench runs/mrpc --against runs/mrpc/teacher
   raybert export runs/mrpc
+  raybert tune method=lobert task=mrpc data=glue/MRPC teacher=runs/mrpc/teacher out=runs/search
 """
 
 
@@ -133,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", help="of the students, as in 1,2,3 (default: train.seed)")
     command.add_argument("--dry-run", action="store_true", help="check all, predict; stop")
     command.set_defaults(run=_compare)
+    _add_tune(commands)
     command = commands.add_parser(
         "import-ma-bert", help="make a model folder of a checkpoint by the authors of MA-BERT"
     )
@@ -141,8 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, help="folder to write")
     command.set_defaults(run=_import_ma_bert)
     command = commands.add_parser("demo", help="all of it, offline, in a few minutes")
-    command.add_argument("--out", default="demo", help="folder (default: demo)")
+    command.add_argument("--out", help="folder (default: demo, or demo-tune)")
     command.add_argument("--workers", type=int, default=1, help="training processes (default: 1)")
+    command.add_argument(
+        "--tune", action="store_true", help="search one method's parameters instead"
+    )
     command.set_defaults(run=_demo)
     command = commands.add_parser("tasks", help="list the tasks")
     command.set_defaults(run=_tasks)
@@ -158,6 +163,55 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         metavar="RECIPE | key=value",
         help="a recipe's file or shipped name, then overrides such as train.lr=3e-5",
     )
+
+
+def _add_tune(commands: Any) -> None:
+    command = commands.add_parser(
+        "tune", help="search recipes for the smallest model within a loss you can afford"
+    )
+    _add_recipe(command)
+    command.add_argument(
+        "--space",
+        metavar="NAME|FILE[:SPACE]",
+        help="a shipped space, or a .py or .yaml file (default: the method's, or chains)",
+    )
+    command.add_argument("--trials", type=int, default=16, help="how many (default: 16)")
+    command.add_argument(
+        "--algorithm",
+        choices=("random", "grid", "optuna"),
+        help="default: optuna if it is installed, else random",
+    )
+    command.add_argument(
+        "--scheduler",
+        choices=("none", "asha", "median", "pbt"),
+        default="none",
+        help="stop bad trials early, or change recipes on the way (pbt)",
+    )
+    command.add_argument(
+        "--objectives",
+        default="score,bytes",
+        help="of score, retained, bytes, parameters, flops, latency, seconds, or max:PLACE and "
+        "min:PLACE in report.json (default: score,bytes)",
+    )
+    command.add_argument(
+        "--loss",
+        default="0.01",
+        help="accuracy you can afford: points of the metric as in 0.01 (default), or 5%% of what "
+        "the teacher learned",
+    )
+    command.add_argument("--finalists", type=int, default=3, help="run again (default: 3)")
+    command.add_argument("--seeds", type=int, default=3, help="seeds of each (default: 3)")
+    command.add_argument("--concurrent", type=int, help="trials at once (default: what fits)")
+    command.add_argument("--gpu", type=float, default=1.0, help="GPUs a trial, such as 0.5")
+    command.add_argument("--minutes", type=float, help="train no longer than this")
+    command.add_argument(
+        "--retry-failed", action="store_true", help="let trials that failed before run again"
+    )
+    command.add_argument(
+        "--log", action="append", default=[], choices=("mlflow", "wandb"), help="log there too"
+    )
+    command.add_argument("--dry-run", action="store_true", help="check all, show samples; stop")
+    command.set_defaults(run=_tune)
 
 
 def _add_export(commands: Any) -> None:
@@ -410,10 +464,47 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from raybert.demo import run_demo
+def _tune(args: argparse.Namespace) -> int:
+    from raybert.search import run_search
+    from raybert.search_plan import Settings, check_place, describe, make_search
+    from raybert.search_results import summary
 
-    run_demo(Path(args.out), workers=args.workers, tell=_tell)
+    settings = Settings(
+        trials=args.trials,
+        algorithm=args.algorithm,
+        scheduler=args.scheduler,
+        objectives=args.objectives,
+        loss=args.loss,
+        finalists=args.finalists,
+        seeds=args.seeds,
+        concurrent=args.concurrent,
+        gpu=args.gpu,
+        minutes=args.minutes,
+        retry_failed=args.retry_failed,
+        loggers=tuple(args.log),
+    )
+    search = make_search(_recipe(args.words), args.space, settings)
+    check_place(search)
+    if args.dry_run:
+        print(describe(search))
+        return 0
+    answer = run_search(search, tell=_tell)
+    print(summary(answer))
+    print(f"recipe   {answer.folder / 'best.yaml'}\nmodel    {answer.model}")
+    print(f"report   {answer.folder / 'report.html'}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from raybert.demo import run_demo, tune_demo
+    from raybert.search_results import summary
+
+    if args.tune:
+        answer = tune_demo(Path(args.out or "demo-tune"), tell=_tell)
+        print(summary(answer))
+        print(f"report   {answer.folder / 'report.html'}")
+        return 0
+    run_demo(Path(args.out or "demo"), workers=args.workers, tell=_tell)
     return 0
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from raybert.compare import Comparison, compare
 from raybert.plan import demo_encoder
 from raybert.recipe_file import recipe_from
+from raybert.search import tune
+from raybert.search_results import Answer
 
 TEACHER_TRAINING = {"epochs": 2, "lr": 1e-4, "batch_size": 32}
 TRAINING = {"lr": 1e-4, "batch_size": 32}
@@ -24,6 +26,13 @@ CHAINS: dict[str, dict] = {
     "theseus-lobert-q8bert": {"method": [THESEUS, LOBERT, Q8BERT], "kd": TAUGHT},
 }
 """What the demo compresses with: folder name -> recipe keys. Each new method adds its line."""
+
+
+SEARCH = {"trials": 6, "scheduler": "asha", "loss": "5%", "finalists": 2, "seeds": 2}
+"""How `raybert demo --tune` searches: `raybert.search.Settings`."""
+
+SEARCH_STEPS = 20
+"""Steps between its trials' evaluations, at which bad ones are stopped."""
 
 
 def demo_comparison(out: Path, workers: int) -> Comparison:
@@ -58,3 +67,33 @@ def run_demo(out: Path, workers: int, tell: Callable[[str], None]) -> Path:
         UserError: the demo extra is not installed, or the folder holds something else.
     """
     return compare(demo_comparison(out, workers), tell=tell)
+
+
+def tune_demo(out: Path, tell: Callable[[str], None]) -> Answer:
+    """Search LoBERT's parameters on the demo task: a handful of short trials, early stopping, and
+    two finalists with two seeds.
+
+    Args:
+        out: the search folder; an interrupted search continues there.
+        tell: gets progress.
+
+    Returns:
+        The answer; its page is ``report.html`` in the folder.
+
+    Raises:
+        UserError: the demo extra is not installed, or the folder holds something else.
+    """
+    data = {"max_length": 64}
+    recipe = recipe_from(
+        {
+            "task": "demo",
+            "model": demo_encoder(),
+            "data": data,
+            "method": [{"name": "lobert"}],
+            "finetune": TEACHER_TRAINING,
+            "train": {**TRAINING, "epochs": 1, "eval_every": SEARCH_STEPS},
+            "measure": {"seconds": 0.5},
+            "out": str(out),
+        }
+    )
+    return tune(recipe, "lobert", tell=tell, **SEARCH)

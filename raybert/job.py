@@ -21,6 +21,10 @@ class Hooks(Protocol):
         """New dev metrics; called on every worker."""
         ...
 
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint is whole; called on every worker."""
+        ...
+
     def progress(self, total: int, label: str) -> Any:
         """A progress bar with ``update(n)``, ``set_postfix_str(text)`` and ``close()``."""
         ...
@@ -41,6 +45,7 @@ class Job:
         teacher: folder of the fine-tuned teacher; ``None`` when a teacher is being fine-tuned.
         keep_head: whether a head that does not fit the task is an error.
         predictions: folder of the teacher's saved predictions; ``None``: it runs where it is asked.
+        teacher_metrics: the teacher's dev metrics where they are known; ``None``: it is evaluated.
     """
 
     recipe: Recipe
@@ -49,6 +54,7 @@ class Job:
     teacher: str | None
     keep_head: bool
     predictions: Path | None = None
+    teacher_metrics: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def cost_plot(groups: Sequence[Group], cost: Cost, xlabel: str, key: str) -> str
         axes.margins(y=0.12)
         axes.set(xlabel=xlabel, ylabel=metric)
 
-    return _svg(draw, key, f"{metric} against {xlabel}")
+    return svg_of(draw, key, f"{metric} against {xlabel}")
 
 
 def _placed(groups: Sequence[Group], cost: Cost) -> Iterator[Placed]:
@@ -212,7 +212,7 @@ def curve_plot(groups: Sequence[Group], kind: str, quantity: str, key: str) -> s
         label = quantity if kind == "eval" else f"training {quantity}"
         axes.set(xlabel="optimiser step", ylabel=label)
 
-    return _svg(draw, key, f"{quantity} by optimiser step")
+    return svg_of(draw, key, f"{quantity} by optimiser step")
 
 
 def _name_phases(axes: Axes, phases: Sequence[PhaseCurve]) -> None:
@@ -288,7 +288,7 @@ def kept_plot(group: Group, key: str) -> str | None:
         axes.set_xticks(layers)
         axes.set(xlabel="layer", ylabel="kept share")
 
-    return _svg(draw, key, f"kept share of each layer, {group.label}")
+    return svg_of(draw, key, f"kept share of each layer, {group.label}")
 
 
 def _kept(name: str) -> Callable[[RunReport], float | None]:
@@ -299,15 +299,24 @@ def _kept(name: str) -> Callable[[RunReport], float | None]:
     return share
 
 
-def _svg(draw: Draw, key: str, title: str) -> str:
+def svg_of(draw: Draw, key: str, title: str, size: tuple[float, float] = (5.4, 3.4)) -> str:
+    """A plot as an SVG element for a page.
+
+    Args:
+        draw: draws into the axes it is given.
+        key: a word that no other plot of the page has; ids in the element begin with it.
+        title: what is read aloud.
+        size: in inches, without the legend.
+    """
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
         draw(axes)
         handles, labels = axes.get_legend_handles_labels()
-        columns = 1 if max(len(label) for label in labels) > 26 else 2
+        columns = 1 if max((len(label) for label in labels), default=0) > 26 else 2
         # A long legend makes the figure taller rather than the plot flatter.
-        figure.set_figheight(3.4 + 0.22 * math.ceil(len(labels) / columns))
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+        figure.set_figheight(size[1] + 0.22 * math.ceil(len(labels) / columns))
+        if labels:
+            figure.legend(handles, labels, loc="outside lower left", ncols=columns)
         text = _write(figure)
         plt.close(figure)
     return _inline(text, key, title)

@@ -1,6 +1,6 @@
 """Drive a recipe on Ray: check, fine-tune the teacher, train, measure, write the artifact.
 
-The sole importer of ray. Several workers, or a cluster named by RAY_ADDRESS, get a Ray Train worker
+Several workers, or a cluster named by RAY_ADDRESS, get a Ray Train worker
 group; one worker without a cluster runs the same loop inside this process, with nothing to start.
 """
 
@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,10 @@ from raybert.recipe_file import dump_recipe
 from raybert.teacher import Request, check_out, check_room, find_shards, request_for, seal
 
 if TYPE_CHECKING:
-    from raybert.job import Job
+    from raybert.job import Hooks, Job
+
+Fit = Callable[[Plan, "Job"], dict[str, Any]]
+"""Carries a job out; returns what `raybert.train.run` does."""
 
 logger = logging.getLogger("raybert")
 
@@ -53,7 +56,9 @@ def finetune(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
     return _drive(resolve_paths(recipe), tell)
 
 
-def compress(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
+def compress(
+    recipe: Recipe, *, tell: Callable[[str], None] = print, fit: Fit | None = None
+) -> Path:
     """Carry out a recipe: fine-tune a teacher when none is given, compress it, measure the result.
 
     The same recipe and folder continue a run that was interrupted, and return at once when
@@ -62,6 +67,7 @@ def compress(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
     Args:
         recipe: with at least one method, or a `model` to be taught by a `teacher`.
         tell: gets one line for each thing that happens.
+        fit: carries the training out; nothing: this process, or a Ray Train worker group.
 
     Returns:
         The run folder, with model/, report.json, report.html and the recipe.
@@ -70,10 +76,10 @@ def compress(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
         UserError: a mistake in the recipe, the data or the machine; nothing was lost.
     """
     check_command(recipe, "compress")
-    return _drive(resolve_paths(recipe), tell)
+    return _drive(resolve_paths(recipe), tell, fit)
 
 
-def _drive(recipe: Recipe, tell: Callable[[str], None]) -> Path:
+def _drive(recipe: Recipe, tell: Callable[[str], None], fit: Fit | None = None) -> Path:
     folder = recipe.folder
     plan = make_plan(recipe)
     if check_folder(plan.recipe if (folder / "recipe.yaml").is_file() else recipe):
@@ -92,7 +98,7 @@ def _drive(recipe: Recipe, tell: Callable[[str], None]) -> Path:
         teacher = str(_drive(plan.teacher.recipe, tell) / "model")
     final = folder / "checkpoints" / "final"
     if not final.is_dir():
-        _fit(plan, teacher, _predictions(plan, teacher, tell))
+        _fit(plan, teacher, _predictions(plan, teacher, tell), fit)
     if not final.is_dir():
         raise UserError(
             f"the workers trained, and {final} is not here: `out` must be on storage that all "
@@ -200,7 +206,7 @@ def _write_recipe(recipe: Recipe) -> None:
 # -- Ray -------------------------------------------------------------------------------------------
 
 
-def _fit(plan: Plan, teacher: str | None, predictions: Path | None) -> None:
+def _fit(plan: Plan, teacher: str | None, predictions: Path | None, fit: Fit | None = None) -> None:
     """Train all phases: one `fit()`, or the loop itself where there is nothing to distribute."""
     from raybert.job import Job
 
@@ -208,7 +214,7 @@ def _fit(plan: Plan, teacher: str | None, predictions: Path | None) -> None:
     start = teacher if plan.teacher is not None and teacher else plan.start
     keep_head = bool(recipe.method) and start == teacher
     job = Job(recipe, plan.data.folder, start, teacher, keep_head, predictions)
-    returned = _run_here(job) if _is_local(recipe) else _run_on_ray(job)
+    returned = (fit or (_run_here if _is_local(recipe) else _run_on_ray))(plan, job)
     if "error" in returned:
         raise UserError(returned["error"])
 
@@ -224,8 +230,12 @@ def _device_here(recipe: Recipe) -> Any:
     return torch.device("cuda:0" if _takes_gpu(recipe, torch.cuda.device_count()) else "cpu")
 
 
-def _run_here(job: Job) -> dict[str, Any]:
-    """The loop in this process, as a group of one worker."""
+def _run_here(plan: Plan, job: Job) -> dict[str, Any]:
+    return run_here(job, _LocalHooks())
+
+
+def run_here(job: Job, hooks: Hooks) -> dict[str, Any]:
+    """The loop in this process, as a group of one worker; returns what `raybert.train.run` does."""
     from raybert.checkpoint import World
     from raybert.engine import alone, init_distributed
     from raybert.train import run
@@ -233,46 +243,65 @@ def _run_here(job: Job) -> dict[str, Any]:
     device = _device_here(job.recipe)
     with alone():
         init_distributed(device)
-        return run(job, World(0, 1, device), _LocalHooks(), job.recipe.resources.cpus)
+        return run(job, World(0, 1, device), hooks, job.recipe.resources.cpus)
 
 
-def _run_on_ray(job: Job) -> dict[str, Any]:
-    """The loop on a Ray Train worker group, restarted when a worker dies."""
+def _run_on_ray(plan: Plan, job: Job) -> dict[str, Any]:
+    with _cluster(job.recipe) as (cpus, gpu):
+        return run_group(job, cpus, gpu)
+
+
+def run_group(
+    job: Job, cpus: int, gpu: bool, callbacks: Sequence[Any] = (), checkpoints: bool = False
+) -> dict[str, Any]:
+    """The loop on a Ray Train worker group, restarted when a worker dies; Ray is up already.
+
+    Args:
+        job: what to do.
+        cpus: of each worker.
+        gpu: whether each has one.
+        callbacks: Ray Train's, who hear what the loop reports.
+        checkpoints: whether they also hear of each checkpoint, as a report with the key
+            ``checkpoint``.
+
+    Returns:
+        What `raybert.train.run` does.
+    """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     recipe = job.recipe
-    with _cluster(recipe) as (cpus, gpu):
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"job": job, "gpu": gpu, "threads": cpus},
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=recipe.workers,
-                use_gpu=gpu,
-                resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
-            ),
-            run_config=_run_config(recipe),
-        )
-        try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise UserError(
-                f"training failed {recipe.resources.max_failures + 1} times: {_last_line(error)}. "
-                "What was saved is kept; when the cause is mended, the same command continues."
-            ) from error
-        finally:
-            shutil.rmtree(recipe.folder / "ray", ignore_errors=True)
+    config = {"job": job, "gpu": gpu, "threads": cpus, "checkpoints": checkpoints}
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=recipe.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=_run_config(recipe, callbacks),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise UserError(
+            f"training failed {recipe.resources.max_failures + 1} times: {last_line(error)}. "
+            "What was saved is kept; when the cause is mended, the same command continues."
+        ) from error
+    finally:
+        shutil.rmtree(recipe.folder / "ray", ignore_errors=True)
     return result.return_value or {}
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """The line of a worker's failure that says what went wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].rstrip(".") if lines else type(error).__name__
 
 
-def _run_config(recipe: Recipe) -> Any:
+def _run_config(recipe: Recipe, callbacks: Sequence[Any]) -> Any:
     from ray.train import FailureConfig, RunConfig
 
     # A name of its own each time: the run's state is in its checkpoints, and Ray would take a
@@ -283,6 +312,7 @@ def _run_config(recipe: Recipe) -> Any:
         failure_config=FailureConfig(
             max_failures=recipe.resources.max_failures, controller_failure_limit=3
         ),
+        callbacks=list(callbacks),
     )
 
 
@@ -327,7 +357,7 @@ def _predict_on_ray(request: Request, recipe: Recipe, shards: list[int]) -> dict
                 bar.update(len(request.positions(shard)))
         except RayError as error:
             raise UserError(
-                f"predicting failed {tries + 1} times: {_last_line(error)}. The shards that were "
+                f"predicting failed {tries + 1} times: {last_line(error)}. The shards that were "
                 "made are kept; when the cause is mended, the same command continues."
             ) from error
     return files
@@ -365,23 +395,8 @@ class _Maker:
 
 @contextlib.contextmanager
 def _cluster(recipe: Recipe) -> Iterator[tuple[int, bool]]:
-    """A Ray cluster, RAY_ADDRESS's or this machine's: CPUs a worker, and whether each has a GPU."""
-    import ray
-
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    started = not ray.is_initialized()
-    if started:
-        options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-        if "RAY_ADDRESS" not in os.environ:
-            # The dashboard, on loopback: Ray Train asks its State API which workers are left to
-            # clean.
-            options |= {"num_cpus": own_cores(), "include_dashboard": True}
-            options |= {"dashboard_host": "127.0.0.1"}
-        ray.init(**options)
-    try:
-        there = ray.cluster_resources()
+    """Ray, for a recipe: CPUs a worker, and whether each has a GPU."""
+    with ray_up() as there:
         total = int(there.get("CPU", 0))
         cpus = recipe.resources.cpus or max(1, total // recipe.workers)
         if cpus * recipe.workers > total:
@@ -391,6 +406,31 @@ def _cluster(recipe: Recipe) -> Iterator[tuple[int, bool]]:
                 f"has {total}. Use fewer workers or resources.cpus."
             )
         yield cpus, _takes_gpu(recipe, int(there.get("GPU", 0)))
+
+
+@contextlib.contextmanager
+def ray_up(dashboard: bool = True) -> Iterator[dict[str, float]]:
+    """Ray, RAY_ADDRESS's cluster or this machine as one: its resources in all. What was started
+    here is stopped at the end.
+
+    Args:
+        dashboard: whether a Ray started here has one, on loopback: Ray Train asks its State API
+            which workers are left to clean. It takes seconds to start.
+    """
+    import ray
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    started = not ray.is_initialized()
+    if started:
+        options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+        if "RAY_ADDRESS" not in os.environ:
+            options |= {"num_cpus": own_cores(), "include_dashboard": dashboard}
+            options |= {"dashboard_host": "127.0.0.1"}
+        ray.init(**options)
+    try:
+        yield ray.cluster_resources()
     finally:
         if started:
             ray.shutdown()
@@ -421,7 +461,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     context, device = get_context(), get_device()
     rank, size = context.get_world_rank(), context.get_world_size()
     init_distributed(device)
-    return run(config["job"], World(rank, size, device), _RayHooks(rank), config["threads"])
+    hooks = _RayHooks(rank, config["checkpoints"])
+    return run(config["job"], World(rank, size, device), hooks, config["threads"])
 
 
 class _LocalHooks:
@@ -429,6 +470,9 @@ class _LocalHooks:
 
     def report(self, metrics: dict[str, Any]) -> None:
         """Nobody else is listening."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """Nor for this."""
 
     def progress(self, total: int, label: str) -> Any:
         from tqdm import tqdm
@@ -442,13 +486,17 @@ class _LocalHooks:
 class _RayHooks:
     """Reports to Ray Train; the first worker's progress is drawn by the driver."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, checkpoints: bool) -> None:
+        self.rank, self.checkpoints = rank, checkpoints
 
     def report(self, metrics: dict[str, Any]) -> None:
         import ray.train
 
         ray.train.report(metrics)
+
+    def saved(self, checkpoint: Path) -> None:
+        if self.checkpoints:
+            self.report({"checkpoint": str(checkpoint)})
 
     def progress(self, total: int, label: str) -> Any:
         if self.rank:

@@ -351,7 +351,8 @@ class Trainer:
                     self._evaluate(engine, phase, total)
                 if saves:
                     position.log_lines = self.log.lines
-                    save(self.folder, engine, position, self.world, train.zero, self._best())
+                    place = (self.world, train.zero, self._best())
+                    self.hooks.saved(save(self.folder, engine, position, *place))
 
     def distiller(self, engine: Any, phase: Phase, teacher: Any) -> Distiller:
         """What runs the phase's forward and backward passes."""
@@ -513,8 +514,8 @@ class Trainer:
         rows, world = self.recipe.train.eval_batch_size, self.world
         model.to(world.device).eval()
         student_metrics = evaluate(model, self.data, "dev", world, rows)
-        teacher_metrics = None
-        if self.job.teacher:
+        teacher_metrics = self.job.teacher_metrics
+        if self.job.teacher and teacher_metrics is None:
             if not isinstance(teacher, nn.Module):
                 teacher = world.agreed(self._teacher_model)
             teacher_metrics = evaluate(teacher, self.data, "dev", world, rows)

@@ -12,27 +12,37 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "raybert"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-ONLY_HERE = {"ray": {"run.py"}, "deepspeed": {"engine.py"}}
+SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py"}
+"""The rooms of `raybert tune` that are written in Ray Tune's words."""
+
+ONLY_HERE = {"ray": {"run.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
     {"templates", "onnx_graph", "onnx_first", "workers", "explain"},
     {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8"},
+    {"ledger", "shares"},
     {"folders", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant", "gates"},
     {"skipping", "power_norm", "softmax_net", "onnx_int8"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
     {"first_token"},
     {"warm_start", "fold"},
-    {"features", "sources", "groups", "methods", "predictions"},
+    {"features", "sources", "groups", "methods", "predictions", "objectives"},
     {"qa", "batches", "tables", "compressed", "recipe_file"},
+    {"space", "finalists"},
+    {"draws"},
     {"data", "models", "bench", "plots", "card"},
     {"metrics", "checkpoint", "engine", "views", "job", "teacher", "onnx_trace", "import_ma_bert"},
     {"evaluate", "report", "step"},
     {"train", "parity"},
     {"export"},
     {"plan"},
+    {"steering"},
     {"artifact"},
     {"run"},
-    {"compare"},
+    {"compare", "trial", "search_results"},
+    {"tuning", "search_plots"},
+    {"search_page", "search_plan"},
+    {"search"},
     {"demo"},
     {"cli"},
 ]

@@ -14,7 +14,7 @@ from pathlib import Path
 from common import HERE, options
 
 WITH_DATA = ("tokens", "step_time", "distillation_step", "cached_step")
-WITHOUT = ("memory", "lobert_factorise")
+WITHOUT = ("memory", "lobert_factorise", "tune_overhead", "tune_grid")
 WITHOUT += ("onnx_latency", "theseus_latency", "lobert_latency", "q8bert_latency")
 WITHOUT += ("ebert_latency", "ma_bert_latency")
 

@@ -257,6 +257,9 @@ class Silence:
     def report(self, metrics: dict[str, Any]) -> None:
         """Nobody asks."""
 
+    def saved(self, checkpoint: Path) -> None:
+        """Nobody waits for it."""
+
     def progress(self, total: int, label: str) -> Any:
         """No bar: the benchmarks drive the loop themselves."""
         raise NotImplementedError

@@ -1,0 +1,283 @@
+"""Where trials come from: grid, random and Optuna's samples, and the searcher that skips what
+cannot save anything before it costs a start-up."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from ray.tune.search import Searcher
+from ray.tune.search.sample import Domain
+
+from raybert.config import Recipe, UserError
+from raybert.ledger import DONE, Ledger, Trial
+from raybert.objectives import Objective
+from raybert.space import Space, Values, chain_of, is_grid, listed, used
+
+ALGORITHMS = ("random", "grid", "optuna")
+
+SKIPS = 20
+"""Samples in a row that may be skipped before a search gives up."""
+
+
+class Source(Protocol):
+    """A search algorithm: asked for samples, and told what became of them."""
+
+    def ask(self, number: int) -> Values | None:
+        """The sample of that number; None when there are no more."""
+        ...
+
+    def remember(self, number: int, values: Values) -> None:
+        """A sample that was drawn before the search was interrupted."""
+        ...
+
+    def tell(self, number: int, results: dict[str, float] | None) -> None:
+        """What a sample has come to; None: nothing."""
+        ...
+
+
+class Plain:
+    """Random samples, and all combinations of what is given as a grid.
+
+    A number's sample depends on it and the seed alone, so that nothing need be remembered.
+    """
+
+    def __init__(self, space: Space, seed: int) -> None:
+        self.space, self.seed = space, seed
+        grids = {key: axis["grid_search"] for key, axis in space.axes.items() if is_grid(axis)}
+        self.grid = [
+            dict(zip(grids, point, strict=True)) for point in itertools.product(*grids.values())
+        ]
+        self.ends = bool(grids)
+
+    def ask(self, number: int) -> Values | None:
+        if self.ends and number >= len(self.grid):
+            return None
+        draw = np.random.RandomState([self.seed, number])
+        fixed = self.grid[number % len(self.grid)]
+        return {
+            key: fixed[key] if key in fixed else _sample(axis, draw)
+            for key, axis in self.space.axes.items()
+        }
+
+    def remember(self, number: int, values: Values) -> None:
+        """Samples are drawn by number."""
+
+    def tell(self, number: int, results: dict[str, float] | None) -> None:
+        """Samples do not depend on results."""
+
+
+def _sample(axis: Any, draw: np.random.RandomState) -> Any:
+    value = axis.sample(random_state=draw) if isinstance(axis, Domain) else axis
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def as_grid(space: Space) -> Space:
+    """A space whose choices are a grid too, for every combination to be tried.
+
+    Raises:
+        UserError: a distribution has no end.
+    """
+    endless = [key for key, axis in space.axes.items() if isinstance(axis, Domain)]
+    endless = [key for key in endless if listed(space.axes[key]) is None]
+    if endless:
+        raise UserError(
+            f"space {space.name} has no grid: {', '.join(endless)} can be any number. Use "
+            "algorithm random or optuna, or tune.grid_search in the space."
+        )
+    axes = {
+        key: {"grid_search": values} if (values := listed(axis)) else axis
+        for key, axis in space.axes.items()
+    }
+    return Space(space.name, axes)
+
+
+class Optuna:
+    """Optuna's tree-structured Parzen estimator, for one objective or several.
+
+    Parameters of a method are asked for only where the chain has that method.
+    """
+
+    def __init__(
+        self, space: Space, recipe: Recipe, objectives: Sequence[Objective], seed: int
+    ) -> None:
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.space, self.recipe, self.objectives = space, recipe, objectives
+        domains = {key: axis for key, axis in space.axes.items() if isinstance(axis, Domain)}
+        self.distributions = OptunaSearch.convert_search_space(domains)
+        self.failed = optuna.trial.TrialState.FAIL
+        self.study = optuna.create_study(
+            directions=["maximize" if o.sign > 0 else "minimize" for o in objectives],
+            sampler=optuna.samplers.TPESampler(seed=seed),
+        )
+        self.asked: dict[int, Any] = {}
+
+    def ask(self, number: int) -> Values | None:
+        trial = self.asked[number] = self.study.ask()
+        values: Values = {}
+        # The chain first: it decides which parameters there are.
+        for key in sorted(self.space.axes, key=lambda key: key != "method"):
+            axis = self.space.axes[key]
+            unused = key.startswith("method.") and key.split(".")[1] not in chain_of(
+                self.recipe, values
+            )
+            if not unused:
+                values[key] = (
+                    _suggest(trial, key, self.distributions[key])
+                    if key in self.distributions
+                    else axis
+                )
+        return values
+
+    def remember(self, number: int, values: Values) -> None:
+        self.study.enqueue_trial({k: v for k, v in values.items() if k in self.distributions})
+        self.ask(number)
+
+    def tell(self, number: int, results: dict[str, float] | None) -> None:
+        numbers = [(results or {}).get(o.name) for o in self.objectives]
+        if any(value is None for value in numbers):
+            self.study.tell(self.asked[number], state=self.failed)
+        else:
+            self.study.tell(self.asked[number], numbers)
+
+
+def _suggest(trial: Any, key: str, kind: Any) -> Any:
+    """A value of one of Optuna's distributions."""
+    if type(kind).__name__ == "CategoricalDistribution":
+        return trial.suggest_categorical(key, kind.choices)
+    ask = trial.suggest_int if type(kind).__name__ == "IntDistribution" else trial.suggest_float
+    return ask(key, kind.low, kind.high, step=kind.step, log=kind.log)
+
+
+def has_optuna() -> bool:
+    """Whether the extra is installed."""
+    return importlib.util.find_spec("optuna") is not None
+
+
+def make_source(
+    algorithm: str, space: Space, recipe: Recipe, objectives: Sequence[Objective], seed: int
+) -> Source:
+    """A search algorithm by its name.
+
+    Raises:
+        UserError: it does not go with the space, or is not installed.
+    """
+    if algorithm != "optuna":
+        return Plain(as_grid(space) if algorithm == "grid" else space, seed)
+    if not has_optuna():
+        raise UserError(
+            'Optuna is not installed: pip install "raybert[tune]", or use algorithm random.'
+        )
+    if grids := [key for key, axis in space.axes.items() if is_grid(axis)]:
+        raise UserError(
+            f"space {space.name} has a grid for {', '.join(grids)}, which Optuna cannot sample; "
+            "use algorithm grid, or tune.choice in the space."
+        )
+    return Optuna(space, recipe, objectives, seed)
+
+
+Check = Callable[[Values], str]
+"""Why a sample is not worth a start-up; nothing where it is."""
+
+
+def config_of(trial: Trial) -> dict[str, Any]:
+    """What a trial's actor is told."""
+    return {
+        "number": trial.number,
+        "population": None,
+        "seed": trial.seed,
+        "values": trial.values,
+    }
+
+
+class Draws(Searcher):
+    """Gives Tune one legal trial after the other, those of an interrupted search first.
+
+    Args:
+        source: the search algorithm.
+        ledger: what was drawn before; it is written as trials are drawn.
+        recipe: what all trials share.
+        check: looks at each sample first.
+        limit: trials in all, skipped ones not counted.
+        tell: hears of samples that are skipped.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        ledger: Ledger,
+        recipe: Recipe,
+        check: Check,
+        limit: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        super().__init__()
+        self.source, self.ledger, self.recipe = source, ledger, recipe
+        self.check, self.limit, self._say = check, limit, tell
+        self.number = self.count = self.skipped = 0
+        self.ahead: list[dict[str, Any]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles what it is given, for a restore that never comes."""
+        return {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial's config; see `Searcher.suggest`."""
+        if self.ahead:
+            return self.ahead.pop()
+        while self.count < self.limit and self.skipped < SKIPS:
+            known = self.ledger.get(self.number)
+            if known is None:
+                known = self._draw()
+            else:
+                self.source.remember(self.number, known.values)
+            if known is None:
+                break
+            self.number += 1
+            self.skipped = self.skipped + 1 if known.state == "skipped" else 0
+            self.count += known.state != "skipped"
+            if known.state not in DONE:
+                return config_of(known)
+            results = known.results if known.state in ("finished", "stopped") else None
+            self.source.tell(known.number, results)
+        return Searcher.FINISHED
+
+    def has_next(self) -> bool:
+        """Whether there is anything to run: Tune does without a search that has not."""
+        found = self.suggest("")
+        self.ahead = [] if found == Searcher.FINISHED else [found]
+        return bool(self.ahead)
+
+    def _draw(self) -> Trial | None:
+        values = self.source.ask(self.number)
+        if values is None:
+            return None
+        values = used(self.recipe, values)
+        reason = self.check(values)
+        trial = Trial(self.number, values, "skipped" if reason else "running", reason)
+        self.ledger.write(trial)
+        if reason:
+            self._say(f"trial {trial.name} skipped: {reason}")
+        return trial
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tell the algorithm; the ledger was written before (`raybert.search.Scribe`)."""
+
+    def told(self, trial: Trial) -> None:
+        """A trial has ended."""
+        results = trial.results if trial.state in ("finished", "stopped") else None
+        self.source.tell(trial.number, results)
+
+    def save(self, checkpoint_path: str) -> None:
+        """The ledger is what a search goes on from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""

@@ -1,0 +1,117 @@
+"""A search's ledger: one small file a trial, which says what was drawn and what became of it.
+
+Trials have numbers, in the order in which they were drawn. The ledger and the trials' run folders
+are all that a killed search needs to go on: Ray's own state is not read again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from raybert.config import UserError
+
+State = Literal["running", "finished", "stopped", "failed", "skipped"]
+
+DONE = ("finished", "stopped", "failed", "skipped")
+"""States that a search which goes on leaves as they are."""
+
+
+@dataclass
+class Trial:
+    """One trial.
+
+    Attributes:
+        number: in the order of drawing.
+        values: the sample: dotted recipe keys, those of unused methods left out.
+        state: ``running`` also when the search was killed; ``stopped``: by the scheduler.
+        reason: why it failed or was skipped.
+        results: objectives and other numbers of its last report.
+        curve: ``[percent of its steps, score]`` of each evaluation.
+        seconds: wall-clock seconds, those of killed attempts as far as they were reported.
+        cores: CPU cores that it held for so long.
+        seed: of a finalist's run; None for the search's own trials.
+    """
+
+    number: int
+    values: dict[str, Any]
+    state: State = "running"
+    reason: str = ""
+    results: dict[str, float] = field(default_factory=dict)
+    curve: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
+    cores: float = 0.0
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What its files and folders are called."""
+        return f"{self.number:03d}" + ("" if self.seed is None else f"-seed{self.seed}")
+
+
+class Ledger:
+    """The trials of a search, in memory and on disk.
+
+    Args:
+        folder: the search folder; its trials' files are in ``ledger/``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "ledger"
+        self._trials = {trial.name: trial for trial in map(_read, sorted(self._files()))}
+
+    def _files(self) -> list[Path]:
+        return list(self.folder.glob("[0-9]*.json"))
+
+    def get(self, number: int, seed: int | None = None) -> Trial | None:
+        """A trial, if it was drawn."""
+        return self._trials.get(Trial(number, {}, seed=seed).name)
+
+    def write(self, trial: Trial) -> None:
+        """Note a trial as it is now; its file is replaced whole."""
+        self._trials[trial.name] = trial
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{trial.name}.json"
+        partial = file.with_name(f".partial-{file.name}")
+        partial.write_text(json.dumps(asdict(trial), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+
+    def reopen_failed(self) -> int:
+        """Let failed trials run again, from their last checkpoints; how many there are."""
+        failed = [trial for trial in self._trials.values() if trial.state == "failed"]
+        for trial in failed:
+            trial.state, trial.reason = "running", ""
+            self.write(trial)
+        return len(failed)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """The search's own trials, in order of drawing."""
+        return sorted((t for t in self._trials.values() if t.seed is None), key=lambda t: t.number)
+
+    @property
+    def ended(self) -> int:
+        """How many of them need not be run again, skipped ones not counted."""
+        return sum(t.state in DONE and t.state != "skipped" for t in self.trials)
+
+    def seeds_of(self, number: int) -> list[Trial]:
+        """A finalist's runs with further seeds."""
+        runs = [t for t in self._trials.values() if t.seed is not None and t.number == number]
+        return sorted(runs, key=lambda t: t.seed or 0)
+
+    @property
+    def all(self) -> list[Trial]:
+        """Every trial, the finalists' runs too."""
+        return list(self._trials.values())
+
+
+def _read(file: Path) -> Trial:
+    try:
+        return Trial(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}); remove it, and the trial is drawn again."
+        ) from None

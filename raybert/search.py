@@ -1,0 +1,273 @@
+"""`raybert tune`: search recipes with Ray Tune for the smallest model within a loss one can afford.
+
+    raybert tune method=lobert task=mrpc data=glue/MRPC teacher=runs/teacher out=runs/search
+
+A search folder holds the trials' run folders, a ledger of them, and the answer: the recipe of the
+smallest model whose mean score over several seeds is within the loss, tables and one page. The
+same command continues a search that was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from raybert.artifact import add_measurements, evaluate_model
+from raybert.config import Recipe, UserError
+from raybert.data import steps_per_epoch
+from raybert.draws import Plain, make_source
+from raybert.finalists import Finished, finalists_of, on_front, read_finished
+from raybert.ledger import DONE, Ledger, Trial
+from raybert.objectives import LATENCY, in_trials
+from raybert.predictions import takes_saved
+from raybert.run import finetune, predict_teacher, ray_up
+from raybert.search_page import write_page
+from raybert.search_plan import (
+    SEARCH,
+    TEACHER,
+    Search,
+    Settings,
+    check_place,
+    identity,
+    make_search,
+    plan_of,
+)
+from raybert.search_results import Answer, answer_of, write_tables, write_whole
+from raybert.shares import Shares, share_out
+from raybert.space import Space, apply
+from raybert.trial import Work
+from raybert.tuning import Runner, machines, make_loggers
+
+Tell = Callable[[str], None]
+
+LOOKED = 64
+"""Samples that are looked at to know which of the teacher's predictions trials will read."""
+
+
+def tune(
+    recipe: Recipe,
+    space: Space | Mapping[str, Any] | str | None = None,
+    *,
+    tell: Tell = print,
+    **settings: Any,
+) -> Answer:
+    """Search for the smallest model within a loss that one can afford.
+
+    The same arguments continue a search that was interrupted; a finished one is answered again.
+
+    Args:
+        recipe: what all trials share; its ``out`` is the search folder.
+        space: the name of a shipped space, a file, or a dictionary of dotted recipe keys and
+            ``ray.tune`` distributions; nothing: that of the recipe's method, or of chains.
+        tell: gets one line for each thing that happens.
+        settings: see `Settings`.
+
+    Returns:
+        The answer; its files lie in the search folder.
+
+    Raises:
+        UserError: a mistake in recipe, space, settings or folder, or no trial succeeded; what
+            was found is kept.
+    """
+    return run_search(make_search(recipe, space, Settings(**settings)), tell=tell)
+
+
+def run_search(search: Search, *, tell: Tell = print) -> Answer:
+    """Carry out a checked search; see `tune`."""
+    loggers = make_loggers(search.settings.loggers, search.folder)
+    tell(f"{'continuing' if check_place(search) else 'searching'} {search.folder}")
+    search.folder.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(asdict(search.settings)))  # without tuples
+    held = {**identity(search), "settings": settings}
+    write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False).encode())
+    if search.teacher is not None:
+        tell("fine-tuning the teacher")
+        finetune(search.teacher, tell=tell)
+    _save_predictions(search, tell)
+    teacher = _teacher_metrics(search)
+    ledger = Ledger(search.folder)
+    if search.settings.retry_failed:
+        tell(f"{ledger.reopen_failed()} failed trials run again")
+    try:
+        if not _is_done(search, ledger):
+            _train(search, teacher, ledger, loggers, tell)
+    except KeyboardInterrupt:
+        if any(trial.state == "finished" for trial in ledger.trials):
+            write_answer(_answer(search, ledger))
+            tell(f"interrupted; the best so far: {search.folder / 'best.yaml'}")
+        raise
+    tell("measuring")
+    _measure(search, ledger, tell)
+    answer = _answer(search, ledger)
+    write_answer(answer)
+    return answer
+
+
+def _save_predictions(search: Search, tell: Tell) -> None:
+    """The teacher's predictions, once for all trials that learn from them."""
+    source, plan = Plain(search.space, search.recipe.train.seed), search.plans[0]
+    rows, kinds = len(plan.data.splits["train"]), set()
+    for number in range(LOOKED):
+        values = source.ask(number)
+        if values is None:
+            break
+        try:
+            recipe = apply(search.recipe, values)
+            train, kd = recipe.train, recipe.kd
+            each = steps_per_epoch(rows, train.batch_size, train.accumulation, recipe.workers)
+            passes = sum(steps for _, steps in plan.phases) / each
+            if takes_saved(kd, plan.data.task.kind, passes) and kd.predictions_folder is None:
+                kinds.add(kd.cls > 0)
+        except UserError:
+            continue  # a sample that will be skipped
+    if kinds:
+        # Those with [CLS] states serve trials without them too.
+        predict_teacher(search.recipe, cls=True in kinds, tell=tell)
+
+
+def _teacher_metrics(search: Search) -> dict[str, float]:
+    """The teacher's dev metrics, once for all trials; a search that goes on has them."""
+    file = search.folder / TEACHER
+    if not file.is_file():
+        found = evaluate_model(search.recipe.teacher or "", search.plans[0].recipe)
+        write_whole(file, json.dumps(found["metrics"]).encode())
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _train(
+    search: Search, teacher: dict[str, float], ledger: Ledger, loggers: list[Any], tell: Tell
+) -> None:
+    """All that needs Ray: the trials, and the finalists' further seeds."""
+    settings, recipe = search.settings, search.recipe
+    deadline = time.time() + 60 * settings.minutes if settings.minutes else float("inf")
+    with ray_up(dashboard=recipe.workers > 1):
+        shares = _shares(search)
+        tell(
+            f"{shares.concurrent} trials at once, {recipe.workers} worker(s) of {shares.cpus} "
+            f"CPU(s){f' and {shares.gpu:g} GPU' if shares.gpu else ''} each"
+        )
+        objectives = in_trials(search.objectives)
+        work = Work(
+            recipe,
+            search.folder,
+            objectives,
+            shares.cpus,
+            shares.gpu,
+            settings.scheduler == "pbt",
+            tuple(search.space.axes),
+            teacher,
+            os.environ.get("RAY_ADDRESS"),
+        )
+        runner = Runner(
+            work,
+            shares,
+            ledger,
+            retries=settings.retries,
+            deadline=deadline,
+            loggers=loggers,
+            tell=tell,
+        )
+        # A search that goes on must not draw again what it drew at first.
+        seed = recipe.train.seed
+        if settings.algorithm == "optuna":
+            seed += len(ledger.trials)
+        source = make_source(settings.algorithm or "", search.space, recipe, objectives, seed)
+
+        def check(values: dict[str, Any]) -> str:
+            try:
+                plan_of(recipe, values)
+            except UserError as error:
+                return str(error)
+            return ""
+
+        runner.search(source, check, settings.trials, settings.scheduler, search.space)
+        finished = read_finished(ledger, search.folder)
+        if not finished:
+            raise _nothing(ledger, search.folder)
+        runner.repeat(_again(search, finished))
+
+
+def _is_done(search: Search, ledger: Ledger) -> bool:
+    """Whether all that was asked for has been run, so that Ray need not be started."""
+    if ledger.ended < search.settings.trials:
+        return False
+    finished = read_finished(ledger, search.folder)
+    if not finished:
+        raise _nothing(ledger, search.folder)
+    runs = [ledger.get(trial.number, trial.seed) for trial in _again(search, finished)]
+    return all(run is not None and run.state in DONE for run in runs)
+
+
+def _again(search: Search, finished: list[Finished]) -> list[Trial]:
+    """The finalists' runs with further seeds."""
+    settings = search.settings
+    objectives = in_trials(search.objectives)
+    chosen = finalists_of(finished, objectives, search.loss, settings.finalists)
+    first = search.recipe.train.seed
+    return [
+        Trial(entry.trial.number, entry.trial.values, seed=first + more)
+        for entry in chosen
+        for more in range(1, settings.seeds)
+    ]
+
+
+def _nothing(ledger: Ledger, folder: Path) -> UserError:
+    """The error of a search without a single finished trial."""
+    states = [trial.state for trial in ledger.trials]
+    reasons = [trial.reason for trial in ledger.trials if trial.reason]
+    counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "none drawn"
+    return UserError(
+        f"no trial has finished ({counted}), so there is no answer"
+        f"{f'; the first reason: {reasons[0]}' if reasons else ''} The trials are in {folder}; the "
+        "same command goes on with those that were cut short."
+    )
+
+
+def write_answer(answer: Answer) -> None:
+    """Write all that a search folder says of its answer: recipes, tables and the page."""
+    write_tables(answer)
+    write_page(answer)
+
+
+def _shares(search: Search) -> Shares:
+    free = None if "RAY_ADDRESS" in os.environ else psutil.virtual_memory().available
+    return share_out(
+        search.recipe,
+        machines(),
+        trials=search.settings.trials,
+        concurrent=search.settings.concurrent,
+        gpu=search.settings.gpu,
+        memory=max(plan.memory for plan in search.plans),
+        free=free,
+    )
+
+
+def _measure(search: Search, ledger: Ledger, tell: Tell) -> None:
+    """Time, and export, what the answer may be: one after the other, with nothing else running."""
+    finished = read_finished(ledger, search.folder)
+    objectives = in_trials(search.objectives)
+    chosen = finalists_of(finished, objectives, search.loss, search.settings.finalists or 1)
+    if any(objective.path == (LATENCY,) for objective in search.objectives):
+        there = on_front(finished, objectives)
+        chosen += [entry for entry, wanted in zip(finished, there, strict=True) if wanted]
+    for number in sorted({entry.trial.number for entry in chosen}):
+        add_measurements(search.folder / "trials" / f"{number:03d}", search.recipe, tell)
+
+
+def _answer(search: Search, ledger: Ledger) -> Answer:
+    return answer_of(
+        search.recipe,
+        search.space,
+        search.objectives,
+        search.loss,
+        search.settings.finalists,
+        ledger,
+    )

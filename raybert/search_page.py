@@ -1,0 +1,84 @@
+"""A search's page: one self-contained HTML file, which loads nothing and runs no script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from raybert import __version__, tables
+from raybert.bench import hardware
+from raybert.recipe_file import dump_recipe
+from raybert.search_plots import (
+    curves_plot,
+    front_plots,
+    importance_plot,
+    parallel_plot,
+    shown,
+)
+from raybert.search_results import Answer, importance, table, write_whole
+
+IMPORTANCE = (
+    "How much of the scores' variance each parameter explains by itself: for numbers the square of "
+    "Spearman's rank correlation with the score, for choices the variance between their mean "
+    "scores (eta squared). Both see one parameter at a time, over trials that ran to their end; a "
+    "handful of trials says little."
+)
+
+LATENCY = (
+    "Sizes and FLOPs are those of the finished models. Latency is timed after the search, one "
+    "model at a time, with nothing else running, for the finalists (and, where it is an objective, "
+    "for all that no other beats in score and FLOPs): trials that run side by side would slow each "
+    "other's clocks."
+)
+
+
+def write_page(answer: Answer) -> None:
+    """Write ``report.html`` into the search folder."""
+    write_whole(answer.folder / "report.html", page(answer).encode())
+
+
+def page(answer: Answer) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        score=tables.score, megabytes=tables.megabytes, duration=tables.duration, shown=shown
+    )
+    rows = table(answer)
+    ended = [entry.trial for entry in answer.finished]
+    states = [trial.state for trial in answer.trials]
+    return environment.get_template("search.html").render(
+        answer=answer,
+        version=__version__,
+        title=answer.folder.name,
+        report=answer.winner.reports[0],
+        counted={state: states.count(state) for state in dict.fromkeys(states)},
+        fronts=front_plots(answer),
+        parallel=parallel_plot(answer),
+        importance=importance_plot(importance(ended, list(answer.space.axes))),
+        importance_note=IMPORTANCE,
+        latency_note=LATENCY,
+        curves=curves_plot(answer),
+        head=list(rows[0]),
+        rows=rows,
+        cell=_cell,
+        recipe=dump_recipe(answer.best),
+        space=answer.space.text,
+        machine=hardware(),
+    )
+
+
+def _cell(value: Any) -> str:
+    """A number or word as the table of trials shows it."""
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return "yes"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,300 @@
+"""A search before anything is trained: its settings, its checks, and the folder it may go on in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raybert.config import Recipe, UserError
+from raybert.draws import ALGORITHMS, Plain, has_optuna, make_source
+from raybert.finalists import Loss, parse_loss
+from raybert.objectives import Objective, in_trials, parse_objectives
+from raybert.plan import Plan, make_plan, resolve_paths, teacher_recipe
+from raybert.recipe_file import dump_recipe
+from raybert.space import Space, apply, chain_of, make_space, read_space
+from raybert.steering import SCHEDULERS, check_schedules
+from raybert.teacher import teacher_digest
+from raybert.tuning import LOGGERS
+
+SEARCH = "search.yaml"
+"""What a search folder says of itself."""
+
+TEACHER = "teacher.json"
+"""The teacher's dev metrics."""
+
+OWN = {
+    *(SEARCH, TEACHER, "ledger", "trials", "finalists", "teacher", "ray"),
+    *("best", "best.yaml", "front", "trials.csv", "trials.parquet", "report.html"),
+}
+"""What a search folder may hold."""
+
+FREE = ("resources", "measure", "export", "workers", "out", "name", "finetune", "teacher")
+"""Recipe keys that a continued search may give other values, or that are compared otherwise."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a search goes about it.
+
+    Attributes:
+        trials: how many, skipped samples not counted.
+        algorithm: ``random``, ``grid`` or ``optuna``; None: optuna where it is installed.
+        scheduler: what stops bad trials early, ``none``, ``asha`` or ``median``; or ``pbt``.
+        objectives: see `raybert.objectives.parse_objectives`.
+        loss: how much accuracy one can afford: ``0.01`` of the metric, or ``5%`` of what the
+            teacher has learned above the floor.
+        finalists: how many trials are run again with other seeds; 0: none.
+        seeds: how many seeds each of them has in all.
+        concurrent: trials at once at most; None: as many as fit.
+        gpu: GPUs of a trial of one worker, such as 0.5.
+        minutes: after which nothing more is trained; None: no limit.
+        retries: how often a trial that crashed is tried again.
+        retry_failed: of an earlier start, let failed trials run again.
+        loggers: ``mlflow`` and ``wandb``, beside the TensorBoard files in each trial's folder.
+    """
+
+    trials: int = 16
+    algorithm: str | None = None
+    scheduler: str = "none"
+    objectives: str | tuple[str, ...] = "score,bytes"
+    loss: str = "0.01"
+    finalists: int = 3
+    seeds: int = 3
+    concurrent: int | None = None
+    gpu: float = 1.0
+    minutes: float | None = None
+    retries: int = 2
+    retry_failed: bool = False
+    loggers: tuple[str, ...] = ()
+
+    def checked(self) -> Settings:
+        """The same, its algorithm settled.
+
+        Raises:
+            UserError: a value that makes no sense.
+        """
+        algorithm = self.algorithm or ("optuna" if has_optuna() else "random")
+        if self.scheduler == "pbt":  # it draws once, and changes what it has drawn
+            algorithm = "random"
+        for word, known, what in (
+            (algorithm, ALGORITHMS, "algorithm"),
+            (self.scheduler, SCHEDULERS, "scheduler"),
+            *((logger, tuple(LOGGERS), "logger") for logger in self.loggers),
+        ):
+            if word not in known:
+                raise UserError(f"no {what} {word!r}; there are {', '.join(known)}.")
+        if min(self.trials, self.seeds, self.concurrent or 1) < 1 or self.finalists < 0:
+            raise UserError(
+                f"{self.trials} trials, {self.concurrent} at once, {self.seeds} seeds: a search "
+                "needs one of each at least."
+            )
+        if self.minutes is not None and self.minutes <= 0:
+            raise UserError(f"{self.minutes:g} minutes leave no time to train; give more.")
+        return replace(self, algorithm=algorithm)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample that was looked at before anything was trained."""
+
+    values: dict[str, Any]
+    plan: Plan | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """A checked search.
+
+    Attributes:
+        recipe: what all trials share, paths resolved; its `teacher` is given, or will lie in the
+            search folder.
+        space: what is searched.
+        settings: how; its algorithm is settled.
+        objectives: what the answer is judged by.
+        loss: the accuracy that one can afford.
+        teacher: the recipe of the teacher that is fine-tuned before, if none was given.
+        samples: the first ones.
+    """
+
+    recipe: Recipe
+    space: Space
+    settings: Settings
+    objectives: tuple[Objective, ...]
+    loss: Loss
+    teacher: Recipe | None
+    samples: tuple[Sample, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The search folder."""
+        return self.recipe.folder
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Those of the samples that can be run."""
+        return [sample.plan for sample in self.samples if sample.plan is not None]
+
+
+def make_search(
+    recipe: Recipe,
+    space: Space | Mapping[str, Any] | str | None = None,
+    settings: Settings | None = None,
+    samples: int = 5,
+) -> Search:
+    """Check a search: nothing is trained, and the data is prepared.
+
+    Args:
+        recipe: what all trials share; its ``out`` is the search folder.
+        space: see `raybert.space.read_space`; a dictionary is a space itself.
+        settings: how to search.
+        samples: how many samples are looked at.
+
+    Raises:
+        UserError: a mistake in any of them.
+    """
+    settings = (settings or Settings()).checked()
+    loss = parse_loss(settings.loss)
+    recipe = resolve_paths(recipe)
+    if isinstance(space, Mapping):
+        space = make_space(space, "given", recipe)
+    elif not isinstance(space, Space):
+        if space is None and settings.scheduler == "pbt" and len(recipe.method) == 1:
+            space = f"{recipe.method[0].name}:SCHEDULES"
+        space = read_space(space, recipe)
+    looked = _look(recipe, space, samples)
+    plans = [sample.plan for sample in looked if sample.plan is not None]
+    if not plans:
+        raise UserError(
+            f"none of {len(looked)} samples of space {space.name} can be run; the last: "
+            f"{looked[-1].reason}"
+        )
+    if settings.scheduler == "pbt":
+        check_schedules(space, plans)
+    objectives = parse_objectives(settings.objectives, plans[0].data.task.metrics)
+    make_source(settings.algorithm or "", space, recipe, in_trials(objectives), recipe.train.seed)
+    teacher = None
+    if recipe.teacher is None:
+        teacher = resolve_paths(teacher_recipe(recipe).model_copy(update={"name": "teacher"}))
+        place = str(teacher.folder / "model")
+        recipe = recipe.model_copy(update={"model": None, "teacher": place})
+    return Search(recipe, space, settings, objectives, loss, teacher, looked)
+
+
+def _look(recipe: Recipe, space: Space, count: int) -> tuple[Sample, ...]:
+    """The first random samples, each with its plan or why it has none."""
+    source, looked = Plain(space, recipe.train.seed), []
+    for number in range(count):
+        values = source.ask(number)
+        if values is None:
+            break
+        try:
+            looked.append(Sample(values, plan_of(recipe, values), ""))
+        except UserError as error:
+            looked.append(Sample(values, None, str(error)))
+    return tuple(looked)
+
+
+def plan_of(recipe: Recipe, values: Mapping[str, Any]) -> Plan:
+    """The plan of a sample.
+
+    Raises:
+        UserError: it cannot be run.
+    """
+    trial = apply(recipe, values)
+    if not chain_of(recipe, values) and not trial.kd.active:
+        raise UserError(
+            "nothing to compress with: give method=lobert, or a space with a key `method`."
+        )
+    return make_plan(trial)
+
+
+def check_place(search: Search) -> bool:
+    """Whether the search folder holds this very search already, to be continued.
+
+    Raises:
+        UserError: it holds a search of another space, teacher or recipe, or anything else.
+    """
+    folder, file = search.folder, search.folder / SEARCH
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    strange = [p.name for p in folder.iterdir() if p.name not in OWN and p.name[0] != "."]
+    if strange or not file.is_file():
+        raise UserError(
+            f"{folder} is not a search folder{f' (it holds {strange[0]})' if strange else ''}; "
+            "nothing in it is touched. Choose another out=."
+        )
+    there = yaml.safe_load(file.read_text(encoding="utf-8"))
+    here = identity(search)
+    for key, what in (
+        ("space", "space"),
+        ("teacher", "teacher"),
+        ("recipe", "recipe"),
+        ("how", "algorithm, scheduler or objectives"),
+    ):
+        if there.get(key) != here[key]:
+            raise UserError(
+                f"{folder} holds a search of another {what}; nothing in it is touched. Choose "
+                f"another out=. There: {_short(there.get(key), here[key])}; here: "
+                f"{_short(here[key], there.get(key))}."
+            )
+    return True
+
+
+def _short(own: Any, other: Any) -> str:
+    """What one has that the other has not."""
+    if isinstance(own, dict) and isinstance(other, dict):
+        differing = {k: v for k, v in own.items() if other.get(k) != v or k not in other}
+        return ", ".join(f"{k}: {v}" for k, v in list(differing.items())[:4]) or "less"
+    return str(own)
+
+
+def identity(search: Search) -> dict[str, Any]:
+    """What makes a search this one: the space, the teacher, what trials share, and the method of
+    searching; how long it goes on may change."""
+    recipe = yaml.safe_load(dump_recipe(search.recipe))
+    for key in FREE:
+        recipe.pop(key)
+    if search.teacher is None:
+        teacher = teacher_digest(search.recipe.teacher or "")
+    else:
+        made = yaml.safe_load(dump_recipe(search.teacher))
+        teacher = {key: made[key] for key in ("model", "task", "data", "train")}
+    settings = search.settings
+    how = {"algorithm": settings.algorithm, "scheduler": settings.scheduler}
+    how["objectives"] = ",".join(o.name for o in search.objectives)
+    return {"space": search.space.text, "teacher": teacher, "recipe": recipe, "how": how}
+
+
+def describe(search: Search) -> str:
+    """A search in lines of text, for `--dry-run`."""
+    lines = [f"search    {search.space.name}: {len(search.space.axes)} keys -> {search.folder}"]
+    lines += [f"          {key}: {text}" for key, text in search.space.text.items()]
+    settings = search.settings
+    names = ", ".join(f"{o.mode} {o.name}" for o in search.objectives)
+    lines.append(
+        f"how       {settings.trials} trials by {settings.algorithm}, scheduler "
+        f"{settings.scheduler}; {names}; a loss of {search.loss.text}"
+    )
+    again = f"{settings.finalists} finalists with {settings.seeds} seeds"
+    lines.append(f"          {again if settings.finalists else 'no finalists'}")
+    for number, sample in enumerate(search.samples):
+        values = ", ".join(f"{key}={_text(value)}" for key, value in sample.values.items())
+        lines.append(f"sample {number}  {values}")
+        if sample.plan is None:
+            lines.append(f"          skipped: {sample.reason}")
+        else:
+            after, steps = sample.plan.after, sum(steps for _, steps in sample.plan.phases)
+            lines.append(
+                f"          {after['parameters']['total'] / 1e6:.2f}M parameters, "
+                f"{after['bytes'] / 1e6:.1f} MB, {after['flops'] / 1e9:.2f} GFLOPs; {steps} steps"
+            )
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,89 @@
+"""How a search shares a machine or cluster out: what each trial gets, and how many run at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raybert.config import Recipe, UserError
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What trials get.
+
+    Attributes:
+        cpus: of each worker.
+        gpu: GPUs of each worker; of a trial of one worker perhaps a share of one; 0: none.
+        concurrent: trials that run at once.
+    """
+
+    cpus: int
+    gpu: float
+    concurrent: int
+
+
+def share_out(
+    recipe: Recipe,
+    nodes: Sequence[tuple[int, int]],
+    *,
+    trials: int,
+    concurrent: int | None = None,
+    gpu: float = 1.0,
+    memory: int = 0,
+    free: int | None = None,
+) -> Shares:
+    """Share nodes out among trials, so that all that are started can run: none waits for another.
+
+    A trial takes its CPUs for good: where `resources.cpus` leaves it open, as many as there are for
+    each of the trials that run at once.
+
+    Args:
+        recipe: gives `workers` and `resources`.
+        nodes: CPUs and GPUs of each machine; a worker lives on one.
+        trials: how many there are to be.
+        concurrent: how many may run at once; None: as many as fit.
+        gpu: GPUs of a trial of one worker; a worker among several has a whole one.
+        memory: bytes that a worker needs.
+        free: bytes that there are; None: not known.
+
+    Raises:
+        UserError: not one trial fits, or not as many at once as were asked for; it says what fits.
+    """
+    workers, total = recipe.workers, sum(cpu for cpu, _ in nodes)
+    if not 0 < gpu <= 1:
+        raise UserError(f"a trial's share of a GPU is {gpu:g}; use more than 0, and 1 at most.")
+    each = gpu if workers == 1 else 1.0
+    on_gpu = recipe.resources.gpu
+    if on_gpu is None:
+        on_gpu = _slots(nodes, 1, each) >= workers
+    share = each if on_gpu else 0.0
+    wanted = min(concurrent or trials, max(1, total // workers))
+    cpus = recipe.resources.cpus or max(1, total // (workers * wanted))
+    if recipe.resources.cpus is None:
+        # CPUs of several machines do not add up to one worker's.
+        while cpus > 1 and _slots(nodes, cpus, share) < workers * wanted:
+            cpus -= 1
+    fits = _slots(nodes, cpus, share) // workers
+    if memory and free is not None and not on_gpu:
+        fits = min(fits, max(1, free // (memory * workers)))
+    what = f"{workers} worker{'s' if workers > 1 else ''} of {cpus} CPU{'s' if cpus > 1 else ''}"
+    what += f" and {share:g} GPU" if share else ""
+    there = f"{total} CPUs and {sum(g for _, g in nodes)} GPUs on {len(nodes)} machine(s)"
+    if fits < 1:
+        raise UserError(
+            f"a trial of {what} fits nowhere: there are {there}. It would wait for ever; use at "
+            f"most workers={_slots(nodes, 1, share)}, fewer resources.cpus, or resources.gpu=false."
+        )
+    if concurrent and concurrent > fits:
+        raise UserError(
+            f"{concurrent} trials at once of {what} do not fit: there are {there}. Use at most "
+            f"--concurrent {fits}, fewer workers or fewer resources.cpus."
+        )
+    return Shares(cpus, share, min(fits, trials, concurrent or fits))
+
+
+def _slots(nodes: Sequence[tuple[int, int]], cpus: int, gpu: float) -> int:
+    """Workers that find room: each within one machine, and within one GPU."""
+    a_gpu = int(1 / gpu + 1e-9) if gpu else 0
+    return sum(min(cpu // cpus, gpus * a_gpu) if gpu else cpu // cpus for cpu, gpus in nodes)

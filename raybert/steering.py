@@ -1,0 +1,169 @@
+"""What Tune does with trials as they run: ASHA, median stopping, and population-based training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+)
+from ray.tune.search.sample import Domain
+
+from raybert.config import MethodConfig, UserError
+from raybert.ledger import Trial
+from raybert.methods import METHODS
+from raybert.objectives import Objective, front
+from raybert.plan import Plan
+from raybert.space import Space, is_grid, listed
+
+SCHEDULERS = ("none", "asha", "median", "pbt")
+
+TIME = "percent"
+"""What schedulers count in: percent of a trial's own steps, over all phases."""
+
+GRACE = 15
+"""Percent that every trial is given before it may be stopped: the warm-up, and half as much."""
+
+THINNING = 3
+"""ASHA: of the trials that reached a rung, one in so many goes on; rungs are at 15 and 45."""
+
+PERTURB = 20
+"""Population-based training: percent between looks at the population."""
+
+
+class Sparing(AsyncHyperBandScheduler):
+    """ASHA that goes by the score, and spares trials that no other beats in all objectives.
+
+    Among models of all sizes the score alone would stop the small ones, which a search is for.
+
+    Args:
+        objectives: what trials are judged by; the score alone spares none that ASHA would stop.
+        how: the scheduler's own.
+    """
+
+    def __init__(self, objectives: Sequence[Objective], **how: Any) -> None:
+        super().__init__(**how)
+        self.objectives = objectives
+        self.curves: dict[str, list[dict[str, Any]]] = {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """ASHA's decision, unless the trial is on the front of those that came as far."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if TIME not in result:  # it has failed
+            return decision
+        self.curves.setdefault(trial.trial_id, []).append(result)
+        if decision != self.STOP or len(self.objectives) < 2:
+            return decision
+        rivals = [
+            [point for point in curve if point[TIME] <= result[TIME]][-1:]
+            for name, curve in self.curves.items()
+            if name != trial.trial_id
+        ]
+        rows = [result, *(point for points in rivals for point in points)]
+        return self.CONTINUE if front(rows, self.objectives)[0] else decision
+
+
+def make_scheduler(name: str, space: Space, objectives: Sequence[Objective]) -> Any:
+    """A Tune scheduler by its name; all go by the dev score."""
+    shared: dict[str, Any] = {"time_attr": TIME, "metric": "score", "mode": "max"}
+    if name == "asha":
+        # More than 100: a trial that has trained to its end is not stopped before its model is
+        # written.
+        return Sparing(
+            objectives, **shared, max_t=101, grace_period=GRACE, reduction_factor=THINNING
+        )
+    if name == "median":
+        return MedianStoppingRule(**shared, grace_period=GRACE, min_samples_required=3)
+    if name == "pbt":
+        return PopulationBasedTraining(
+            **shared,
+            perturbation_interval=PERTURB,
+            require_attrs=False,  # a trial that has failed has none
+            hyperparam_mutations={"values": mutable(space)},
+            custom_explore_fn=_Inside(space),
+            log_config=False,
+        )
+    return FIFOScheduler()
+
+
+def mutable(space: Space) -> dict[str, Any]:
+    """The axes that population-based training changes, as it wants them."""
+    return {
+        key: listed(axis) or axis  # a list is stepped through, a distribution multiplied
+        for key, axis in space.axes.items()
+        if is_grid(axis) or isinstance(axis, Domain)
+    }
+
+
+class _Inside:
+    """Keeps numbers that population-based training has changed by a fifth inside the space."""
+
+    def __init__(self, space: Space) -> None:
+        self.bounds = {
+            key: (axis.lower, axis.upper)  # pyright: ignore[reportAttributeAccessIssue]
+            for key, axis in space.axes.items()
+            if isinstance(axis, Domain) and listed(axis) is None
+        }
+
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        values = dict(config["values"])
+        for key, (low, high) in self.bounds.items():
+            values[key] = min(max(values[key], low), high)
+        return {**config, "values": values}
+
+
+def check_schedules(space: Space, plans: Sequence[Plan]) -> None:
+    """Refuse a space for population-based training whose trials could not take over from each
+    other.
+
+    Args:
+        space: the space.
+        plans: those of several samples.
+
+    Raises:
+        UserError: samples differ in structure or in steps, or a method settles what is searched
+            when its phase begins.
+    """
+    if "method" in space.axes:
+        raise UserError(
+            f"population-based training changes recipes while they run, and space {space.name} "
+            "chooses the methods. Search chains with another scheduler."
+        )
+    settles = {name for name, kind in METHODS.items() if kind.settle is not MethodConfig.settle}
+    for key in space.axes:
+        if key.startswith("method.") and key.split(".")[1] in settles:
+            raise UserError(
+                f"population-based training cannot change `{key}`: {key.split('.')[1]} settles its "
+                "parameters when its phase begins. Use train.* and kd.* keys, or another scheduler."
+            )
+    shapes = {str((plan.phases, plan.after)) for plan in plans}
+    if len(shapes) > 1:
+        raise UserError(
+            f"population-based training moves weights from trial to trial, and samples of space "
+            f"{space.name} differ in structure or steps. Give it a space of rates and weights, "
+            "such as that of --space lobert:SCHEDULES, or use scheduler asha."
+        )
+    evaluations = plans[0].recipe.train.eval_every if plans else "epoch"
+    if evaluations == "epoch" and plans and plans[0].recipe.train.epochs <= 1:
+        raise UserError(
+            "population-based training compares trials at evaluations, and one epoch has a single "
+            "one, at its end. Give train.eval_every, for example a tenth of the steps."
+        )
+
+
+def remember(scheduler: Any, trials: Sequence[Trial]) -> None:
+    """Show a scheduler the curves of trials that ended before the search was interrupted."""
+    if not isinstance(scheduler, Sparing):
+        return
+    for trial in trials:
+        stub: Any = SimpleNamespace(trial_id=f"before-{trial.name}", config={})
+        controller: Any = None
+        scheduler.on_trial_add(controller, stub)
+        for percent, score in trial.curve:
+            result = {**trial.results, TIME: percent, "score": score}
+            scheduler.on_trial_result(controller, stub, result)

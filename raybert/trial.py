@@ -1,0 +1,318 @@
+"""What one trial of a search does: a recipe, carried out by the same loop as `raybert compress`.
+
+One worker runs inside Tune's own actor, with nothing more to start; several are a Ray Train job
+that the actor only watches. Either way the trial is a run folder, which continues from its own
+checkpoints when it was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from transformers.utils.logging import disable_progress_bar
+
+from raybert.config import Recipe, UserError
+from raybert.job import Job
+from raybert.objectives import Objective
+from raybert.plan import Plan, make_plan, resolve_paths
+from raybert.recipe_file import dump_recipe, load_recipe
+from raybert.results import RunReport, read_run
+from raybert.run import compress, run_group, run_here
+from raybert.space import apply, values_of
+
+ORIGIN = "origin.json"
+"""In a checkpoint that is handed over: whose it is."""
+
+LOG = "metrics.jsonl"
+
+POLL = 0.2
+"""Seconds between looks at what the workers of a Ray Train job have reported."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all trials of a search share.
+
+    Attributes:
+        recipe: the base recipe, its teacher given.
+        folder: the search folder.
+        objectives: what is reported of a finished trial.
+        cpus: of each worker.
+        gpu: GPUs of each worker, or of a trial of one worker a share of one.
+        hands_over: whether trials take over each other's checkpoints (population-based training).
+        keys: of the space.
+        teacher_metrics: the teacher's on the dev rows.
+        address: of the cluster, if one was named; a machine's own cores are then no limit.
+    """
+
+    recipe: Recipe
+    folder: Path
+    objectives: tuple[Objective, ...]
+    cpus: int
+    gpu: float
+    hands_over: bool
+    keys: tuple[str, ...]
+    teacher_metrics: dict[str, float]
+    address: str | None
+
+    def place(self, number: int, seed: int | None) -> Path:
+        """A trial's run folder."""
+        if seed is None:
+            return self.folder / "trials" / f"{number:03d}"
+        return self.folder / "finalists" / f"{number:03d}-seed{seed}"
+
+    def recipe_for(self, number: int, seed: int | None, values: Mapping[str, Any]) -> Recipe:
+        """A trial's recipe: measured by `raybert.finalists` later, when the machine is idle."""
+        folder = self.place(number, seed)
+        keys: dict[str, Any] = {
+            "name": f"trial-{folder.name}",
+            "out": str(folder),
+            "export": None,
+            "measure": {"batches": []},
+            "resources": {"cpus": self.cpus, "gpu": self.gpu > 0},
+        }
+        recipe = apply(self.recipe, values, **keys)
+        changes: dict[str, Any] = {} if seed is None else {"seed": seed}
+        if self.hands_over:
+            changes["save_every"] = recipe.train.eval_every
+        train = recipe.train.model_copy(update=changes)
+        return recipe.model_copy(update={"train": train})
+
+
+def run_trial(config: dict[str, Any], work: Work) -> None:
+    """The function that Tune runs for each trial.
+
+    Args:
+        config: ``number``, ``seed`` and ``values`` of the trial; see `number_of`.
+        work: what all share.
+    """
+    logging.disable(logging.INFO)
+    disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    if work.address is not None:
+        os.environ["RAY_ADDRESS"] = work.address
+    number = number_of(config, tune.get_context().get_trial_id())
+    seed, values = config["seed"], dict(config["values"])
+    folder = work.place(number, seed)
+    if seed is not None:  # a finalist's run: its recipe stays as it is
+        work = replace(work, hands_over=False)
+    try:
+        if work.hands_over:
+            values = _take_over(work, number, values, folder)
+        recipe = work.recipe_for(number, seed, values)
+        carrier = _Carrier(work, number, values)
+        compress(recipe, tell=_silent, fit=carrier.fit)
+        report = read_run(folder).report
+    except UserError as error:
+        # Not raised: it would be tried again, to the same end.
+        tune.report({"failed": str(error), "values": values})
+        return
+    # The finished model is in model/; what training left would fill the disk trial by trial.
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    tune.report(
+        {
+            **results_of(report, work.objectives),
+            "score": report.student.score,
+            "percent": 100.0,
+            "finished": True,
+            "values": values,
+        }
+    )
+
+
+def number_of(config: dict[str, Any], trial_id: str) -> int:
+    """A trial's number.
+
+    Args:
+        config: its ``number``. Of a population also ``population``, the numbers of all: a trial
+            that takes over from another gets that one's config, number and all.
+        trial_id: Tune's, which for a population ends in the place among them.
+    """
+    population = config["population"]
+    if population is None:
+        return config["number"]
+    return population[int(trial_id.rpartition("_")[2])]
+
+
+def results_of(report: RunReport, objectives: tuple[Objective, ...]) -> dict[str, float]:
+    """The objectives' numbers, as far as the report has them."""
+    found = {objective.name: objective.of(report) for objective in objectives}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _silent(text: str) -> None:
+    """Trials have no terminal."""
+
+
+# -- the loop, and who hears of it -----------------------------------------------------------------
+
+
+class _Carrier:
+    """Carries a trial's job out, and tells Tune how it gets on."""
+
+    def __init__(self, work: Work, number: int, values: dict[str, Any]) -> None:
+        self.work, self.number, self.values = work, number, values
+
+    def fit(self, plan: Plan, job: Job) -> dict[str, Any]:
+        """See `raybert.run.Fit`."""
+        hooks = _TuneHooks(self, plan)
+        job = replace(job, teacher_metrics=self.work.teacher_metrics)
+        if plan.recipe.workers == 1:
+            return run_here(job, hooks)
+        return _fit_group(job, hooks, self.work)
+
+
+class _TuneHooks:
+    """Tells Tune of each evaluation; with the checkpoint of its step, where those are handed
+    over."""
+
+    def __init__(self, carrier: _Carrier, plan: Plan) -> None:
+        self.carrier, self.folder = carrier, plan.recipe.folder
+        self.total = max(1, sum(steps for _, steps in plan.phases))
+        self.main = plan.data.task.main
+        after = plan.after
+        sizes = {
+            ("student", "parameters", "total"): after["parameters"]["total"],
+            ("student", "bytes", "weights"): after["bytes"],
+            ("student", "flops"): after["flops"],
+        }
+        found = {o.name: sizes.get(o.path) for o in carrier.work.objectives}
+        self.sizes = {name: float(value) for name, value in found.items() if value is not None}
+        self.last: dict[str, Any] = {}
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        percent = 100 * metrics["step"] / self.total
+        score = float(metrics[self.main])
+        named = {o.name: score for o in self.carrier.work.objectives if o.path[-1:] == ("score",)}
+        self.last = {
+            **self.sizes,
+            **named,
+            "score": score,
+            "percent": percent,
+            "step": metrics["step"],
+            "values": self.carrier.values,
+        }
+        # What has trained to the end is not stopped any more: the finished model is reported next.
+        if percent < 100 and not self.carrier.work.hands_over:
+            tune.report(self.last)
+
+    def saved(self, checkpoint: Path) -> None:
+        if not (self.carrier.work.hands_over and self.last and self.last["percent"] < 100):
+            return
+        handed = self.folder / ".handed-over"
+        shutil.rmtree(handed, ignore_errors=True)
+        shutil.copytree(checkpoint, handed, copy_function=_link)
+        shutil.copyfile(self.folder / LOG, handed / LOG)
+        origin = {"number": self.carrier.number, "checkpoint": checkpoint.name}
+        (handed / ORIGIN).write_text(json.dumps(origin))
+        try:
+            tune.report(self.last, checkpoint=tune.Checkpoint.from_directory(handed))
+        finally:
+            shutil.rmtree(handed, ignore_errors=True)
+
+    def progress(self, total: int, label: str) -> Any:
+        return _NoBar()
+
+    def note(self, text: str) -> None:
+        """The run's report has it."""
+
+
+class _NoBar:
+    def update(self, n: int) -> None: ...
+
+    def set_postfix_str(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a checkpoint's file, which is never written again; else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+# -- several workers -------------------------------------------------------------------------------
+
+
+def _fit_group(job: Job, hooks: _TuneHooks, work: Work) -> dict[str, Any]:
+    """A Ray Train job in a thread, while this one passes on what it reports."""
+    from ray.util.queue import Empty, Queue
+
+    queue = Queue(actor_options={"num_cpus": 0})
+    ended: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            ended["result"] = run_group(
+                job, work.cpus, work.gpu > 0, [_relay(queue)], work.hands_over
+            )
+        except BaseException as error:  # raised again below, where Tune sees it
+            ended["error"] = error
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    while thread.is_alive() or not queue.empty():
+        with contextlib.suppress(Empty):
+            told = queue.get(timeout=POLL)
+            if "checkpoint" in told:
+                hooks.saved(Path(told["checkpoint"]))
+            else:
+                hooks.report(told)
+    if "error" in ended:
+        raise ended["error"]
+    return ended["result"]
+
+
+def _relay(queue: Any) -> Any:
+    from ray.train import UserCallback
+
+    class Relay(UserCallback):
+        """Passes on what the first worker reports; it runs in Ray Train's controller."""
+
+        def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
+            queue.put(dict(metrics[0]))
+
+    return Relay()
+
+
+# -- population-based training ---------------------------------------------------------------------
+
+
+def _take_over(work: Work, number: int, values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Put the checkpoint that Tune hands over into the trial's run folder, if it is another's.
+
+    Returns:
+        The values that the trial goes on with.
+    """
+    held = folder / "recipe.yaml"
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        # A search that was killed: the run folder knows better than the ledger what was changed.
+        return values_of(load_recipe(str(held)), work.keys) if held.is_file() else values
+    with checkpoint.as_directory() as place:
+        origin = json.loads((Path(place) / ORIGIN).read_text(encoding="utf-8"))
+        if origin["number"] == number and held.is_file():
+            return values
+        partial = folder.with_name(f".partial-{folder.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        target = partial / "checkpoints" / origin["checkpoint"]
+        shutil.copytree(place, target, ignore=shutil.ignore_patterns(LOG, ORIGIN))
+        shutil.copyfile(Path(place) / LOG, partial / LOG)
+    recipe = make_plan(resolve_paths(work.recipe_for(number, None, values))).recipe
+    (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return values

@@ -1,0 +1,361 @@
+"""Trials on Ray Tune: one Tuner over a ledger, and the scribe that keeps the ledger.
+
+Ray's own record of an experiment is not read again. A search that was interrupted is a new
+experiment whose searcher first goes through the ledger: what was finished is told to the search
+algorithm, and what was running runs on in its own run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.search import Searcher
+
+from raybert.config import UserError
+from raybert.draws import SKIPS, Check, Draws, Source, config_of
+from raybert.ledger import DONE, Ledger, Trial
+from raybert.run import last_line
+from raybert.shares import Shares
+from raybert.space import Space
+from raybert.steering import make_scheduler, remember
+from raybert.trial import Work, number_of, run_trial
+
+Tell = Callable[[str], None]
+
+HEAD = "node:__internal_head__"
+"""A resource of the machine that the search runs on, 1 in all. Trials of several workers only watch
+them, so they take none of the CPUs that those need, else they would hold all and wait for ever:
+they take their part of this."""
+
+LOGGERS = {"mlflow": "mlflow", "wandb": "wandb"}
+"""Loggers by name, and the package that each needs."""
+
+
+class Scribe(tune.Callback):
+    """Keeps the ledger as Tune reports; tells the search algorithm and the user.
+
+    Args:
+        ledger: what is kept.
+        total: trials in all, for what is told.
+        cores: CPU cores that a trial holds.
+        told: hears of each trial that has ended.
+        tell: gets a line for it.
+        deadline: of the search; what it cuts short is not stopped, but goes on another time.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        total: int,
+        cores: float,
+        told: Callable[[Trial], None],
+        tell: Tell,
+        deadline: float,
+    ) -> None:
+        self.ledger, self.total, self.cores = ledger, total, cores
+        self.told, self.tell, self.deadline = told, tell, deadline
+        self.stamps: dict[str, float] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles what it is given, for a restore that never comes."""
+        return {}
+
+    def _of(self, trial: Any) -> Trial:
+        number, seed = number_of(trial.config, trial.trial_id), trial.config["seed"]
+        known = self.ledger.get(number, seed)
+        return known or Trial(number, dict(trial.config["values"]), seed=seed)
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial starts, or goes on after a pause or a crash."""
+        self.stamps[trial.trial_id] = time.time()
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+    ) -> None:
+        """An evaluation, or the end."""
+        own = self._of(trial)
+        now = time.time()
+        own.seconds += now - self.stamps.get(trial.trial_id, now)
+        own.cores = self.cores
+        self.stamps[trial.trial_id] = now
+        own.values = dict(result.get("values", own.values))
+        if "failed" in result:
+            own.state, own.reason = "failed", result["failed"]
+        else:
+            if result.get("finished"):
+                own.state = "finished"
+            if not own.curve or own.curve[-1][0] < result["percent"]:
+                own.curve.append([result["percent"], result["score"]])
+            skipped = ("values", "config")
+            own.results = {
+                key: float(value)
+                for key, value in result.items()
+                if key not in skipped and type(value) in (int, float) and key not in _TUNES_OWN
+            }
+        self.ledger.write(own)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial has ended, or was stopped."""
+        own = self._of(trial)
+        if own.state == "running":
+            if time.time() >= self.deadline:
+                return
+            own.state = "stopped"
+        self._ended(own)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial crashed as often as it may."""
+        own = self._of(trial)
+        error = trial.get_error()
+        own.state, own.reason = "failed", last_line(error) if error else "it crashed"
+        self._ended(own)
+
+    def _ended(self, own: Trial) -> None:
+        self.ledger.write(own)
+        self.told(own)
+        done = self.ledger.ended
+        shown = ", ".join(
+            f"{key} {value:.4g}" for key, value in own.results.items() if key in ("score", "bytes")
+        )
+        what = {"stopped": "stopped early", "failed": f"failed: {own.reason}"}
+        place = f" ({done} of {self.total})" if own.seed is None else ""
+        self.tell(f"trial {own.name} {what.get(own.state, own.state)}; {shown}{place}")
+
+
+_TUNES_OWN = {
+    *("timestamp", "time_this_iter_s", "time_total_s", "time_since_restore", "pid", "finished"),
+    *("training_iteration", "iterations_since_restore", "done", "should_checkpoint", "percent"),
+    *("step",),
+}
+"""Numbers that Tune adds to results, and those that are kept elsewhere."""
+
+
+class Listed(Searcher):
+    """Gives Tune trials from a list."""
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        super().__init__()
+        self.waiting = list(trials)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles what it is given, for a restore that never comes."""
+        return {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next; see `Searcher.suggest`."""
+        if not self.waiting:
+            return Searcher.FINISHED
+        return config_of(self.waiting.pop(0))
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Nothing depends on it."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The ledger is what a search goes on from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
+
+
+class Runner:
+    """Runs the trials of one search.
+
+    Args:
+        work: what trials are told.
+        shares: what each gets.
+        ledger: what is known of them.
+        retries: how often one that crashed is tried again.
+        deadline: `time.time()` after which nothing more is trained.
+        loggers: Tune callbacks beside the scribe.
+        tell: gets a line for each trial.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        shares: Shares,
+        ledger: Ledger,
+        *,
+        retries: int,
+        deadline: float,
+        loggers: Sequence[Any],
+        tell: Tell,
+    ) -> None:
+        self.work, self.shares, self.ledger, self.tell = work, shares, ledger, tell
+        self.retries, self.deadline, self.loggers = retries, deadline, loggers
+
+    def search(
+        self, source: Source, check: Check, limit: int, scheduler: str, space: Space
+    ) -> None:
+        """Run the search's own trials, as far as they have not been run.
+
+        Raises:
+            UserError: hardly a sample can be run.
+        """
+        recipe = self.work.recipe
+        if scheduler == "pbt":
+            self._population(source, check, limit, space)
+            return
+        draws = Draws(source, self.ledger, recipe, check, limit, self.tell)
+        steering = make_scheduler(scheduler, space, self.work.objectives)
+        remember(steering, [t for t in self.ledger.trials if t.state in ("finished", "stopped")])
+        if time.time() < self.deadline and draws.has_next():
+            scribe = self._scribe(limit, draws.told)
+            self._fit({}, scribe, limit, search_alg=draws, scheduler=steering)
+        if draws.skipped >= SKIPS:
+            last = [t for t in self.ledger.trials if t.state == "skipped"][-1]
+            raise UserError(
+                f"{SKIPS} samples in a row were skipped; the last: {last.reason} Make the space "
+                "smaller. What was found before is kept."
+            )
+
+    def repeat(self, trials: Sequence[Trial]) -> None:
+        """Run finalists with other seeds, as far as they have not been run."""
+        waiting = []
+        for trial in trials:
+            known = self.ledger.get(trial.number, trial.seed) or trial
+            self.ledger.write(known)
+            waiting += [known] if known.state not in DONE else []
+        if waiting and time.time() < self.deadline:
+            scribe = self._scribe(len(waiting), _nobody)
+            self._fit({}, scribe, len(waiting), search_alg=Listed(waiting))
+
+    def _population(self, source: Source, check: Check, limit: int, space: Space) -> None:
+        """Population-based training: Tune's own variant generator is the only one it takes."""
+        draws = Draws(source, self.ledger, self.work.recipe, check, limit, self.tell)
+        found: dict[int, dict[str, Any]] = {}
+        while (config := draws.suggest("")) != Searcher.FINISHED:
+            found[config["number"]] = config["values"]
+        if not found or time.time() >= self.deadline:
+            return
+        space_of_numbers = {
+            "number": tune.grid_search(list(found)),
+            "population": list(found),
+            "seed": None,
+            "values": tune.sample_from(lambda config: dict(found[config["number"]])),
+        }
+        scheduler = make_scheduler("pbt", space, self.work.objectives)
+        self._fit(space_of_numbers, self._scribe(limit, _nobody), 1, scheduler=scheduler)
+
+    def _scribe(self, total: int, told: Callable[[Trial], None]) -> Scribe:
+        cores = self.shares.cpus * self.work.recipe.workers
+        return Scribe(self.ledger, total, cores, told, self.tell, self.deadline)
+
+    def _fit(self, axes: dict[str, Any], scribe: Scribe, samples: int, **how: Any) -> None:
+        alone = self.work.recipe.workers == 1
+        trainable = tune.with_resources(
+            tune.with_parameters(run_trial, work=self.work), self._resources()
+        )
+        place = self.work.folder / "ray"
+        left = self.deadline - time.time()
+        tuner = tune.Tuner(
+            trainable,
+            param_space=axes,
+            tune_config=tune.TuneConfig(
+                num_samples=samples,
+                # A population waits in turns: what is held back by a number is not part of it.
+                max_concurrent_trials=None if self.work.hands_over else self.shares.concurrent,
+                # An actor of its own a trial costs the seconds of importing torch; one worker's
+                # loop leaves nothing behind in its process.
+                reuse_actors=alone,
+                time_budget_s=left if left < float("inf") else None,
+                **how,
+            ),
+            run_config=tune.RunConfig(
+                name=f"tune-{time.time_ns()}",
+                storage_path=str(place),
+                callbacks=[scribe, *self.loggers],
+                failure_config=tune.FailureConfig(max_failures=self.retries),
+                # Of a population: one that is taken over must not be gone by then.
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
+                verbose=0,
+            ),
+        )
+        with _quiet():
+            tuner.fit()
+        shutil.rmtree(place, ignore_errors=True)
+
+    def _resources(self) -> dict[str, float]:
+        """What Tune sets aside for a trial."""
+        shares = self.shares
+        if self.work.recipe.workers > 1:
+            return {"CPU": 0, HEAD: math.floor(900 / shares.concurrent) / 1000}
+        cpus = sum(cpu for cpu, _ in machines()) // shares.concurrent
+        taken = max(shares.cpus, cpus) if self.work.hands_over else shares.cpus
+        return {"CPU": taken, **({"GPU": shares.gpu} if shares.gpu else {})}
+
+
+def _nobody(trial: Trial) -> None:
+    """Nobody waits for it."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tune without its files and tables; an interruption is the caller's to see."""
+    settings = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        # A trial that has failed has no score; the others go on.
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+    }
+    before = {key: os.environ.get(key) for key in settings}
+    os.environ.update(settings)
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def machines() -> list[tuple[int, int]]:
+    """CPUs and GPUs of each machine of the cluster that Ray is connected to."""
+    import ray
+
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found]
+
+
+def make_loggers(names: Sequence[str], folder: Path) -> list[Any]:
+    """Tune's callbacks for MLflow and Weights & Biases.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    from importlib.util import find_spec
+
+    for name in names:
+        if find_spec(LOGGERS[name]) is None:
+            raise UserError(
+                f"{name} is not installed: pip install {LOGGERS[name]}, or leave --log {name} out."
+            )
+    found: list[Any] = []
+    if "mlflow" in names:
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        # Where: MLFLOW_TRACKING_URI, as MLflow itself has it.
+        found.append(MLflowLoggerCallback(experiment_name=folder.name))
+    if "wandb" in names:
+        from ray.air.integrations.wandb import WandbLoggerCallback
+
+        found.append(WandbLoggerCallback(project=folder.name))
+    return found

@@ -1,0 +1,82 @@
+"""What a search costs beside training: eight short trials of one worker each.
+
+    python tests/benchmarks/tune_overhead.py
+
+The teacher and its predictions are there before the clock starts; what counts is everything else
+from the start of `tune` to its answer: starting Ray, importing torch, planning, loading,
+evaluating, saving and measuring models, drawing the page.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import Figure, encoder, options, publish
+
+
+def measure(args: Any, folder: Path) -> dict[str, Any]:
+    """Seconds of a search, and those of its trials' optimiser steps."""
+    from ray import tune as ray_tune
+
+    from raybert.finalists import read_finished
+    from raybert.ledger import Ledger
+    from raybert.recipe_file import recipe_from
+    from raybert.run import finetune
+    from raybert.search import run_search
+    from raybert.search_plan import Settings, make_search
+
+    data = {"max_length": 64, "limit": 64 if args.quick else None, "cache": str(folder / "cache")}
+    keys: dict[str, Any] = {"task": "demo", "data": data, "model": encoder(args)}
+    training = {"epochs": 1, "lr": 1e-4, "batch_size": 32, "precision": "fp32"}
+    teacher = finetune(
+        recipe_from({**keys, "train": training, "out": str(folder / "teacher")}), tell=print
+    )
+    keys.pop("model")
+    recipe = recipe_from(
+        {
+            **keys,
+            "teacher": str(teacher),
+            "method": ["lobert"],
+            "kd": {"alpha": 0.5},
+            "train": {**training, "epochs": args.epochs},
+            "measure": {"batches": []},
+            "out": str(folder / "search"),
+        }
+    )
+    space = {
+        "method.lobert.share": ray_tune.uniform(0.3, 0.7),
+        "train.lr": ray_tune.loguniform(5e-5, 2e-4),
+    }
+    trials = 2 if args.quick else 8
+    settings = Settings(trials=trials, finalists=0, algorithm="random", concurrent=args.concurrent)
+    began = time.perf_counter()
+    run_search(make_search(recipe, space, settings), tell=print)
+    seconds = time.perf_counter() - began
+    finished = read_finished(Ledger(folder / "search"), folder / "search")
+    steps = [entry.reports[0].training.seconds for entry in finished]
+    return {"seconds": round(seconds, 2), "steps": [round(s, 2) for s in steps], "trials": trials}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = options("what a search costs beside training")
+    parser.add_argument("--epochs", type=float, default=1.0, help="of each trial (default: 1)")
+    parser.add_argument("--concurrent", type=int, default=2, help="trials at once (default: 2)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
+        found = measure(args, Path(folder))
+    side_by_side = min(args.concurrent, found["trials"])
+    outside = 1 - sum(found["steps"]) / (found["seconds"] * side_by_side)
+    figures = [
+        Figure("time of the search outside training steps", 100 * outside, "%", 15.0),
+        Figure("the whole search", found["seconds"], "s"),
+    ]
+    title = f"A search of {found['trials']} trials, {side_by_side} at once"
+    publish(args, title, figures, {**found, "concurrent": side_by_side, "epochs": args.epochs})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The spaces that ship, and how they are read: every key, every sample, every released default."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import yaml
+from ray import tune
+
+from raybert.config import UserError
+from raybert.draws import Plain
+from raybert.methods import METHODS
+from raybert.objectives import parse_objectives
+from raybert.recipe_file import RECIPES, load_recipe, recipe_from
+from raybert.space import (
+    apply,
+    contains,
+    describe,
+    listed,
+    make_space,
+    read_space,
+    used,
+    values_of,
+)
+
+SAMPLES = 40
+
+
+def recipe_of(*methods):
+    return recipe_from({"teacher": "teacher", "method": list(methods)})
+
+
+def base_of(module: str):
+    return recipe_of() if module == "chains" else recipe_of(module)
+
+
+def shipped() -> list[str]:
+    names = []
+    for module in [*METHODS, "chains"]:
+        found = vars(importlib.import_module(f"tune_spaces.{module}"))
+        names += [f"{module}:{key}" for key, value in found.items() if isinstance(value, dict)]
+    return [name for name in names if name.rpartition(":")[2].isupper()]
+
+
+def test_every_method_has_a_space_and_a_grid():
+    for module in [*METHODS, "chains"]:
+        assert {f"{module}:SPACE", f"{module}:PAPER"} <= set(shipped())
+        assert importlib.import_module(f"tune_spaces.{module}").__doc__
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_sample_is_a_recipe(name):
+    base = base_of(name.partition(":")[0])
+    space = read_space(name, base)  # which refuses keys that are no recipe keys
+    source = Plain(space, seed=0)
+    for number in range(SAMPLES):
+        values = source.ask(number)
+        if values is None:
+            assert number == len(source.grid)
+            break
+        assert all(contains(space.axes[key], value) for key, value in values.items())
+        recipe = apply(base, values)
+        for key, value in values_of(recipe, list(used(base, values))).items():
+            assert value == values[key]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.parent.name)
+def test_released_recipes_lie_inside(path: Path):
+    recipe = load_recipe(str(path))
+    method = path.parent.name
+    space = read_space(method, recipe_of(method))
+    if recipe.kd == recipe_of(method).kd:  # no distillation released: its weights have no default
+        space = make_space({k: v for k, v in space.axes.items() if k[:3] != "kd."}, "x", recipe)
+    for key, value in values_of(recipe, list(space.axes)).items():
+        # Nothing: the method finds it by itself, as LoBERT its ranks.
+        assert value is None or contains(space.axes[key], value), (key, value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_of_methods_lie_inside(method):
+    recipe = recipe_of(method)
+    axes = read_space(method, recipe).axes
+    keys = [key for key in axes if key.startswith("method.")]
+    for key, value in values_of(recipe, keys).items():
+        assert value is None or contains(axes[key], value), (key, value)
+
+
+def test_the_released_grid_of_lobert_has_24_points():
+    assert len(Plain(read_space("lobert:PAPER", recipe_of("lobert")), 0).grid) == 24
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({}, "is empty"),
+        ({"train.lrr": 1}, r"unknown key `train\.lrr` \(did you mean 'lr'"),
+        ({"method.lobert.shore": 1}, "did you mean 'share'"),
+        ({"method.lobart.share": 1}, "unknown method .*did you mean 'lobert'"),
+        ({"method.theseus.layers": 2}, "parameters of theseus, which no trial uses"),
+        ({"method.lobert.name": "x"}, "unknown key"),
+        ({"data.max_length": 64}, "the same for all trials"),
+        ({"teacher": "x"}, "the same for all trials"),
+        ({"rate": 1}, "no such key"),
+    ],
+)
+def test_keys_that_cannot_be_searched_are_refused(axes, message):
+    with pytest.raises(UserError, match=message):
+        make_space(axes, "mine", recipe_of("lobert"))
+
+
+def test_a_space_in_yaml_is_the_one_in_python(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "train.lr: {loguniform: [1e-5, 1.0e-4]}\n"
+        "method.lobert.allocate: {choice: [even, energy]}\n"
+        "method.lobert.share: {quniform: [0.2, 0.8, 0.1]}\n"
+        "kd.cls: {grid: [0.0, 10.0]}\n"
+        "kd.alpha: 0.5\n"
+    )
+    axes = {
+        "train.lr": tune.loguniform(1e-5, 1e-4),
+        "method.lobert.allocate": tune.choice(["even", "energy"]),
+        "method.lobert.share": tune.quniform(0.2, 0.8, 0.1),
+        "kd.cls": tune.grid_search([0.0, 10.0]),
+        "kd.alpha": 0.5,
+    }
+    found = read_space(str(file), recipe_of("lobert"))
+    assert found.text == make_space(axes, "mine", recipe_of("lobert")).text
+    assert found.text["train.lr"] == "loguniform 1e-05 to 0.0001"
+    assert found.text["method.lobert.share"] == "uniform 0.2 to 0.8 in steps of 0.1"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "train.lr: {lognormal: [1, 2]}", "did you mean|of uniform"),
+        ("a.yaml", "train.lr: {uniform: 3}", "with a list"),
+        ("a.yaml", "train.lr: {loguniform: [0, 1]}", "loguniform"),
+        ("a.yaml", "- 1", "is no space"),
+        ("a.py", "SPACES = {}", "did you mean 'SPACES'"),
+        ("a.py", "1/0", "ZeroDivisionError"),
+        ("absent.py", None, "no such file"),
+        ("absent.yaml", None, "no space"),
+        ("lobart", None, "did you mean 'lobert'"),
+        ("lobert:PAPERS", None, "did you mean 'PAPER'"),
+    ],
+)
+def test_spaces_that_cannot_be_read_say_why(tmp_path, monkeypatch, name, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path(name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_space(name, recipe_of("lobert"))
+
+
+def test_a_users_module_is_read(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from ray import tune\nSPACE = {'train.lr': tune.uniform(0.1, 0.2)}\n"
+        "WIDE = {'train.lr': tune.uniform(0.1, 0.9)}\n"
+    )
+    recipe = recipe_of("lobert")
+    assert describe(read_space(str(file), recipe).axes["train.lr"]) == "uniform 0.1 to 0.2"
+    assert describe(read_space(f"{file}:WIDE", recipe).axes["train.lr"]) == "uniform 0.1 to 0.9"
+
+
+def test_without_a_name_the_method_decides():
+    assert read_space(None, recipe_of("q8bert")).name == "q8bert"
+    assert read_space(None, recipe_of()).name == "chains"
+    with pytest.raises(UserError, match="parameters of lobert, which no trial uses"):
+        read_space("lobert", recipe_of("theseus"))
+
+
+def test_a_sample_takes_only_what_its_chain_has():
+    base = recipe_of({"name": "theseus", "schedule": "constant"})
+    values = {
+        "method": "theseus,q8bert",
+        "method.theseus.layers": 3,
+        "method.lobert.share": 0.5,
+        "train.lr": 1e-4,
+    }
+    recipe = apply(base, values, out="elsewhere", measure={"batches": []})
+    assert [entry.name for entry in recipe.method] == ["theseus", "q8bert"]
+    theseus = recipe.method[0].model_dump()
+    assert (theseus["layers"], theseus["schedule"]) == (3, "constant"), "the base's is kept"
+    assert recipe.train.lr == 1e-4
+    assert recipe.measure.batches == ()
+    assert recipe.measure.length == base.measure.length
+    assert list(used(base, values)) == ["method", "method.theseus.layers", "train.lr"]
+    assert recipe_from(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+
+
+def test_axes_know_their_values():
+    assert listed(tune.grid_search([1, 2])) == [1, 2]
+    assert listed(tune.choice(["a"])) == ["a"]
+    assert listed(tune.uniform(0, 1)) is None
+    assert contains(tune.randint(2, 9), 8)
+    assert not contains(tune.uniform(0.2, 0.4), 0.5)
+    assert not contains(tune.uniform(0.2, 0.4), None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("scor", "did you mean 'score'"),
+        ("score,score", "one twice"),
+        ("", "name none"),
+        ("up:student.score", "neither max: nor min:"),
+        ("max:student.metrics.recall", "has no 'recall'.*it has f1, accuracy"),
+        ("max:student.metric", "did you mean 'metrics'"),
+        ("max:student", "is no number"),
+        ("max:name", "is no number"),
+        ("max:student.score.mean", "has no 'mean'"),
+    ],
+)
+def test_objectives_that_no_report_has_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_objectives(words, ("f1", "accuracy"))

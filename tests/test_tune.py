@@ -1,0 +1,526 @@
+"""Searches without Ray: what is drawn, skipped, shared out, chosen, refused and shown."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from ray import tune as ray_tune
+from ray.tune.search import Searcher
+
+from raybert.cli import main
+from raybert.config import UserError
+from raybert.draws import SKIPS, Draws, Optuna, Plain, as_grid, make_source
+from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished
+from raybert.ledger import Ledger, Trial
+from raybert.objectives import front, in_trials, latency, parse_objectives
+from raybert.recipe_file import load_recipe, recipe_from
+from raybert.report import write_run_report
+from raybert.results import build
+from raybert.search import write_answer
+from raybert.search_plan import Settings, check_place, describe, identity, make_search
+from raybert.search_results import answer_of, importance, summary
+from raybert.shares import Shares, share_out
+from raybert.space import make_space
+from raybert.steering import make_scheduler, remember
+
+METRICS = ("accuracy", "f1")
+SCORE_BYTES = parse_objectives("score,bytes", METRICS)
+BASE = recipe_from({"teacher": "teacher", "method": ["lobert"], "task": "demo"})
+AXES = {
+    "method.lobert.share": ray_tune.uniform(0.2, 0.8),
+    "train.lr": ray_tune.loguniform(1e-5, 1e-3),
+    "kd.normalize": ray_tune.choice([True, False]),
+}
+SPACE = make_space(AXES, "toy", BASE)
+
+
+def report_of(score: float, size: int, *, seed: int = 42, milliseconds: float | None = None):
+    """A run's report with only what matters here; the teacher has 0.9 and 1000 bytes."""
+
+    def model(value: float, weights: int) -> dict:
+        return {
+            "metrics": {"accuracy": value},
+            "parameters": {"total": weights // 4, "embeddings": 1, "rest": 1},
+            "bytes": {"weights": weights, "total": weights},
+            "flops": weights,
+        }
+
+    timed = [("student", milliseconds), ("teacher", 10.0)] if milliseconds else []
+    rows = [
+        {"model": name, "backend": "torch", "device": "cpu", "batch": batch, "length": 8,
+         "p50_ms": ms * batch, "p95_ms": ms, "mean_ms": ms, "throughput": 1.0, "repeats": 1,
+         "threads": 1, "peak_memory_mb": 1.0}
+        for name, ms in timed for batch in (1, 8)
+    ]  # fmt: skip
+    return build(
+        name="run", task="demo", kind="classification", metric="accuracy", model="toy",
+        methods=[{"name": "lobert"}], seed=seed, workers=1, student=model(score, size),
+        teacher=model(0.9, 1000), floors={"accuracy": 0.5}, latency=rows,
+        training={"steps": 1, "seconds": 1.0, "tokens": 1, "phases": []}, hardware={"cpu": "toy"},
+    )  # fmt: skip
+
+
+def finished(number: int, scores, size: int, **keys) -> Finished:
+    reports = [report_of(s, size, seed=42 + n, **keys) for n, s in enumerate(scores)]
+    return Finished(Trial(number, {}, "finished"), tuple(reports))
+
+
+# -- objectives ------------------------------------------------------------------------------------
+
+
+def test_objectives_are_numbers_of_a_report():
+    report = report_of(0.8, 400, milliseconds=5.0)
+    words = "score,retained,bytes,parameters,flops,latency,seconds,max:student.metrics.accuracy"
+    found = {o.name: o.of(report) for o in parse_objectives(words, METRICS)}
+    assert found.pop("retained") == pytest.approx(0.75)
+    assert list(found.values()) == [0.8, 400, 100, 400, 5.0, 1.0, 0.8]
+    assert latency(report_of(0.8, 400)) is None
+    assert [o.name for o in in_trials(parse_objectives("latency,flops,score", METRICS))] == [
+        "flops",
+        "score",
+    ]
+
+
+def test_the_front_is_what_no_other_beats():
+    rows = [(0.9, 100), (0.8, 50), (0.7, 60), (0.9, 100), (0.95, None), (float("nan"), 1)]
+    named = [{"score": score, "bytes": size} for score, size in rows]
+    assert front(named, SCORE_BYTES) == [True, True, False, True, False, False]
+
+
+# -- resources -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "nodes", "asked", "wanted"),
+    [
+        ({}, [(2, 0)], {"trials": 8}, Shares(1, 0, 2)),
+        ({}, [(16, 0)], {"trials": 4}, Shares(4, 0, 4)),
+        ({"resources": {"cpus": 3}}, [(8, 0)], {"trials": 9}, Shares(3, 0, 2)),
+        ({}, [(16, 0)], {"trials": 8, "concurrent": 2}, Shares(8, 0, 2)),
+        ({"workers": 2}, [(8, 0)], {"trials": 2}, Shares(2, 0, 2)),
+        ({"workers": 3, "resources": {"cpus": 2}}, [(4, 0)] * 2, {"trials": 9}, Shares(2, 0, 1)),
+        ({}, [(3, 0), (3, 0)], {"trials": 1}, Shares(3, 0, 1)),
+        ({}, [(8, 1)], {"trials": 9, "gpu": 0.25}, Shares(1, 0.25, 4)),
+        ({"workers": 2}, [(8, 4)], {"trials": 9, "gpu": 0.25}, Shares(1, 1, 2)),
+        ({"resources": {"gpu": False}}, [(8, 1)], {"trials": 8}, Shares(1, 0, 8)),
+        ({}, [(8, 0)], {"trials": 8, "memory": 4, "free": 13}, Shares(1, 0, 3)),
+    ],
+)  # fmt: skip
+def test_all_trials_that_start_find_room(keys, nodes, asked, wanted):
+    assert share_out(recipe_from({"teacher": "t", **keys}), nodes, **asked) == wanted
+
+
+@pytest.mark.parametrize(
+    ("keys", "nodes", "asked", "message"),
+    [
+        ({"workers": 4}, [(2, 0)], {}, "4 workers of 1 CPU fits nowhere.*at most workers=2"),
+        ({"resources": {"cpus": 6}}, [(4, 0), (4, 0)], {}, "6 CPUs fits nowhere"),
+        ({"resources": {"gpu": True}}, [(4, 0)], {}, "1 GPU fits nowhere.*resources.gpu=false"),
+        ({"workers": 2}, [(8, 0)], {"concurrent": 5}, "5 trials at once.*at most --concurrent 4"),
+        ({}, [(8, 1)], {"gpu": 2.0}, "share of a GPU is 2"),
+    ],
+)
+def test_what_would_wait_for_ever_is_refused(keys, nodes, asked, message):
+    with pytest.raises(UserError, match=message):
+        share_out(recipe_from({"teacher": "t", **keys}), nodes, **{"trials": 8, **asked})
+
+
+# -- drawing ---------------------------------------------------------------------------------------
+
+
+def test_a_sample_depends_on_its_number_alone():
+    first, again = Plain(SPACE, seed=1), Plain(SPACE, seed=1)
+    samples = [first.ask(number) for number in range(6)]
+    assert again.ask(4) == samples[4]
+    assert len({json.dumps(sample) for sample in samples}) == 6
+    assert Plain(SPACE, seed=2).ask(4) != samples[4]
+
+
+def test_a_grid_is_every_combination_once():
+    axes = {"train.lr": ray_tune.choice([1e-4, 1e-3]), "kd.cls": ray_tune.grid_search([0.0, 1.0])}
+    source = Plain(as_grid(make_space(axes, "grid", BASE)), seed=0)
+    found = [source.ask(number) for number in range(4)]
+    assert source.ask(4) is None
+    assert len({json.dumps(values) for values in found}) == 4
+    with pytest.raises(UserError, match=r"no grid: method\.lobert\.share, train\.lr"):
+        as_grid(SPACE)
+    with pytest.raises(UserError, match="Optuna cannot sample"):
+        make_source("optuna", make_space(axes, "grid", BASE), BASE, SCORE_BYTES, 0)
+
+
+class Refuses:
+    """A check that refuses shares above a bound, and counts what it was asked."""
+
+    def __init__(self, above: float) -> None:
+        self.above, self.asked = above, 0
+
+    def __call__(self, values: dict) -> str:
+        self.asked += 1
+        share = values["method.lobert.share"]
+        return "it saves nothing." if share > self.above else ""
+
+
+def drain(draws: Draws) -> list[dict]:
+    found = []
+    while (config := draws.suggest("x")) != Searcher.FINISHED:
+        found.append(config)
+    return found
+
+
+def test_what_saves_nothing_is_skipped_before_it_starts(tmp_path):
+    told: list[str] = []
+    check = Refuses(above=0.5)
+    draws = Draws(Plain(SPACE, 0), Ledger(tmp_path), BASE, check, 5, told.append)
+    found = drain(draws)
+    assert len(found) == 5
+    assert all(config["values"]["method.lobert.share"] <= 0.5 for config in found)
+    skipped = [t for t in Ledger(tmp_path).trials if t.state == "skipped"]
+    assert len(skipped) == check.asked - 5 == len(told) > 0
+    assert skipped[0].reason == "it saves nothing."
+
+
+def test_a_space_of_nothing_but_mistakes_ends(tmp_path):
+    check = Refuses(above=0.0)
+    draws = Draws(Plain(SPACE, 0), Ledger(tmp_path), BASE, check, 5, print)
+    assert drain(draws) == []
+    assert check.asked == SKIPS
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_an_interrupted_search_goes_on_where_it_was(tmp_path, algorithm):
+    def drawn(limit: int, seed: int) -> tuple[Draws, list[dict]]:
+        source = make_source(algorithm, SPACE, BASE, SCORE_BYTES, seed)
+        draws = Draws(source, Ledger(tmp_path), BASE, Refuses(0.6), limit, print)
+        return draws, drain(draws)
+
+    draws, first = drawn(3, seed=0)
+    ledger = draws.ledger
+    ended = ledger.get(first[0]["number"])
+    assert ended is not None
+    ended.state, ended.results = "finished", {"score": 0.8, "bytes": 10.0}
+    ledger.write(ended)
+    _, again = drawn(5, seed=1)
+    # The finished one is not drawn again; those in flight are, and then two new ones.
+    assert again[:2] == first[1:]
+    assert len(again) == 4
+    assert len({json.dumps(config["values"]) for config in [*first, *again]}) == 5
+
+
+def test_optuna_is_asked_only_for_what_the_chain_has():
+    axes = {
+        "train.lr": ray_tune.loguniform(1e-5, 1e-3),
+        "method.lobert.share": ray_tune.uniform(0.2, 0.8),
+        "method.theseus.layers": ray_tune.randint(2, 4),
+        "method": ray_tune.choice(["lobert", "theseus", "theseus,lobert"]),
+    }
+    base = recipe_from({"teacher": "t"})
+    source = Optuna(make_space(axes, "chains", base), base, SCORE_BYTES, seed=0)
+    samples = [source.ask(number) for number in range(12)]
+    for number, values in enumerate(samples):
+        assert values is not None
+        chain = values["method"].split(",")
+        assert ("method.lobert.share" in values) == ("lobert" in chain)
+        assert ("method.theseus.layers" in values) == ("theseus" in chain)
+        source.tell(number, {"score": 0.5, "bytes": 1.0})
+    assert len({values["method"] for values in samples if values}) == 3
+
+
+def test_optuna_learns_from_what_it_is_told():
+    axes = {"train.lr": ray_tune.uniform(0.0, 1.0)}
+    space = make_space(axes, "line", BASE)
+    source = Optuna(space, BASE, parse_objectives("score", METRICS), seed=0)
+    drawn = []
+    for number in range(40):
+        values = source.ask(number)
+        assert values is not None
+        drawn.append(values["train.lr"])
+        source.tell(number, {"score": 1 - abs(drawn[-1] - 0.3)} if number % 7 else None)
+    late = sorted(abs(value - 0.3) for value in drawn[20:])
+    assert late[len(late) // 2] < 0.15, "half of the later ones are near the best"
+
+
+def test_asha_remembers_trials_of_before_and_spares_the_front():
+    sizes, scores = (100.0, 90.0, 80.0, 70.0), (0.9, 0.8, 0.7, 0.6)
+    before = [
+        Trial(n, {}, "finished", results={"bytes": size},
+              curve=[[25.0, score], [50.0, score], [75.0, score]])
+        for n, (size, score) in enumerate(zip(sizes, scores, strict=True))
+    ]  # fmt: skip
+
+    def decision(objectives, score: float, size: float) -> str:
+        scheduler = make_scheduler("asha", SPACE, objectives)
+        remember(scheduler, before)
+        stub = SimpleNamespace(trial_id="new", config={})
+        scheduler.on_trial_add(None, stub)
+        result = {"percent": 25.0, "score": score, "bytes": size}
+        return scheduler.on_trial_result(None, stub, result)
+
+    only_score = SCORE_BYTES[:1]
+    assert decision(only_score, 0.95, 100.0) == "CONTINUE"
+    assert decision(only_score, 0.65, 50.0) == "STOP"
+    assert decision(SCORE_BYTES, 0.65, 75.0) == "CONTINUE", "no smaller one is as good"
+    assert decision(SCORE_BYTES, 0.65, 85.0) == "STOP", "a smaller one is better"
+
+
+# -- the ledger ------------------------------------------------------------------------------------
+
+
+def test_the_ledger_reads_what_it_wrote(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.write(Trial(2, {"a": 1}, "failed", "why"))
+    ledger.write(Trial(1, {"a": [1, None]}, seed=None, curve=[[0.0, 0.5]]))
+    ledger.write(Trial(1, {"a": 2}, "finished", seed=43))
+    again = Ledger(tmp_path)
+    assert [t.number for t in again.trials] == [1, 2]
+    assert again.get(1) == ledger.get(1)
+    assert [t.seed for t in again.seeds_of(1)] == [43]
+    assert again.reopen_failed() == 1
+    assert [t.state for t in Ledger(tmp_path).trials] == ["running", "running"]
+    (tmp_path / "ledger" / "002.json").write_text("{")
+    with pytest.raises(UserError, match=r"002\.json is damaged"):
+        Ledger(tmp_path)
+
+
+# -- choosing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "least"), [("0.05", 0.85), (".1", 0.8), ("25%", 0.8), ("0", 0.9), ("12.5 %", 0.85)]
+)
+def test_a_loss_is_points_or_a_share_of_what_was_learned(text, least):
+    assert parse_loss(text).least(0.9, 0.5) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("text", ["", "five", "-1", "1%%", "2", "120%"])
+def test_losses_that_mean_nothing_are_refused(text):
+    with pytest.raises(UserError, match="loss"):
+        parse_loss(text)
+
+
+def test_the_smallest_whose_mean_is_within_the_loss_wins():
+    lucky = finished(0, [0.89, 0.70, 0.75], 100)  # once within the loss, and not on the mean
+    steady = finished(1, [0.88, 0.87, 0.86], 200)
+    best = finished(2, [0.90, 0.90, 0.90], 600)
+    small = finished(3, [0.60], 50)
+    loss = parse_loss("0.05")
+    chosen = finalists_of([lucky, steady, best, small], SCORE_BYTES, loss, 3)
+    assert [entry.trial.number for entry in chosen] == [0, 1, 2]
+    assert choose(chosen, SCORE_BYTES, loss) == (steady, True)
+    assert choose([lucky, small], SCORE_BYTES, loss) == (lucky, False)
+    only_score = parse_objectives("score", METRICS)
+    assert choose([lucky, steady, best], only_score, loss) == (best, True)
+    assert finalists_of([lucky, steady], SCORE_BYTES, loss, 0) == []
+
+
+def test_latency_decides_where_it_is_asked_for():
+    slow = finished(0, [0.9], 100, milliseconds=9.0)
+    fast = finished(1, [0.9], 900, milliseconds=2.0)
+    objectives = parse_objectives("score,latency", METRICS)
+    assert choose([slow, fast], objectives, parse_loss("0.01")) == (fast, True)
+
+
+def test_importance_is_found_where_it_is():
+    trials = [
+        Trial(n, {"x": n / 10, "kind": "ab"[n % 2], "same": 1, "noise": (n * 7) % 10}, "finished",
+              curve=[[100.0, n / 10 + (n % 2) * 0.01]])
+        for n in range(10)
+    ]  # fmt: skip
+    found = importance(trials, ["x", "kind", "same", "noise"])
+    assert next(iter(found)) == "x"
+    assert found["x"] == pytest.approx(1.0)
+    assert found["noise"] < 0.1
+    assert "same" not in found
+    labels = [Trial(n, {"kind": "ab"[n % 2]}, curve=[[1.0, n % 2]]) for n in range(6)]
+    assert importance(labels, ["kind"]) == {"kind": pytest.approx(1.0)}
+
+
+# -- the answer ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A search folder as trials leave it: two finished, one of them with two seeds; others not."""
+    out = tmp_path / "search"
+    ledger = Ledger(out)
+    runs = {
+        "trials/000": (0, None, report_of(0.88, 300, milliseconds=4.0)),
+        "trials/001": (1, None, report_of(0.9, 800, milliseconds=8.0)),
+        "finalists/000-seed43": (0, 43, report_of(0.86, 300, seed=43)),
+    }
+    for place, (number, seed, report) in runs.items():
+        run = out / place
+        run.mkdir(parents=True)
+        (run / "recipe.yaml").write_text("{}")
+        (run / "metrics.jsonl").write_text("")
+        write_run_report(run, report)
+        values = {"train.lr": 1e-4 * (number + 1), "kd.normalize": bool(number)}
+        values["method.lobert.share"] = 0.3 + number / 4
+        trial = Trial(number, values, "finished", seed=seed, seconds=10.0, cores=2)
+        trial.curve = [[50.0, 0.7], [100.0, report.student.score]]
+        ledger.write(trial)
+    ledger.write(Trial(2, {"train.lr": 5e-5}, "skipped", "it saves <nothing>."))
+    ledger.write(Trial(3, {"train.lr": 9e-5}, "stopped", curve=[[0.0, 0.5], [25.0, 0.6]]))
+    ledger.write(Trial(4, {"train.lr": 1e-3}, "failed", "the loss stopped being a number"))
+    return out
+
+
+def answer(folder: Path, words: str = "score,bytes"):
+    recipe = BASE.model_copy(update={"out": str(folder)})
+    objectives = parse_objectives(words, METRICS)
+    return answer_of(recipe, SPACE, objectives, parse_loss("0.05"), 2, Ledger(folder))
+
+
+def test_the_answer_is_written_for_people_and_programs(folder):
+    found = answer(folder)
+    write_answer(found)
+    assert found.winner.trial.number == 0
+    assert found.front == (0, 1)
+    assert (found.seconds, found.core_seconds) == (30.0, 60.0)
+    best = load_recipe(str(folder / "best.yaml"))
+    assert best.method[0].model_dump()["share"] == 0.3
+    assert best.measure == BASE.measure
+    assert best.resources == BASE.resources
+    assert best.folder == folder / "best"
+    assert {p.name for p in (folder / "front").iterdir()} == {"000.yaml", "001.yaml"}
+    rows = list(csv.DictReader((folder / "trials.csv").open()))
+    assert [row["state"] for row in rows] == [
+        "finished", "finished", "skipped", "stopped", "failed",
+    ]  # fmt: skip
+    assert rows[0]["seeds"] == "2"
+    assert float(rows[0]["mean_score"]) == pytest.approx(0.87)
+    read = pq.read_table(folder / "trials.parquet").to_pylist()
+    assert [row["bytes"] for row in read] == [300.0, 800.0, None, None, None]
+    assert read[2]["reason"] == "it saves <nothing>."
+    assert "trial 000: accuracy 0.8700 over 2 seed(s)" in summary(found)
+
+
+def test_the_page_shows_recipes_under_the_mouse_and_loads_nothing(folder):
+    write_answer(answer(folder, "score,bytes,latency"))
+    page = (folder / "report.html").read_text()
+    assert "the one with the least bytes wins" in page
+    assert "it saves &lt;nothing&gt;." in page
+    titles = re.findall(r'<g id="(\w+)-trial-(\d+)"><title>(.*?)</title>', page, re.DOTALL)
+    assert {(plot, number) for plot, number, _ in titles} >= {
+        ("front0", "0"), ("front0", "1"), ("front1", "0"), ("parallel", "3"), ("curves", "0"),
+    }  # fmt: skip
+    text = next(text for plot, number, text in titles if (plot, number) == ("front0", "0"))
+    assert "method.lobert.share = 0.3" in text
+    assert "mean score 0.8700" in text
+    assert not re.search(r"<script|<link|src=|https?://(?!www\.w3\.org)", page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_search_without_a_score_near_the_teacher_says_so(folder):
+    recipe = BASE.model_copy(update={"out": str(folder)})
+    found = answer_of(recipe, SPACE, SCORE_BYTES, parse_loss("0"), 1, Ledger(folder))
+    write_answer(found)
+    assert found.winner.trial.number == 1
+    assert found.within
+    none = answer_of(recipe, SPACE, SCORE_BYTES, parse_loss("0"), 2, Ledger(folder))
+    assert none.winner.trial.number == 1
+    assert "no finalist stayed within" not in summary(found)
+
+
+def test_only_whole_runs_count(folder):
+    assert [entry.trial.number for entry in read_finished(Ledger(folder), folder)] == [0, 1]
+
+
+# -- before anything is trained --------------------------------------------------------------------
+
+
+def search_of(toy, teacher, out, axes=None, **settings):
+    keys = {"teacher": str(teacher), "method": ["lobert"]}
+    return make_search(toy(out, **keys), axes or AXES, Settings(**settings))
+
+
+def test_a_search_is_described_before_it_starts(toy, teacher, tmp_path):
+    axes = {**AXES, "method.lobert.share": ray_tune.choice([0.5, 0.9999])}
+    search = search_of(toy, teacher, tmp_path / "s", axes, objectives="score,latency")
+    text = describe(search)
+    assert "train.lr: loguniform 1e-05 to 0.001" in text
+    assert "max score, min latency" in text
+    assert text.count("M parameters") == len(search.plans)
+    assert search.settings.algorithm == "optuna"
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"algorithm": "hyperband"}, "no algorithm 'hyperband'"),
+        ({"scheduler": "bohb"}, "no scheduler 'bohb'"),
+        ({"trials": 0}, "0 trials"),
+        ({"loss": "much"}, "loss 'much'"),
+        ({"objectives": "speed"}, "no report has an objective 'speed'"),
+        ({"minutes": -1.0}, "no time to train"),
+        ({"loggers": ("tensorbored",)}, "no logger 'tensorbored'"),
+        ({"algorithm": "grid"}, "has no grid"),
+        ({"scheduler": "pbt"}, "lobert settles its parameters"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(toy, teacher, tmp_path, keys, message):
+    with pytest.raises(UserError, match=message):
+        search_of(toy, teacher, tmp_path / "s", **keys)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_population_must_be_of_one_structure(toy, teacher, tmp_path):
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["theseus"])
+    axes = {"method.theseus.layers": ray_tune.choice([1, 2]), "train.lr": 1e-3}
+    with pytest.raises(UserError, match="differ in structure or steps"):
+        make_search(recipe, axes, Settings(scheduler="pbt"))
+    with pytest.raises(UserError, match="chooses the methods"):
+        make_search(recipe, {"method": "theseus"}, Settings(scheduler="pbt"))
+    assert make_search(recipe, None, Settings(scheduler="pbt")).space.name == "theseus:SCHEDULES"
+
+
+def test_a_space_in_which_nothing_runs_is_refused(toy, teacher, tmp_path):
+    axes = {"method.lobert.attention_rank": ray_tune.choice([16, 31])}
+    with pytest.raises(UserError, match=r"none of 5 samples.*use rank <= 15"):
+        search_of(toy, teacher, tmp_path / "s", axes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {"train.lr": "x"}}, "another space"),
+        ({"teacher": "x"}, "another teacher"),
+        ({"how": {"algorithm": "random"}}, "another algorithm"),
+        ({"recipe": {}}, "another recipe"),
+        ({}, None),
+    ],
+)
+def test_a_folder_of_another_search_is_left_alone(toy, teacher, tmp_path, changes, message):
+    search = search_of(toy, teacher, tmp_path / "s")
+    assert not check_place(search)
+    search.folder.mkdir()
+    held = {**identity(search), **changes}
+    (search.folder / "search.yaml").write_text(yaml.safe_dump(held))
+    if message is None:
+        assert check_place(search)
+        more = search_of(toy, teacher, tmp_path / "s", trials=99, minutes=5.0, loss="5%")
+        assert check_place(more), "it may go on longer, and be judged otherwise"
+        (search.folder / "notes.txt").write_text("mine")
+        message = "holds notes.txt"
+    with pytest.raises(UserError, match=message):
+        check_place(search)
+
+
+def test_the_command_line_checks_and_predicts(rows, encoder, teacher, tmp_path, capsys):
+    words = [f"data.{key}={value}" for key, value in rows.items()]
+    words += ["task=classification", f"teacher={teacher}", f"out={tmp_path / 'out'}"]
+    words += ["method=lobert", "--space", "lobert:PAPER", "--algorithm", "grid", "--dry-run"]
+    assert main(["tune", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "kd.cls: one of 10.0, 100.0, 500.0, 1000.0" in shown
+    assert not (tmp_path / "out").exists()
+    assert main(["tune", *words, "--loss", "all"]) == 2
+    assert "loss 'all'" in capsys.readouterr().err

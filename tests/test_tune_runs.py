@@ -1,0 +1,165 @@
+"""Searches for real, on Ray: killed and continued, stopped early, as a population, on workers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from ray import tune as ray_tune
+
+from raybert.config import UserError
+from raybert.draws import Plain
+from raybert.ledger import Ledger
+from raybert.plan import own_cores
+from raybert.recipe_file import dump_recipe, load_recipe
+from raybert.run import compress
+from raybert.search import tune
+
+pytestmark = pytest.mark.distributed
+
+QUIET = {"tell": lambda text: None}
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    """`raybert tune` in a process of its own that can be killed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "raybert", "tune", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_until(true, process: subprocess.Popen, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.1)
+
+
+def finished_at(folder: Path) -> dict[str, int]:
+    """When each finished trial's model was written."""
+    models = folder.glob("trials/*/model/model.safetensors")
+    done = [p for p in models if (p.parents[1] / "report.json").is_file()]
+    return {p.parents[1].name: p.stat().st_mtime_ns for p in done}
+
+
+def ended(folder: Path) -> int:
+    """How many trials the ledger says have ended."""
+    files = list(folder.glob("ledger/[0-9]*.json"))
+    return sum('"state": "running"' not in file.read_text() for file in files)
+
+
+def test_a_killed_search_of_several_objectives_continues(toy, teacher, tmp_path):
+    """Optuna for score and bytes, ASHA, one sample that diverges and some that save nothing."""
+    out = tmp_path / "search"
+    train = {"epochs": 4, "batch_size": 16}
+    recipe = toy(out, teacher=str(teacher), method=["lobert"], train=train, kd={"alpha": 0.5})
+    base, space = tmp_path / "base.yaml", tmp_path / "space.yaml"
+    base.write_text(dump_recipe(recipe))
+    axes = {
+        "method.lobert.attention_rank": {"choice": [2, 4, 8, 31]},  # 31 of 32 saves nothing
+        "method.lobert.ffn_rank": {"choice": [4, 8]},
+        "train.lr": {"choice": [1e-7, 2e-3, 8e-3]},
+    }
+    space.write_text(yaml.safe_dump(axes))
+    words = [str(base), "--space", str(space), "--trials", "7", "--scheduler", "asha"]
+    words += ["--algorithm", "optuna", "--finalists", "2", "--seeds", "2", "--loss", "20%"]
+    process = start(words)
+    wait_until(lambda: ended(out) >= 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = finished_at(out)
+    drawn = {t.number: t.values for t in Ledger(out).trials}
+
+    process = start(words)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "continuing" in output
+    trials = Ledger(out).trials
+    assert {name: finished_at(out)[name] for name in before} == before, "not trained again"
+    assert {n: t.values for t in trials if (n := t.number) in drawn} == drawn, "nor drawn again"
+    states = [trial.state for trial in trials]
+    assert len(states) - states.count("skipped") == 7
+    assert "running" not in states
+    assert "stopped" in states, "ASHA has stopped some"
+    saves_nothing = [t for t in trials if t.values["method.lobert.attention_rank"] == 31]
+    assert {t.state for t in saves_nothing} <= {"skipped"}
+    assert not any((out / "trials" / t.name).exists() for t in saves_nothing)
+    best = load_recipe(str(out / "best.yaml"))
+    assert best.teacher == recipe.teacher or Path(best.teacher or "").parent == teacher
+    again = {p.name for p in (out / "finalists").iterdir()}
+    assert len(again) == min(2, states.count("finished"))
+    assert all((out / "finalists" / name / "report.json").is_file() for name in again)
+    assert "<title>trial" in (out / "report.html").read_text()
+    assert not (out / "ray").exists()
+    answered = start(words).communicate(timeout=120)[0]
+    assert "trial 0" in answered
+    assert "stopped early" not in answered, "a finished search is only answered again"
+
+
+def test_trials_fail_alone_and_a_search_without_any_says_why(toy, teacher, tmp_path):
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], train={"epochs": 1})
+    settings = {"algorithm": "grid", "finalists": 0, **QUIET}
+    bad = {"train.lr": ray_tune.grid_search([1e30]), "train.clip": 0.0}
+    with pytest.raises(UserError, match=r"no trial has finished \(1 failed\).*a number"):
+        tune(recipe, bad, **settings)
+    assert Ledger(tmp_path / "s").trials[0].state == "failed"
+    some = recipe.model_copy(update={"out": str(tmp_path / "t")})
+    answer = tune(some, {**bad, "train.lr": ray_tune.grid_search([1e30, 1e-3])}, **settings)
+    assert [trial.state for trial in answer.trials] == ["failed", "finished"]
+    assert answer.winner.trial.number == 1
+    assert "stopped being a number" in (answer.folder / "report.html").read_text()
+    # The same recipe by `compress`, in this process, comes to the same.
+    alone = answer.best.model_copy(update={"out": str(tmp_path / "alone"), "export": None})
+    run = compress(alone, **QUIET)
+    report = json.loads((run / "report.json").read_text())
+    found = json.loads((answer.folder / "trials" / "001" / "report.json").read_text())
+    assert report["student"]["metrics"] == found["student"]["metrics"]
+    assert report["teacher"]["metrics"] == found["teacher"]["metrics"]
+
+
+@pytest.mark.skipif(own_cores() < 2, reason="needs two cores")
+def test_trials_of_two_workers_come_to_the_same_as_of_one(toy, teacher, tmp_path):
+    axes = {"train.lr": ray_tune.grid_search([2e-3])}
+    settings = {"algorithm": "grid", "finalists": 0, **QUIET}
+    results = {}
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        recipe = toy(out, teacher=str(teacher), method=["lobert"], workers=workers)
+        answer = tune(recipe, axes, **settings)
+        results[workers] = answer.winner.reports[0]
+        assert answer.trials[0].cores == workers * (own_cores() // workers)
+        assert len(answer.trials[0].curve) > 1, "evaluations reached Tune"
+    assert results[1].student.metrics == pytest.approx(results[2].student.metrics, abs=0.03)
+
+
+def test_a_population_takes_over_the_better_weights(toy, teacher, tmp_path):
+    """Half of the population learns nothing, and goes on from what the other half has learned."""
+    train = {"epochs": 8, "eval_every": 8, "batch_size": 16}
+    kd = {"alpha": 0.5}
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], train=train, kd=kd)
+    axes = {"train.lr": ray_tune.loguniform(1e-6, 1e-2), "kd.alpha": ray_tune.uniform(0.1, 0.9)}
+    settings = {"scheduler": "pbt", "trials": 4, "finalists": 0, **QUIET}
+    answer = tune(recipe, axes, **settings)
+    assert [trial.state for trial in answer.trials] == ["finished"] * 4
+    drawn = Plain(answer.space, recipe.train.seed)
+    changed = [t for t in answer.trials if t.values != drawn.ask(t.number)]
+    assert changed, "nobody took over"
+    for trial in changed:
+        assert 1e-6 <= trial.values["train.lr"] <= 1e-2
+        assert 0.1 <= trial.values["kd.alpha"] <= 0.9
+        run = answer.folder / "trials" / trial.name
+        assert load_recipe(str(run / "recipe.yaml")).train.lr == trial.values["train.lr"]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = [line["run_step"] for line in lines if line["kind"] == "eval"]
+        assert steps == sorted(steps)
+        assert steps[-1] == 48
