@@ -330,6 +330,11 @@ class ResourcesConfig(Section):
     max_failures: NonNegativeInt = Field(
         default=3, description="How often dead workers are replaced before giving up."
     )
+    wait: NonNegativeFloat = Field(
+        default=0.0,
+        description="Minutes to wait for machines that a cluster starts on demand; 0: those that "
+        "are there must do.",
+    )
 
 
 class MeasureConfig(Section):
