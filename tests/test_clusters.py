@@ -1,4 +1,4 @@
-"""The cluster files: what Ray and KubeRay themselves accept, and what must hold for safety's sake."""
+"""The cluster files: what Ray and KubeRay themselves accept, and what safety asks for."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def crds(shared_data: Path) -> dict[str, dict[str, Any]]:
     schemas = {}
     for kind in MANIFESTS:
         text = (shared_data / "kuberay" / f"{kind.lower()}s.crd.yaml").read_text()
-        versions = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]["versions"]
-        served = next(v for v in versions if v["name"] == "v1")
+        definition = yaml.load(text, yaml.CSafeLoader)
+        served = next(v for v in definition["spec"]["versions"] if v["name"] == "v1")
         schemas[kind] = strict(served["schema"]["openAPIV3Schema"])
     return schemas
 

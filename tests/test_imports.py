@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ONLY_HERE = {"ray": {"run.py"}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
-    {"templates", "onnx_graph", "onnx_first", "workers", "explain"},
+    {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
     {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8"},
     {"folders", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant", "gates"},
     {"skipping", "power_norm", "softmax_net", "onnx_int8"},
@@ -23,7 +23,9 @@ LAYERS = [
     {"warm_start", "fold"},
     {"features", "sources", "groups", "methods", "predictions"},
     {"qa", "batches", "tables", "compressed", "recipe_file"},
+    {"trust"},
     {"data", "models", "bench", "plots", "card"},
+    {"scale"},
     {"metrics", "checkpoint", "engine", "views", "job", "teacher", "onnx_trace", "import_ma_bert"},
     {"evaluate", "report", "step"},
     {"train", "parity"},
