@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _quiet_logs()
     try:
+        _check_homes(args)
         with _ended_by_sigterm():
             return args.run(args) or 0
     except UserError as error:
@@ -71,6 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 143 if isinstance(error, _Ended) else 130
+
+
+def _check_homes(args: argparse.Namespace) -> None:
+    """Refuse a path in the home folder of a user who is not here, which the shell leaves as it is."""
+    from raybert.config import UserError
+
+    for value in vars(args).values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text.startswith("~"):
+                try:
+                    Path(text).expanduser()
+                except RuntimeError:
+                    raise UserError(
+                        f"{text} is in the home folder of a user who is not on this machine; write "
+                        "the whole path."
+                    ) from None
 
 
 class _Ended(KeyboardInterrupt):

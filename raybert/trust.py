@@ -50,9 +50,9 @@ def checked_config(name: str, config: Any) -> Any:
         raise UserError(
             f"the config.json of {name} has {problem}. Copy it again from the model's source."
         )
-    config._attn_implementation = "sdpa"  # a config may name a kernel to be fetched and run
     config.output_attentions = config.output_hidden_states = False
     config.return_dict = True
+    config._attn_implementation = "sdpa"  # a config may name a kernel to be fetched and run
     return config
 
 

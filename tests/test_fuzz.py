@@ -16,13 +16,21 @@ from typing import Any
 import pytest
 import yaml
 from conftest import GOOD, OTHER
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from raybert.checkpoint import find_last_good
 from raybert.cli import main
 from raybert.compressed import longest_input
-from raybert.config import Recipe, UserError
+from raybert.config import (
+    DataConfig,
+    KDConfig,
+    MeasureConfig,
+    Recipe,
+    ResourcesConfig,
+    TrainConfig,
+    UserError,
+)
 from raybert.data import prepare
 from raybert.models import blank, load_tokenizer, read_config
 from raybert.predictions import fault, key_of
@@ -39,6 +47,7 @@ def fuzzed(count: int) -> Any:
         deadline=None,
         database=None,
         derandomize=not COUNT,
+        phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
 
@@ -56,16 +65,15 @@ def refused_or_not(call: Any, *args: Any) -> Any:
 
 # -- recipes ---------------------------------------------------------------------------------------
 
-KEYS = sorted(
-    {
-        *(f"{a}.{b}" for a in ("data", "train", "kd", "measure", "resources") for b in
-          Recipe.model_fields[a].annotation.model_fields),  # pyright: ignore
-        *Recipe.model_fields,
-        *(f"method.{m}.{key}" for m in ("theseus", "lobert", "q8bert") for key in
-          ("layers", "epochs", "lr", "share", "rank", "bits", "groups", "name", "shape")),
-        *("train", "method.theseus", "method.x.y", "data.train.deep", "a.b.c.d", "", ".", "..", "="),
-    }
-)  # fmt: skip
+SECTIONS = {"data": DataConfig, "train": TrainConfig, "kd": KDConfig, "measure": MeasureConfig}
+SECTIONS |= {"resources": ResourcesConfig}
+OF_METHODS = ("layers", "epochs", "lr", "share", "bits", "groups", "name", "shape", "nothing")
+KEYS = [
+    *Recipe.model_fields,
+    *(f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields),
+    *(f"method.{name}.{key}" for name in ("theseus", "lobert", "q8bert") for key in OF_METHODS),
+    *("method.theseus", "method.x.y", "data.train.deep", "a.b.c.d", "", ".", "..", "="),
+]
 
 ODD = st.sampled_from(
     [
