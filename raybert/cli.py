@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_homes(args: argparse.Namespace) -> None:
-    """Refuse a path in the home folder of a user who is not here, which the shell leaves as it is."""
+    """Refuse a path in the home folder of nobody, which the shell leaves as it is."""
     from raybert.config import UserError
 
     for value in vars(args).values():

@@ -95,7 +95,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = _small(yaml.safe_load(path.read_text(encoding="utf-8")))
     except NOT_YAML as error:
-        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not readable as YAML: {_where(error)}.") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -103,6 +103,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(data).__name__}; a recipe is a mapping of keys to values."
         )
     return data
+
+
+def _where(error: Exception) -> str:
+    """What PyYAML found, and in which line, without the excerpt that it draws over several."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _small(data: Any) -> Any:

@@ -129,13 +129,13 @@ def whole_recipe(recipe: Recipe | None) -> None:
     assert recipe.data.cache_folder.is_absolute()
 
 
-@fuzzed(150)
+@fuzzed(60)
 @given(WORDS)
 def test_words(words):
     whole_recipe(refused_or_not(load_recipe, None, words))
 
 
-@fuzzed(80)
+@fuzzed(40)
 @given(st.dictionaries(st.sampled_from([k.split(".")[0] for k in KEYS]), TREES, max_size=4))
 def test_mappings(data):
     whole_recipe(refused_or_not(recipe_from, data))
@@ -184,7 +184,7 @@ YAML_BITS = [
 ]
 
 
-@fuzzed(80)
+@fuzzed(40)
 @given(data=st.data())
 def test_recipe_files(place, data):
     base = (
@@ -224,7 +224,7 @@ ROW_BITS = [
 KINDS = {"classification": "", "regression": "", "multilabel": "", "mlm": "", "squad": ".json"}
 
 
-@fuzzed(60)
+@fuzzed(40)
 @given(data=st.data())
 def test_data_files(place, encoder, data):
     task = data.draw(st.sampled_from(list(KINDS)))
@@ -363,7 +363,7 @@ def test_checkpoint_folders(place, tree, name):
 # -- the command itself ----------------------------------------------------------------------------
 
 
-@fuzzed(12)
+@fuzzed(5)
 @given(data=st.data())
 def test_the_command_ends_with_a_sentence(place, encoder, data):
     path = place / "rows.csv"
