@@ -313,6 +313,11 @@ def own_cores() -> int:
 def check_resources(recipe: Recipe) -> None:
     """Refuse more workers than this machine has cores or GPUs, unless a cluster is named."""
     train = recipe.train
+    if any(part.startswith("_ray_pkg_") for part in recipe.folder.parts):
+        raise UserError(
+            f"{recipe.folder} is in the copy of a working folder that Ray removes after the job; "
+            "give out= a place on storage that stays, for example out=/mnt/raybert/runs/NAME."
+        )
     if train.zero == 3 and (recipe.method or recipe.kd.active):
         raise UserError(
             "train.zero 3 is for fine-tuning alone: methods change weights that stage 3 keeps in "

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -490,7 +491,20 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     rank, size = context.get_world_rank(), context.get_world_size()
     init_distributed(device)
     world = World(rank, size, device)
+    try:
+        world.agreed(lambda: _check_shared(config["job"].recipe))
+    except UserError as error:
+        return {"error": str(error)}
     return run(config["job"], world, _RayHooks(rank, config["terminal"]), config["threads"])
+
+
+def _check_shared(recipe: Recipe) -> None:
+    """Refuse to train where the run folder is not the one that the driver has written to."""
+    if not (recipe.folder / "recipe.yaml").is_file():
+        raise UserError(
+            f"{recipe.folder} cannot be seen from {socket.gethostname()}, where a worker runs: "
+            "`out` must be on storage that all machines share, and data.cache too."
+        )
 
 
 class _LocalHooks:

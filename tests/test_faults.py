@@ -142,6 +142,22 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch):
         run._connect({})
 
 
+def test_workers_that_do_not_see_the_run_say_where_they_are(toy, tmp_path):
+    recipe = toy(tmp_path / "run")
+    with pytest.raises(UserError, match=r"cannot be seen from .*data\.cache too"):
+        run._check_shared(recipe)
+    recipe.folder.mkdir()
+    (recipe.folder / "recipe.yaml").write_text("")
+    run._check_shared(recipe)
+
+
+def test_a_run_is_not_left_in_a_folder_that_ray_removes(toy, tmp_path):
+    recipe = toy(tmp_path / "working_dir_files" / "_ray_pkg_0a62fe483960e4e9" / "runs" / "mrpc")
+    with pytest.raises(UserError, match="that Ray removes after the job"):
+        run.finetune(recipe)
+    assert not list(tmp_path.iterdir())
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
