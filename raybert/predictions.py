@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,11 @@ FORMAT = 1
 """Raised when what is kept on disk changes, so that older folders are made anew."""
 
 META = "meta.json"
+
+SHARD = re.compile(r"(\d{5})-(logits|cls)-([0-9a-f]{8})\.arrow")
+"""A shard's name: nothing that leads out of its folder."""
+
+NUMBERS = ("rows", "layers", "hidden", "shard_rows", "cls")
 
 Build = Callable[..., dict[str, Tensor]]
 """What makes the batch of some rows: ``build(positions, epoch=0)``."""
@@ -84,6 +90,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         if meta["format"] != FORMAT or key_of(meta["identity"]) != meta["key"]:
             raise ValueError(f"{META} is of another format")
+        for shard in meta["shards"]:
+            if not SHARD.fullmatch(shard["file"]) or type(shard["bytes"]) is not int:
+                raise ValueError(f"{META} names {shard['file']!r}, which is no shard")
+        for key, kind in {"identity": dict, "kind": str, **dict.fromkeys(NUMBERS, int)}.items():
+            if not isinstance(meta[key], kind):
+                raise ValueError(f"{META} has a {key} of {meta[key]!r}")
         return meta
     except FileNotFoundError:
         raise ValueError(f"{META} is not there: they were not all made") from None
@@ -106,10 +118,10 @@ def fault(folder: Path, identity: dict[str, Any], *, cls: bool, check: bool = Tr
     whose = {
         "teacher": "they are another teacher's",
         "data": "they are of other rows, or of another tokenizer or length",
-        "split": f"they are of the {meta['identity']['split']} rows",
+        "split": f"they are of the {meta['identity'].get('split')} rows",
     }
     for part, text in whose.items():
-        if part in identity and meta["identity"][part] != identity[part]:
+        if part in identity and meta["identity"].get(part) != identity[part]:
             return text
     if cls and not meta["cls"]:
         return "they hold no [CLS] states, which kd.cls compares"

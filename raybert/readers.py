@@ -94,11 +94,13 @@ def read_file(path: Path, *, qa: bool = False) -> Raw:
     try:
         return readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
-        ) from None
+        raise _not_utf8(path, error) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
+    return UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.")
 
 
 def _table(path: Path, lines: Iterator[tuple[int, list[str]]], header: list[str] | None) -> Raw:
@@ -167,8 +169,8 @@ def read_jsonl(path: Path) -> Raw:
                 continue
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg}).") from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error}).") from None
             places.append(f"line {number}")
     return _records(path, records, places)
 
@@ -197,9 +199,11 @@ def _records(path: Path, records: list, places: list[str] | None) -> Raw:
 def _read_parquet(path: Path) -> Raw:
     try:
         table = pyarrow.parquet.read_table(path)
-    except pa.ArrowInvalid as error:
+        columns = table.to_pydict()
+    # Damaged pages raise half of Python's own errors, beside Arrow's.
+    except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not readable as Parquet: {error}.") from None
-    return Raw(table.to_pydict(), str(path))
+    return Raw(columns, str(path))
 
 
 def _read_text(path: Path) -> Raw:
@@ -210,10 +214,11 @@ def _read_text(path: Path) -> Raw:
 
 
 def _load_json(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # too long a number, brackets by the thousand
+        raise UserError(f"{path}: not JSON ({error}).") from None
 
 
 def read_squad(path: Path) -> Raw:
@@ -252,16 +257,17 @@ def read_glue(folder: Path, layout: str, split: str) -> Raw:
     try:
         return read_tsv(path, COLA_HEADER if bare else None)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
-        ) from None
+        raise _not_utf8(path, error) from None
 
 
 def read_acl_imdb(folder: Path) -> Raw:
     """One split of the aclImdb folder: a review a file under ``neg`` and ``pos``."""
     files = [(p, side) for side in ("neg", "pos") for p in sorted((folder / side).glob("*.txt"))]
-    columns: dict[str, list] = {
-        "text": [path.read_text(encoding="utf-8").replace("<br />", " ") for path, _ in files],
-        "label": [side for _, side in files],
-    }
+    texts = []
+    for path, _ in files:
+        try:
+            texts.append(path.read_text(encoding="utf-8").replace("<br />", " "))
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, error) from None
+    columns: dict[str, list] = {"text": texts, "label": [side for _, side in files]}
     return Raw(columns, str(folder), [f"{side}/{path.name}" for path, side in files])

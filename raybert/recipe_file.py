@@ -16,6 +16,14 @@ from raybert.explain import explain, nearest
 RECIPES = Path(__file__).parent / "recipes"
 """The paper recipes that ship inside the package, ``<method>/<task>.yaml``."""
 
+NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
+"""What PyYAML raises: a date of month 13 is a ValueError, a wrong `!!timestamp` an AttributeError,
+brackets by the thousand a RecursionError."""
+
+
+MOST_VALUES = 100_000
+"""Values that a recipe's YAML may stand for, its anchors followed."""
+
 
 def recipe_from(data: dict[str, Any], origin: str = "recipe") -> Recipe:
     """Validate nested recipe data.
@@ -85,9 +93,9 @@ def recipe_path(name: str) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+        data = _small(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except NOT_YAML as error:
+        raise UserError(f"{path} is not readable as YAML: {_where(error)}.") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -97,10 +105,34 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def _where(error: Exception) -> str:
+    """What PyYAML found, and in which line, without the excerpt that it draws over several."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _small(data: Any) -> Any:
+    """YAML data as it is, unless its anchors make a few lines stand for more than memory holds.
+
+    Raises:
+        ValueError: they do.
+    """
+    waiting, seen = [data], 0
+    while waiting:
+        part = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES:
+            raise ValueError(f"its anchors make it stand for more than {MOST_VALUES} values")
+        if isinstance(part, (dict, list, tuple, set)):
+            waiting += [*part, *(part.values() if isinstance(part, dict) else ())]
+    return data
+
+
 def _parse_value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _small(yaml.safe_load(text))
+    except NOT_YAML:
         return text
     # YAML 1.1 reads 3e-5 as a string for want of a dot.
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
@@ -112,8 +144,12 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
     """Set a dotted key. ``method.theseus.layers=3`` reaches into the chain, adding the method
     when absent."""
     if keys[0] == "method" and len(keys) == 3:
+        try:
+            held = as_list(data.get("method"))
+        except ValueError as error:
+            raise UserError(f"{error}.") from None
         chain: list[dict[str, Any]] = [
-            dict(e) if isinstance(e, dict) else {"name": e} for e in as_list(data.get("method"))
+            dict(e) if isinstance(e, dict) else {"name": e} for e in held
         ]
         entry: dict[str, Any] | None = next(
             (e for e in chain if e.get("name") == keys[1] or keys[1] in e), None
@@ -124,7 +160,8 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
         if "name" in entry:
             entry[keys[2]] = value
         else:
-            entry[keys[1]] = {**(entry[keys[1]] or {}), keys[2]: value}
+            there = entry[keys[1]]
+            entry[keys[1]] = {**(there if isinstance(there, dict) else {}), keys[2]: value}
         data["method"] = chain
         return
     section: dict[str, Any] = data

@@ -92,12 +92,25 @@ def take(rows: Rows, positions: np.ndarray) -> Rows:
 
 
 def _texts(raw: Raw, name: str, key: str) -> list[str]:
-    texts = ["" if v is None else str(v) for v in raw.column(name, key)]
+    texts = ["" if v is None else _text(raw, row, v) for row, v in enumerate(raw.column(name, key))]
     if not any(text.strip() for text in texts):
         raise UserError(
             f"{raw.origin}: column {name!r} is empty in every row; name another with {key}=COLUMN."
         )
     return texts
+
+
+def _text(raw: Raw, row: int, value: Any) -> str:
+    """A cell as text that can be written as UTF-8; JSON may hold halves of a character."""
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{raw.where(row)}: {text[error.start]!r} is half of a character (a lone surrogate), "
+            "which no text file may hold; mend or remove that row."
+        ) from None
+    return text
 
 
 def _word(value: Any) -> str:
@@ -127,7 +140,7 @@ def _name(task: Task, raw: Raw, row: int, word: str) -> str:
     labels = task.labels or ()
     if word in labels:
         return word
-    if word.isdecimal() and int(word) < len(labels):
+    if word.isdecimal() and len(word) < 10 and int(word) < len(labels):
         return labels[int(word)]
     raise UserError(
         f"{raw.where(row)}: {word!r} is not a label of {task.name}{nearest(word, labels)}; known: "
@@ -140,7 +153,7 @@ def _name(task: Task, raw: Raw, row: int, word: str) -> str:
 def _number(task: Task, raw: Raw, row: int, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise UserError(
@@ -153,7 +166,7 @@ def _number(task: Task, raw: Raw, row: int, value: Any) -> float:
 
 def _qa_rows(task: Task, raw: Raw, split: str) -> Rows:
     rows: Rows = {
-        "id": [str(v) for v in raw.column("id", "data")],
+        "id": [_text(raw, row, v) for row, v in enumerate(raw.column("id", "data"))],
         "question": _texts(raw, task.text, "data.text"),
         "context": _texts(raw, task.text_pair or "context", "data.text_pair"),
     }
@@ -183,7 +196,7 @@ def _answers(task: Task, raw: Raw, row: int, value: Any, context: str) -> dict[s
     try:
         pairs = list(zip(value["text"], value["answer_start"], strict=True))
         pairs = [(str(text), int(start)) for text, start in pairs]
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise UserError(
             f"{raw.where(row)}: answers are {str(value)[:80]!r}; wanted lists `text` and "
             "`answer_start` of one length."

@@ -10,6 +10,9 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
+import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +30,7 @@ from raybert.plan import (
     resolve_paths,
 )
 from raybert.predictions import META, check_named, fault
+from raybert.progress import Lines, bar, on_terminal
 from raybert.recipe_file import dump_recipe
 from raybert.teacher import Request, check_out, check_room, find_shards, request_for, seal
 
@@ -271,7 +275,7 @@ def run_group(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     recipe = job.recipe
-    config = {"job": job, "gpu": gpu, "threads": cpus, "checkpoints": checkpoints}
+    config = {"job": job, "threads": cpus, "checkpoints": checkpoints, "terminal": on_terminal()}
     trainer = TorchTrainer(
         _worker,
         train_loop_config=config,
@@ -327,10 +331,10 @@ def _predict_here(request: Request, recipe: Recipe, shards: list[int]) -> dict[i
     torch.set_num_threads(recipe.resources.cpus or before)
     try:
         predictor = Predictor(request, _device_here(recipe))
-        with _shard_bar(request, shards) as bar:
+        with _shard_bar(request, shards) as told:
             for shard in shards:
                 files[shard] = predictor.write(shard)
-                bar.update(len(request.positions(shard)))
+                told.update(len(request.positions(shard)))
     finally:
         torch.set_num_threads(before)
     return files
@@ -343,7 +347,7 @@ def _predict_on_ray(request: Request, recipe: Recipe, shards: list[int]) -> dict
     from ray.util import ActorPool
 
     tries, files = recipe.resources.max_failures, {}
-    with _cluster(recipe) as (cpus, gpu), _shard_bar(request, shards) as bar:
+    with _cluster(recipe) as (cpus, gpu), _shard_bar(request, shards) as told:
         actor: Any = ray.remote(
             num_cpus=cpus, num_gpus=int(gpu), max_restarts=tries, max_task_retries=tries
         )(_Maker)
@@ -354,7 +358,7 @@ def _predict_on_ray(request: Request, recipe: Recipe, shards: list[int]) -> dict
                 if error:
                     raise UserError(error)
                 files[shard] = file
-                bar.update(len(request.positions(shard)))
+                told.update(len(request.positions(shard)))
         except RayError as error:
             raise UserError(
                 f"predicting failed {tries + 1} times: {last_line(error)}. The shards that were "
@@ -364,10 +368,7 @@ def _predict_on_ray(request: Request, recipe: Recipe, shards: list[int]) -> dict
 
 
 def _shard_bar(request: Request, shards: list[int]) -> Any:
-    from tqdm import tqdm
-
-    rows = sum(len(request.positions(shard)) for shard in shards)
-    return tqdm(total=rows, desc="teacher", unit="row", mininterval=0.5)
+    return bar(sum(len(request.positions(shard)) for shard in shards), "teacher", "row")
 
 
 class _Maker:
@@ -376,7 +377,7 @@ class _Maker:
     def __init__(self, request: Request, gpu: bool, threads: int) -> None:
         import torch
 
-        logging.disable(logging.INFO)
+        _quiet_worker()
         torch.set_num_threads(threads)
         self.request, self.device = request, torch.device("cuda:0" if gpu else "cpu")
         self.predictor: Any = None
@@ -396,16 +397,8 @@ class _Maker:
 @contextlib.contextmanager
 def _cluster(recipe: Recipe) -> Iterator[tuple[int, bool]]:
     """Ray, for a recipe: CPUs a worker, and whether each has a GPU."""
-    with ray_up() as there:
-        total = int(there.get("CPU", 0))
-        cpus = recipe.resources.cpus or max(1, total // recipe.workers)
-        if cpus * recipe.workers > total:
-            raise UserError(
-                f"{recipe.workers} workers of {cpus} CPUs need {cpus * recipe.workers}; the "
-                f"cluster "
-                f"has {total}. Use fewer workers or resources.cpus."
-            )
-        yield cpus, _takes_gpu(recipe, int(there.get("GPU", 0)))
+    with ray_up():
+        yield _workers_of(recipe)
 
 
 @contextlib.contextmanager
@@ -428,12 +421,82 @@ def ray_up(dashboard: bool = True) -> Iterator[dict[str, float]]:
         if "RAY_ADDRESS" not in os.environ:
             options |= {"num_cpus": own_cores(), "include_dashboard": dashboard}
             options |= {"dashboard_host": "127.0.0.1"}
-        ray.init(**options)
+        _connect(options)
     try:
         yield ray.cluster_resources()
     finally:
         if started:
             ray.shutdown()
+
+
+def _connect(options: dict[str, Any]) -> None:
+    """Start Ray, or connect to the cluster that RAY_ADDRESS names.
+
+    Raises:
+        UserError: there is none, or it does not let this process in.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    address, ended = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        if address is None:
+            raise
+        raise UserError(
+            f"no Ray cluster can be used at RAY_ADDRESS={address}: {last_line(error)}. Start one, "
+            "or mend the address; one that asks for a token wants RAY_AUTH_MODE=token and its "
+            "token in RAY_AUTH_TOKEN or ~/.ray/auth_token. Without RAY_ADDRESS the run stays on "
+            "this machine."
+        ) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ended)  # Ray's own would end the process without a word
+
+
+def _workers_of(recipe: Recipe) -> tuple[int, bool]:
+    """CPUs a worker of the cluster, and whether each has a GPU.
+
+    Raises:
+        UserError: the cluster has not enough of them, and does not start more in time.
+    """
+    import ray
+
+    there, wait = ray.cluster_resources(), recipe.resources.wait
+    total, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
+    cpus = recipe.resources.cpus or max(1, total // recipe.workers)
+    if wait:
+        # What is not there yet cannot be counted: a GPU has to be asked for.
+        gpu = recipe.resources.gpu if recipe.resources.gpu is not None else gpus >= recipe.workers
+        _wait_for_machines(recipe, {"CPU": cpus, **({"GPU": 1} if gpu else {})})
+        return cpus, gpu
+    if cpus * recipe.workers > total or (recipe.resources.gpu and gpus < recipe.workers):
+        what = f"{cpus} CPUs{' and a GPU' if recipe.resources.gpu else ''}"
+        raise UserError(
+            f"{recipe.workers} workers of {what} do not fit the cluster, which has {total} CPUs "
+            f"and {gpus} GPUs. Use fewer workers or resources.cpus; if it starts machines on "
+            "demand, give it minutes to do so: resources.wait=15."
+        )
+    return cpus, _takes_gpu(recipe, gpus)
+
+
+def _wait_for_machines(recipe: Recipe, each: dict[str, int]) -> None:
+    """Ask for room for every worker, and wait until the cluster has it."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    minutes = recipe.resources.wait
+    # Ray Train's own patience, for when a machine that was taken away has to be replaced.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(max(60, 60 * minutes)))
+    group = placement_group([dict(each) for _ in range(recipe.workers)])
+    try:
+        if not group.wait(60 * minutes):
+            asked = " and ".join(f"{count} {what}" for what, count in each.items())
+            raise UserError(
+                f"the cluster did not have {recipe.workers} workers of {asked} within {minutes:g} "
+                "minutes. Look at `ray status`; use fewer workers, or a larger resources.wait."
+            )
+    finally:
+        remove_placement_group(group)
 
 
 def _takes_gpu(recipe: Recipe, gpus: int) -> bool:
@@ -446,6 +509,15 @@ def _takes_gpu(recipe: Recipe, gpus: int) -> bool:
     return gpus >= recipe.workers if recipe.resources.gpu is None else recipe.resources.gpu
 
 
+def _quiet_worker() -> None:
+    """In a process of Ray's, what is printed goes to the driver, between its progress bars."""
+    from transformers.utils.logging import disable_progress_bar
+
+    logging.disable(logging.INFO)
+    warnings.simplefilter("ignore", FutureWarning)
+    disable_progress_bar()
+
+
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each worker of a group runs, in its own process."""
     from ray.train import get_context
@@ -455,14 +527,26 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     from raybert.engine import init_distributed
     from raybert.train import run
 
-    # Every report of every worker would be printed between the progress bars.
-    logging.disable(logging.INFO)
-    warnings.simplefilter("ignore", FutureWarning)
+    _quiet_worker()
     context, device = get_context(), get_device()
     rank, size = context.get_world_rank(), context.get_world_size()
     init_distributed(device)
-    hooks = _RayHooks(rank, config["checkpoints"])
-    return run(config["job"], World(rank, size, device), hooks, config["threads"])
+    world = World(rank, size, device)
+    try:
+        world.agreed(lambda: _check_shared(config["job"].recipe))
+    except UserError as error:
+        return {"error": str(error)}
+    hooks = _RayHooks(rank, config["terminal"], config["checkpoints"])
+    return run(config["job"], world, hooks, config["threads"])
+
+
+def _check_shared(recipe: Recipe) -> None:
+    """Refuse to train where the run folder is not the one that the driver has written to."""
+    if not (recipe.folder / "recipe.yaml").is_file():
+        raise UserError(
+            f"{recipe.folder} cannot be seen from {socket.gethostname()}, where a worker runs: "
+            "`out` must be on storage that all machines share, and data.cache too."
+        )
 
 
 class _LocalHooks:
@@ -475,19 +559,18 @@ class _LocalHooks:
         """Nor for this."""
 
     def progress(self, total: int, label: str) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(total=total, desc=label, unit="step", mininterval=0.5)
+        return bar(total, label)
 
     def note(self, text: str) -> None:
         logger.warning(text)
 
 
 class _RayHooks:
-    """Reports to Ray Train; the first worker's progress is drawn by the driver."""
+    """Reports to Ray Train; the first worker's progress is drawn by the driver, on its terminal if
+    it has one."""
 
-    def __init__(self, rank: int, checkpoints: bool) -> None:
-        self.rank, self.checkpoints = rank, checkpoints
+    def __init__(self, rank: int, terminal: bool, checkpoints: bool) -> None:
+        self.rank, self.terminal, self.checkpoints = rank, terminal, checkpoints
 
     def report(self, metrics: dict[str, Any]) -> None:
         import ray.train
@@ -501,6 +584,8 @@ class _RayHooks:
     def progress(self, total: int, label: str) -> Any:
         if self.rank:
             return _NoBar()
+        if not self.terminal:
+            return Lines(total, label)
         from ray.experimental import tqdm_ray
 
         return _RayBar(tqdm_ray.tqdm(total=total, desc=label), label)

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
 import zlib
@@ -28,14 +27,14 @@ from raybert.compressed import longest_input
 from raybert.config import UserError
 from raybert.data import MODEL_INPUTS, TaskData, load_prepared
 from raybert.first_token import first_token_only
-from raybert.models import PROBLEMS, check_head, check_weights, load_for_task, read_config
-from raybert.predictions import FORMAT, META, check_shard, key_of, read_meta
+from raybert.models import PROBLEMS, check_head, load_for_task, read_config
+from raybert.predictions import FORMAT, META, SHARD, check_shard, key_of, read_meta
+from raybert.scale import prediction_bytes
 from raybert.surgery import encoder_layers
+from raybert.trust import check_weights
 
 SHARD_ROWS, MOST_SHARDS = 1024, 256
 """Rows of a shard, more of them where there would be too many files to keep open."""
-
-_SHARD = re.compile(r"(\d{5})-(logits|cls)-([0-9a-f]{8})\.arrow")
 
 
 # -- what is asked for -----------------------------------------------------------------------------
@@ -130,8 +129,8 @@ def request_for(
             f"{lengths.max()}; use data.max_length={longest_input(config)}."
         )
     identity = identity_of(data, split) | {"teacher": teacher_digest(teacher)}
-    logits = 8 * lengths.mean() if data.task.kind == "qa" else 4 * config.num_labels
-    states = 2 * config.num_hidden_layers * config.hidden_size if cls else 0
+    outputs = 2 * lengths.mean() if data.task.kind == "qa" else config.num_labels
+    layers = config.num_hidden_layers if cls else 0
     rows = len(lengths)
     return Request(
         teacher=teacher,
@@ -143,7 +142,7 @@ def request_for(
         identity=identity,
         rows=rows,
         shard_rows=max(SHARD_ROWS, -(-rows // MOST_SHARDS)),
-        row_bytes=round(logits + states) + 8,
+        row_bytes=prediction_bytes(1, outputs, layers, config.hidden_size),
         batch_size=batch_size,
     )
 
@@ -180,7 +179,7 @@ def check_out(request: Request) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --out.")
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    strange = [name for name in names if name != META and not _SHARD.fullmatch(name)]
+    strange = [name for name in names if name != META and not SHARD.fullmatch(name)]
     if strange:
         raise UserError(
             f"{folder} holds {strange[0]}, which is no teacher's prediction; nothing in it is "
@@ -218,7 +217,7 @@ def find_shards(request: Request) -> dict[int, str]:
     if not request.folder.is_dir():
         return found
     for path in sorted(request.folder.iterdir()):
-        match = _SHARD.fullmatch(path.name)
+        match = SHARD.fullmatch(path.name)
         if match is None or (request.cls and match[2] != "cls"):
             continue
         try:

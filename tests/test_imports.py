@@ -18,7 +18,7 @@ SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py"}
 ONLY_HERE = {"ray": {"run.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
-    {"templates", "onnx_graph", "onnx_first", "workers", "explain"},
+    {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
     {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8"},
     {"ledger", "shares"},
     {"folders", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant", "gates"},
@@ -30,7 +30,9 @@ LAYERS = [
     {"qa", "batches", "tables", "compressed", "recipe_file"},
     {"space", "finalists"},
     {"draws"},
+    {"trust"},
     {"data", "models", "bench", "plots", "card"},
+    {"scale"},
     {"metrics", "checkpoint", "engine", "views", "job", "teacher", "onnx_trace", "import_ma_bert"},
     {"evaluate", "report", "step"},
     {"train", "parity"},

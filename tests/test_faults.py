@@ -1,0 +1,235 @@
+"""What goes wrong around a run: on one worker alone, on the cluster, in its folder, by signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import ray.util.placement_group as groups
+import yaml
+from conftest import one_and_two
+
+from raybert import progress, run
+from raybert.cli import main
+from raybert.config import Recipe, UserError
+from raybert.recipe_file import dump_recipe, recipe_from
+
+ONE_IS_BAD = """
+from types import SimpleNamespace as Part
+
+from raybert.checkpoint import World
+from raybert.config import UserError
+from raybert.step import Recent
+from raybert.train import Trainer
+
+world = World(rank, workers, torch.device("cpu"))
+last = rank == workers - 1
+found = []
+
+
+def told(call):
+    try:
+        call()
+        found.append("")
+    except UserError as error:
+        found.append(str(error))
+
+
+def own_mistake():
+    if last:
+        raise UserError("the last worker's storage is not there.")
+
+
+recent = Recent(world, 1)
+recent.add({"task": torch.tensor(float("nan") if last else 1.0)}, 8)
+told(lambda: recent.settle(7, "replace"))
+layer = torch.nn.Linear(2, 2)
+if last:
+    layer.weight.data[0, 0] = float("inf")
+trainer = Part(world=world, position=Part(step=9))
+told(lambda: Trainer._check_weights(trainer, Part(module=layer), Part(name="replace")))
+told(lambda: world.agreed(own_mistake))
+told(lambda: world.on_first(lambda: 1))
+"""
+
+
+def test_what_is_wrong_on_one_worker_alone_stops_all_with_one_sentence(tmp_path):
+    one, first, second = one_and_two(ONE_IS_BAD, tmp_path)
+    assert one == first == second
+    loss, weight, storage, fine = one
+    assert "the loss stopped being a number at step 7 of phase replace" in loss
+    assert "a weight stopped being a number at step 9" in weight
+    assert storage == "the last worker's storage is not there."
+    assert fine == ""
+
+
+# -- the cluster -----------------------------------------------------------------------------------
+
+
+def on_cluster(**resources: Any) -> Recipe:
+    return recipe_from({"workers": 4, "resources": resources})
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Says what a cluster has; its placement groups are granted once they are asked to wait."""
+    asked = SimpleNamespace(has={}, granted=True, bundles=None, seconds=None, removed=0)
+
+    def group(bundles: list[dict[str, int]]) -> Any:
+        asked.bundles = bundles
+        return SimpleNamespace(wait=wait)
+
+    def wait(seconds: float) -> bool:
+        asked.seconds = seconds
+        return asked.granted
+
+    def remove(_: Any) -> None:
+        asked.removed += 1
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: asked.has)
+    monkeypatch.setattr(groups, "placement_group", group)
+    monkeypatch.setattr(groups, "remove_placement_group", remove)
+    monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
+    return asked
+
+
+def test_a_cluster_that_is_too_small_is_refused_at_once(cluster):
+    cluster.has = {"CPU": 2.0}
+    for resources in ({}, {"gpu": True}, {"cpus": 8}):
+        with pytest.raises(UserError, match=r"which has 2 CPUs and 0 GPUs.*resources\.wait=15"):
+            run._workers_of(on_cluster(**resources))
+    assert cluster.bundles is None
+
+
+def test_a_cluster_that_starts_machines_on_demand_is_waited_for(cluster):
+    workers = run._workers_of(on_cluster(gpu=True, cpus=2, wait=20))
+    assert workers == (2, True)
+    assert cluster.bundles == [{"CPU": 2, "GPU": 1}] * 4
+    assert cluster.seconds == 1200
+    assert cluster.removed == 1
+    # A machine that is taken away in the middle is replaced as slowly.
+    assert float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) == 1200
+
+
+def test_a_cluster_that_starts_none_is_not_waited_for_for_ever(cluster):
+    cluster.granted = False
+    with pytest.raises(UserError, match=r"4 workers of 1 CPU within 20 minutes.*ray status"):
+        run._workers_of(on_cluster(wait=20))
+    assert cluster.removed == 1
+
+
+def test_shared_cpus_and_gpus_are_counted(cluster):
+    cluster.has = {"CPU": 16.0, "GPU": 4.0}
+    assert run._workers_of(on_cluster()) == (4, True)
+    assert run._workers_of(on_cluster(gpu=False, cpus=3)) == (3, False)
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch):
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("ray client connection timeout")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    with pytest.raises(UserError, match=r"RAY_ADDRESS=192\.0\.2\.1:6379.*RAY_AUTH_MODE=token"):
+        run._connect({})
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ConnectionError):  # Ray on this machine: nothing that an address could mend
+        run._connect({})
+
+
+def test_workers_that_do_not_see_the_run_say_where_they_are(toy, tmp_path):
+    recipe = toy(tmp_path / "run")
+    with pytest.raises(UserError, match=r"cannot be seen from .*data\.cache too"):
+        run._check_shared(recipe)
+    recipe.folder.mkdir()
+    (recipe.folder / "recipe.yaml").write_text("")
+    run._check_shared(recipe)
+
+
+def test_a_run_is_not_left_in_a_folder_that_ray_removes(toy, tmp_path):
+    recipe = toy(tmp_path / "working_dir_files" / "_ray_pkg_0a62fe483960e4e9" / "runs" / "mrpc")
+    with pytest.raises(UserError, match="that Ray removes after the job"):
+        run.finetune(recipe)
+    assert not list(tmp_path.iterdir())
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_sigterm_ends_a_command_in_order(toy, tmp_path, monkeypatch, capsys):
+    left = []
+
+    def work(*_: Any, **__: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            left.append("in order")
+
+    monkeypatch.setattr(run, "finetune", work)
+    before = signal.getsignal(signal.SIGTERM)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(toy(tmp_path / "run")))
+    assert main(["finetune", str(path)]) == 143
+    assert left == ["in order"]
+    assert "the same command continues from the last checkpoint" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("text", ["a: [", "2001-99-99", "\x00", "- a", "a: &a [*a]"])
+def test_a_broken_recipe_in_the_run_folder_is_no_run(toy, tmp_path, capsys, text):
+    recipe = toy(tmp_path / "run")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    recipe.folder.mkdir()
+    (recipe.folder / "recipe.yaml").write_text(text)
+    assert main(["finetune", str(path)]) == 2
+    assert "nothing in it is touched" in capsys.readouterr().err
+    assert (recipe.folder / "recipe.yaml").read_text() == text
+
+
+def test_the_home_of_nobody_is_refused(capsys):
+    for words in (["evaluate", "~nobody-here/run"], ["report", "a", "~nobody-here/run"]):
+        assert main(words) == 2
+        assert "a user who is not on this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["data.source=~nobody-here/x", "out=a\0b", "model=\udcff"])
+def test_places_that_cannot_be_are_refused(text):
+    key, _, value = text.partition("=")
+    section, _, name = key.rpartition(".")
+    with pytest.raises(UserError, match=f"`{key}`"):
+        recipe_from({section: {name: value}} if section else {name: value})
+
+
+@pytest.mark.parametrize("text", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("key", ["epochs", "lr", "clip"])
+def test_numbers_without_a_value_are_refused(key, text):
+    with pytest.raises(UserError, match=rf"train\.{key}"):
+        recipe_from({"train": {key: yaml.safe_load(text)}})
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    assert not progress.on_terminal()
+    with progress.bar(100, "replace") as told:
+        told.update(10)  # a run that is continued
+        for _ in range(60):
+            now[0] += 1
+            told.set_postfix_str(f"loss {now[0]:.0f}")
+            told.update(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "replace: step 10 of 100"
+    assert lines[1] == "replace: step 30 of 100, 70 s left, loss 120"
+    assert lines[2] == "replace: step 50 of 100, 50 s left, loss 140"
+    assert lines[-1].startswith("replace: step 70 of 100")
+    assert len(lines) == 5

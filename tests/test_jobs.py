@@ -1,0 +1,91 @@
+"""A cluster on this machine that asks for its token, and commands submitted to it as jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raybert.recipe_file import dump_recipe
+
+SUBMIT = Path(__file__).resolve().parents[1] / "clusters" / "submit.py"
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture
+def head() -> Iterator[dict[str, str]]:
+    """The environment of the jobs' client, while a head of two CPUs runs."""
+    # Sockets lie in it, whose paths may not be long.
+    folder = Path(tempfile.mkdtemp(prefix="rb"))
+    (folder / "token").write_text("0123456789abcdef" * 4)
+    port, tests = free_port(), str(Path(__file__).parent)
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    env |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "RAY_TMPDIR": str(folder)}
+    env |= {"PYTHONPATH": os.pathsep.join([str(SUBMIT.parents[1]), tests])}
+    env.pop("RAY_ADDRESS", None)
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    started = [Path(sys.executable).parent / "ray", "start", "--head", "--block"]
+    started += ["--num-cpus=2", f"--port={free_port()}", f"--dashboard-port={port}"]
+    started += [f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+    log = (folder / "head.log").open("w")
+    process = subprocess.Popen([*started, "--ray-client-server-port=" + free_port()], env=env,
+                               stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
+    try:
+        end = time.monotonic() + 90
+        while "will now block" not in (folder / "head.log").read_text():
+            assert process.poll() is None, (folder / "head.log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        yield env
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def job(env: dict[str, str], *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SUBMIT), *words],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.mark.distributed
+def test_a_command_runs_as_a_job_and_ends_as_it_would_have(head, toy, tmp_path):
+    recipe = toy(tmp_path / "run", train={"max_steps": 3})
+    path = tmp_path / "mine.yaml"
+    path.write_text(dump_recipe(recipe))
+    good = job(head, "--recipe", str(path), "finetune")
+    bad = job(head, "finetune", "train.bach_size=8")
+    stranger = job({**head, "RAY_AUTH_MODE": "disabled"}, "tasks")
+    told = bad.communicate(timeout=200)[0]
+    assert bad.returncode == 2, told
+    assert "did you mean 'train.batch_size'" in told
+    assert "Traceback" not in told
+    told = stranger.communicate(timeout=200)[0]
+    assert stranger.returncode == 1
+    assert "token" in told
+    told = good.communicate(timeout=200)[0]
+    assert good.returncode == 0, told
+    assert "train: step 3 of 3" in told
+    assert "\r" not in told
+    assert "it/s" not in told
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == 3
