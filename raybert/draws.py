@@ -140,8 +140,9 @@ class Optuna:
         self.ask(number)
 
     def tell(self, number: int, results: dict[str, float] | None) -> None:
-        numbers = [(results or {}).get(o.name) for o in self.objectives]
-        if any(value is None for value in numbers):
+        known = results or {}
+        numbers = [known[o.name] for o in self.objectives if o.name in known]
+        if len(numbers) < len(self.objectives):
             self.study.tell(self.asked[number], state=self.failed)
         else:
             self.study.tell(self.asked[number], numbers)

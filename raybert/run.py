@@ -402,9 +402,9 @@ def _cluster(recipe: Recipe) -> Iterator[tuple[int, bool]]:
 
 
 @contextlib.contextmanager
-def ray_up(dashboard: bool = True) -> Iterator[dict[str, float]]:
-    """Ray, RAY_ADDRESS's cluster or this machine as one: its resources in all. What was started
-    here is stopped at the end.
+def ray_up(dashboard: bool = True) -> Iterator[None]:
+    """Ray, RAY_ADDRESS's cluster or this machine as one. What was started here is stopped at the
+    end.
 
     Args:
         dashboard: whether a Ray started here has one, on loopback: Ray Train asks its State API
@@ -423,7 +423,7 @@ def ray_up(dashboard: bool = True) -> Iterator[dict[str, float]]:
             options |= {"dashboard_host": "127.0.0.1"}
         _connect(options)
     try:
-        yield ray.cluster_resources()
+        yield
     finally:
         if started:
             ray.shutdown()

@@ -35,7 +35,7 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 1, 0])}
 
 
-def run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
     model.zero_grad()
     out = model(**inputs)
     out.loss.backward()

@@ -48,7 +48,11 @@ def fuzzed(count: int) -> Any:
         database=None,
         derandomize=not COUNT,
         phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[
+            HealthCheck.too_slow,
+            HealthCheck.data_too_large,
+            HealthCheck.filter_too_much,
+        ],
     )
 
 

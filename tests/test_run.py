@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from raybert.config import UserError
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.run import compress, finetune
 
-QUIET = {"tell": lambda text: None}
+QUIET: dict[str, Any] = {"tell": lambda text: None}
 
 
 def sentence(draw: random.Random, words: int = 6) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +20,7 @@ from raybert.config import UserError
 from raybert.recipe_file import dump_recipe
 from raybert.run import compress, finetune
 
-QUIET = {"tell": lambda text: None}
+QUIET: dict[str, Any] = {"tell": lambda text: None}
 
 THESEUS = {"method": [{"name": "theseus", "finetune_epochs": 1}]}
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,7 +24,7 @@ from raybert.search import tune
 
 pytestmark = pytest.mark.distributed
 
-QUIET = {"tell": lambda text: None}
+QUIET: dict[str, Any] = {"tell": lambda text: None}
 
 
 def start(words: list[str]) -> subprocess.Popen:
