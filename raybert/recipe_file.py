@@ -57,7 +57,7 @@ def load_recipe(name: str | None, overrides: list[str] | tuple[str, ...] = ()) -
     if name is not None:
         path = recipe_path(name)
         origin = str(path)
-        data = _read_yaml(path)
+        data = read_yaml(path)
     for word in overrides:
         key, found, value = word.partition("=")
         if not found or not key:
@@ -91,7 +91,12 @@ def recipe_path(name: str) -> Path:
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping, empty where the file is.
+
+    Raises:
+        UserError: it is no YAML, or no mapping.
+    """
     try:
         data = _small(yaml.safe_load(path.read_text(encoding="utf-8")))
     except NOT_YAML as error:
