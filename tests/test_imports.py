@@ -17,7 +17,17 @@ ONLY_HERE = {"ray": {"run.py"}, "deepspeed": {"engine.py"}}
 LAYERS = [
     {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
     {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8"},
-    {"folders", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant", "gates"},
+    {
+        "folders",
+        "yaml_file",
+        "surgery",
+        "tasks",
+        "readers",
+        "timer",
+        "lowrank",
+        "fake_quant",
+        "gates",
+    },
     {"skipping", "power_norm", "softmax_net", "onnx_int8"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
     {"warm_start", "fold"},
