@@ -8,9 +8,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-# A few anchors of YAML can stand for more text than fits into memory.
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxstring = _SHORT.maxother = 300
+_SHORT.maxlevel = 3
+
+
+def short(value: Any) -> str:
+    """A value as an error shows it: a recipe may hold megabytes of one."""
+    return _SHORT.repr(value)
 
 
 def nearest(word: str, known: Any) -> str:
@@ -60,7 +65,5 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
             message = str(item.get("ctx", {})["error"])
             sentences.append(message if not where or where == "method" else f"`{where}` {message}")
         else:
-            sentences.append(
-                f"`{where}`: {item['msg'].lower()}, found {_SHORT.repr(item['input'])}"
-            )
+            sentences.append(f"`{where}`: {item['msg'].lower()}, found {short(item['input'])}")
     return prefix + "; ".join(dict.fromkeys(sentences)) + "."

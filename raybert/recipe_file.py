@@ -12,17 +12,10 @@ from pydantic import ValidationError
 
 from raybert.config import Recipe, UserError, as_list
 from raybert.explain import explain, nearest
+from raybert.yaml_file import NOT_YAML, parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 """The paper recipes that ship inside the package, ``<method>/<task>.yaml``."""
-
-NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
-"""What PyYAML raises: a date of month 13 is a ValueError, a wrong `!!timestamp` an AttributeError,
-brackets by the thousand a RecursionError."""
-
-
-MOST_VALUES = 100_000
-"""Values that a recipe's YAML may stand for, its anchors followed."""
 
 
 def recipe_from(data: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -57,7 +50,7 @@ def load_recipe(name: str | None, overrides: list[str] | tuple[str, ...] = ()) -
     if name is not None:
         path = recipe_path(name)
         origin = str(path)
-        data = _read_yaml(path)
+        data = read_yaml(path)
     for word in overrides:
         key, found, value = word.partition("=")
         if not found or not key:
@@ -91,47 +84,9 @@ def recipe_path(name: str) -> Path:
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = _small(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except NOT_YAML as error:
-        raise UserError(f"{path} is not readable as YAML: {_where(error)}.") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{path} holds a {type(data).__name__}; a recipe is a mapping of keys to values."
-        )
-    return data
-
-
-def _where(error: Exception) -> str:
-    """What PyYAML found, and in which line, without the excerpt that it draws over several."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(str(error).split()).rstrip(".")
-
-
-def _small(data: Any) -> Any:
-    """YAML data as it is, unless its anchors make a few lines stand for more than memory holds.
-
-    Raises:
-        ValueError: they do.
-    """
-    waiting, seen = [data], 0
-    while waiting:
-        part = waiting.pop()
-        seen += 1
-        if seen > MOST_VALUES:
-            raise ValueError(f"its anchors make it stand for more than {MOST_VALUES} values")
-        if isinstance(part, (dict, list, tuple, set)):
-            waiting += [*part, *(part.values() if isinstance(part, dict) else ())]
-    return data
-
-
 def _parse_value(text: str) -> Any:
     try:
-        value = _small(yaml.safe_load(text))
+        value = parse_yaml(text)
     except NOT_YAML:
         return text
     # YAML 1.1 reads 3e-5 as a string for want of a dot.

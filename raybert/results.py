@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raybert import __version__
 from raybert.config import UserError
+from raybert.yaml_file import read_yaml
 
 RETAINED = (
     "Retained is (student - floor) / (teacher - floor), in the task's main metric. The floor is "
@@ -295,7 +296,7 @@ def _without_seed(recipe: str) -> Any:
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k != "seed"}
+            return {str(k): strip(v) for k, v in value.items() if k != "seed"}
         return [strip(v) for v in value] if isinstance(value, list) else value
 
     data = yaml.safe_load(recipe)
@@ -322,6 +323,7 @@ def read_run(folder: Path) -> Run:
             f"{folder} has no report.json: its run has not finished. Start the same command again "
             "to resume it."
         )
+    read_yaml(recipe)  # what its text says is looked at later
     return Run(
         validated(_json(report), str(report)),
         recipe.read_text(encoding="utf-8"),
@@ -345,25 +347,41 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``; a last line that a dying process cut short is left out.
 
     Raises:
-        UserError: a line before the last is not JSON.
+        UserError: a line before the last is not JSON, or not such as a run writes.
     """
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in file.read_bytes().split(b"\n") if line]
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, text in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise UserError(f"{file}, line {number} is not JSON; remove that line.") from None
+            continue
+        if not _is_event(line):
+            raise UserError(f"{file}, line {number} is not of a run's log; remove that line.")
+        found.append(line)
     return found
+
+
+def _is_event(line: Any) -> bool:
+    """Whether a log's line has what the curves are drawn of."""
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+        return False
+    numbers = [v for k, v in line.items() if k not in ("kind", "phase") and v is not None]
+    return line["kind"] not in ("train", "eval") or (
+        isinstance(line.get("phase"), str)
+        and all(type(line.get(key)) is int for key in ("phase_index", "step", "total"))
+        and all(isinstance(v, float) or (type(v) is int and abs(v) < 2**63) for v in numbers)
+    )
 
 
 def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is not JSON ({error}). Write it again with `raybert evaluate`."
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import ray
-import ray.util.placement_group as groups
 import yaml
 from conftest import one_and_two
 
@@ -19,13 +19,13 @@ from raybert.cli import main
 from raybert.config import Recipe, UserError
 from raybert.recipe_file import dump_recipe, recipe_from
 
-ONE_IS_BAD = """
-from types import SimpleNamespace as Part
+# Its name in `ray.util` is the function's.
+groups = importlib.import_module("ray.util.placement_group")
 
+ONE_IS_BAD = """
 from raybert.checkpoint import World
 from raybert.config import UserError
 from raybert.step import Recent
-from raybert.train import Trainer
 
 world = World(rank, workers, torch.device("cpu"))
 last = rank == workers - 1
@@ -48,12 +48,8 @@ def own_mistake():
 recent = Recent(world, 1)
 recent.add({"task": torch.tensor(float("nan") if last else 1.0)}, 8)
 told(lambda: recent.settle(7, "replace"))
-layer = torch.nn.Linear(2, 2)
-if last:
-    layer.weight.data[0, 0] = float("inf")
-trainer = Part(world=world, position=Part(step=9))
-told(lambda: Trainer._check_weights(trainer, Part(module=layer), Part(name="replace")))
 told(lambda: world.agreed(own_mistake))
+found.append(str(world.all_true(not last)))
 told(lambda: world.on_first(lambda: 1))
 """
 
@@ -61,9 +57,9 @@ told(lambda: world.on_first(lambda: 1))
 def test_what_is_wrong_on_one_worker_alone_stops_all_with_one_sentence(tmp_path):
     one, first, second = one_and_two(ONE_IS_BAD, tmp_path)
     assert one == first == second
-    loss, weight, storage, fine = one
+    loss, storage, weights, fine = one
     assert "the loss stopped being a number at step 7 of phase replace" in loss
-    assert "a weight stopped being a number at step 9" in weight
+    assert weights == "False"
     assert storage == "the last worker's storage is not there."
     assert fine == ""
 

@@ -364,6 +364,22 @@ def test_checkpoint_folders(place, tree, name):
     assert len(passed_over) <= 1
 
 
+RUN_BITS = [b"null", b"-1", b"[]", b"{}", b'"x"', b"1e999", b"NaN", b"true", b"\xff", b'"kind": 5,']
+
+
+@fuzzed(8)
+@given(data=st.data())
+def test_run_folders(place, teacher, data):
+    folder = place / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in ("report.json", "metrics.jsonl", "recipe.yaml"):
+        shutil.copy(teacher / name, folder)
+    name = data.draw(st.sampled_from(["report.json", "metrics.jsonl", "recipe.yaml"]))
+    (folder / name).write_bytes(mutated(data.draw, (teacher / name).read_bytes(), RUN_BITS))
+    assert main(["report", str(folder), "--out", str(place / "page")]) in (0, 2)
+
+
 # -- the command itself ----------------------------------------------------------------------------
 
 

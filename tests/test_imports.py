@@ -20,8 +20,8 @@ ONLY_HERE = {"ray": {"run.py", *SEARCH}, "deepspeed": {"engine.py"}}
 LAYERS = [
     {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
     {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8"},
-    {"ledger", "shares"},
-    {"folders", "surgery", "tasks", "readers", "timer", "lowrank", "fake_quant", "gates"},
+    {"ledger", "shares", "folders", "yaml_file", "surgery", "tasks", "readers", "timer"},
+    {"lowrank", "fake_quant", "gates"},
     {"skipping", "power_norm", "softmax_net", "onnx_int8"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
     {"first_token"},
