@@ -128,10 +128,11 @@ def test_trials_fail_alone_and_a_search_without_any_says_why(toy, teacher, tmp_p
     assert report["teacher"]["metrics"] == found["teacher"]["metrics"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(own_cores() < 2, reason="needs two cores")
 def test_trials_of_two_workers_come_to_the_same_as_of_one(toy, teacher, tmp_path):
     axes = {"train.lr": ray_tune.grid_search([2e-3])}
-    settings = {"algorithm": "grid", "finalists": 0, **QUIET}
+    settings = {"algorithm": "grid", "trials": 1, "finalists": 0, **QUIET}
     results = {}
     for workers in (1, 2):
         out = tmp_path / str(workers)
@@ -143,6 +144,7 @@ def test_trials_of_two_workers_come_to_the_same_as_of_one(toy, teacher, tmp_path
     assert results[1].student.metrics == pytest.approx(results[2].student.metrics, abs=0.03)
 
 
+@pytest.mark.long
 def test_a_population_takes_over_the_better_weights(toy, teacher, tmp_path):
     """Half of the population learns nothing, and goes on from what the other half has learned."""
     train = {"epochs": 8, "eval_every": 8, "batch_size": 16}
