@@ -35,6 +35,8 @@ IN_ARGUMENT_ONE = {
 ELEMENTWISE = {"aten.add.Tensor", "aten.mul.Tensor", "aten.div.Tensor", "aten.addcmul.default"}
 """Operators on several values, token by token."""
 
+SHIFTS = {"aten.add.Tensor", "aten.maximum.default"}
+
 SPLITS = {"aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default"}
 
 VIEWS = {"aten.view.default", "aten.reshape.default"}
@@ -175,7 +177,8 @@ class _Mover:
             one = apart.meta["val"].select(1, 0).unsqueeze(1)  # [B, 1, A, D]
             heads = self._call(apart.target, (self.first(_tokens(apart.args[0])), []), one)
             return self._call(node.target, (heads, 1, 2), one.transpose(1, 2))
-        if kind != PRODUCT and kind not in IN_ARGUMENT_ONE:
+        shifted = kind in SHIFTS and _rank(args[1]) == 1  # by a vector, the same for every token
+        if kind != PRODUCT and kind not in IN_ARGUMENT_ONE and not shifted:
             return None
         if node not in self.made:
             source = self._row(_tokens(args[0]))

@@ -4,6 +4,11 @@ The network reads the scores of one query, a vector of a fixed length N, and giv
 attention. A shorter input counts as padded with zeros up to N inside the network, and what it gives
 for those places is cut off. Scores of padding are multiplied by 0 before it, and so is what padding
 would contribute after it; both is done on keys and values, which are smaller than the scores.
+
+Where nobody reads the attention itself, the network is multiplied into keys and values first,
+``W1 (Q K') = Q (K' W1)`` and ``W2' V``: two products of [N, T] by [T, D] for a head where scores of
+[T, T] would go through two matrices of [N, N]. A head's width D is a half or a quarter of N, and so
+is the work.
 """
 
 from __future__ import annotations
@@ -49,14 +54,8 @@ class SoftmaxNet(nn.Module):
             UserError: T > N.
         """
         keys = scores.shape[-1]
-        if keys > self.length:
-            raise UserError(
-                f"a sequence of {keys} tokens is longer than ma_bert.length, {self.length}, which "
-                "is the most that this model's softmax nets read. Cut it off there, or train with "
-                "a larger ma_bert.length."
-            )
+        first = self._first(keys, scores)
         hidden, out = self.hidden, self.out
-        first = torch.arange(keys, device=scores.device)  # a slice could not be traced for any T
         if isinstance(hidden, nn.Linear) and isinstance(out, nn.Linear):
             # Weights that zeros would be multiplied by are left out, and so is what would be cut.
             inner = F.relu(F.linear(scores, hidden.weight.index_select(1, first), hidden.bias))
@@ -64,6 +63,41 @@ class SoftmaxNet(nn.Module):
             return F.linear(inner, weight, bias)
         padded = F.pad(scores, (0, self.length - keys))
         return out(F.relu(hidden(padded))).index_select(-1, first)
+
+    def plain(self) -> bool:
+        """Whether it can be multiplied into keys and values: its layers are linear ones."""
+        return isinstance(self.hidden, nn.Linear) and isinstance(self.out, nn.Linear)
+
+    def into(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Multiply the network into keys and values, each [B, T, H].
+
+        ``relu(s + b) = max(s, -b) + b``, so that of both biases one vector is left, which meets the
+        values alone.
+
+        Returns:
+            N keys and N values, [B, N, H]; the least [N] that scores of such keys count as; and
+            what is added to the context, [B, 1, H].
+
+        Raises:
+            UserError: T > N.
+        """
+        first = self._first(key.shape[1], key)
+        hidden: Any = self.hidden
+        out: Any = self.out
+        constant = F.linear(hidden.bias, out.weight, out.bias).index_select(0, first)  # [T]
+        before = hidden.weight.index_select(1, first)  # [N, T]
+        after = out.weight.transpose(0, 1).index_select(1, first)
+        return before @ key, after @ value, -hidden.bias, (constant @ value).unsqueeze(1)
+
+    def _first(self, keys: int, like: Tensor) -> Tensor:
+        """Places of T <= N keys; a slice could not be traced for any T."""
+        if keys > self.length:
+            raise UserError(
+                f"a sequence of {keys} tokens is longer than ma_bert.length, {self.length}, which "
+                "is the most that this model's softmax nets read. Cut it off there, or train with "
+                "a larger ma_bert.length."
+            )
+        return torch.arange(keys, device=like.device)
 
     def extra_repr(self) -> str:
         """What printing shows."""
@@ -119,22 +153,29 @@ class MatrixAttention(ProjectedAttention):
         query, key, value = (self.get_submodule(name) for name in self.dense)
         return query(hidden), key(hidden), value(hidden)
 
-    def heads(self, hidden: Tensor, mask: Tensor | None) -> QKV:
-        """hidden_states [B, T, H] -> scaled queries, keys and values, each [B, A, T, D].
+    def masked(self, hidden: Tensor, mask: Tensor | None) -> QKV:
+        """hidden_states [B, T, H] -> scaled queries, keys and values, each [B, T, H].
 
         All three are 0 for padding. With such keys, scores are as if multiplied by the mask, and
         with such values, padding adds nothing. Queries too: what padding would attend to, nothing
         bounds, and it could grow until it is no number.
         """
-        shape = (*hidden.shape[:-1], -1, self.attention_head_size)
         query, key, value = self.project(hidden)
         if self.scaling != 1.0:  # an exported model's queries are scaled already
             query = query * self.scaling
         real = real_tokens(mask, query)
         if real is not None:
             query, key, value = query * real, key * real, value * real
-        query, key, value = (part.view(shape).transpose(1, 2) for part in (query, key, value))
         return query, key, value
+
+    def heads(self, hidden: Tensor, mask: Tensor | None) -> QKV:
+        """hidden_states [B, T, H] -> as ``masked``, each [B, A, T, D]."""
+        query, key, value = (self.apart(part) for part in self.masked(hidden, mask))
+        return query, key, value
+
+    def apart(self, x: Tensor) -> Tensor:
+        """Heads side by side [B, T, H] -> [B, A, T, D]."""
+        return x.view(*x.shape[:-1], -1, self.attention_head_size).transpose(1, 2)
 
     def forward(
         self,
@@ -142,10 +183,22 @@ class MatrixAttention(ProjectedAttention):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """hidden_states [B, T, H] -> context [B, T, H], and the attention [B, A, T, T]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, T, H] -> context [B, T, H], and the attention [B, A, T, T].
+
+        As with other attention, it is there to be read in training and under ``eager`` alone.
+        """
+        net = self.net
+        reads = self.training or self.config._attn_implementation == "eager"
+        if not reads and net.plain():
+            query, key, value = self.masked(hidden_states, attention_mask)
+            keys, values, least, shift = net.into(key, value)
+            scores = self.apart(query) @ self.apart(keys).transpose(2, 3)  # [B, A, T, N]
+            context = torch.maximum(scores, least) @ self.apart(values)
+            joined = context.transpose(1, 2).reshape(hidden_states.shape[:-1] + (-1,)) + shift
+            return self.output(joined), None
         query, key, value = self.heads(hidden_states, attention_mask)
-        weights = self.net(query @ key.transpose(2, 3))
+        weights = net(query @ key.transpose(2, 3))
         context = (self.dropout(weights) @ value).transpose(1, 2)
         return self.output(context.reshape(*hidden_states.shape[:-1], -1)), weights
 
