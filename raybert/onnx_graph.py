@@ -209,12 +209,16 @@ class Translation:
         int8: ``fused`` or ``qdq``; see `raybert.onnx_int8`.
         known: values that no input changes -> the tensor; they are computed here and now.
         swapped: values whose axes 1 and 2 are exchanged -> the tensor before that.
+        levels: value, scale, type and zero point -> the tensor of its levels.
+        grids: values that are on a grid -> the tensor of their levels, the scale, the zero point.
     """
 
     def __init__(self, graph: Graph, int8: str) -> None:
         self.graph, self.int8 = graph, int8
         self.known: dict[Node, Any] = {}
         self.swapped: dict[Node, str] = {}
+        self.levels: dict[tuple[Node, float, str, int], str] = {}
+        self.grids: dict[Node, tuple[str, np.float32, Any]] = {}
         self._names: dict[Node, str] = {}
         self._weights: dict[Node, str] = {}
         self._computed: set[Node] = set()

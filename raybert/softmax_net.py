@@ -50,19 +50,19 @@ class SoftmaxNet(nn.Module):
     def forward(self, scores: Tensor) -> Tensor:
         """Scores [..., T] of T <= N keys, 0 where there is padding -> attention [..., T].
 
+        Quantised layers take scores of N keys.
+
         Raises:
             UserError: T > N.
         """
-        keys = scores.shape[-1]
-        first = self._first(keys, scores)
         hidden, out = self.hidden, self.out
-        if isinstance(hidden, nn.Linear) and isinstance(out, nn.Linear):
-            # Weights that zeros would be multiplied by are left out, and so is what would be cut.
-            inner = F.relu(F.linear(scores, hidden.weight.index_select(1, first), hidden.bias))
-            weight, bias = out.weight.index_select(0, first), out.bias.index_select(0, first)
-            return F.linear(inner, weight, bias)
-        padded = F.pad(scores, (0, self.length - keys))
-        return out(F.relu(hidden(padded))).index_select(-1, first)
+        if not (isinstance(hidden, nn.Linear) and isinstance(out, nn.Linear)):
+            return out(F.relu(hidden(scores)))  # of N keys
+        first = self.first(scores.shape[-1], scores)
+        # Weights that zeros would be multiplied by are left out, and so is what would be cut.
+        inner = F.relu(F.linear(scores, hidden.weight.index_select(1, first), hidden.bias))
+        weight, bias = out.weight.index_select(0, first), out.bias.index_select(0, first)
+        return F.linear(inner, weight, bias)
 
     def plain(self) -> bool:
         """Whether it can be multiplied into keys and values: its layers are linear ones."""
@@ -81,7 +81,7 @@ class SoftmaxNet(nn.Module):
         Raises:
             UserError: T > N.
         """
-        first = self._first(key.shape[1], key)
+        first = self.first(key.shape[1], key)
         hidden: Any = self.hidden
         out: Any = self.out
         constant = F.linear(hidden.bias, out.weight, out.bias).index_select(0, first)  # [T]
@@ -89,7 +89,7 @@ class SoftmaxNet(nn.Module):
         after = out.weight.transpose(0, 1).index_select(1, first)
         return before @ key, after @ value, -hidden.bias, (constant @ value).unsqueeze(1)
 
-    def _first(self, keys: int, like: Tensor) -> Tensor:
+    def first(self, keys: int, like: Tensor) -> Tensor:
         """Places of T <= N keys; a slice could not be traced for any T."""
         if keys > self.length:
             raise UserError(
@@ -104,18 +104,25 @@ class SoftmaxNet(nn.Module):
         return f"length={self.length}"
 
 
-def real_tokens(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """1 for real tokens and 0 for padding, [B, T, 1], of what transformers made of the mask.
+def real_tokens(mask: Tensor | None) -> Tensor | None:
+    """True for real tokens and false for padding, [B, T, 1], of what transformers made of the mask.
 
     Args:
         mask: [B, 1, T or 1, T]: true for real keys, or a float that is added to scores, 0 for real
             keys; nothing: all are real.
-        like: gives the type.
     """
     if mask is None:
         return None
     keys = mask[:, 0, :1].transpose(1, 2)
-    return (keys if keys.dtype == torch.bool else keys == 0).to(like.dtype)
+    return keys if keys.dtype == torch.bool else keys == 0
+
+
+class Product(nn.Module):
+    """The product of two activations, in a place of its own: q8bert quantises both."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """a [..., M, K] and b [..., K, N] -> [..., M, N]."""
+        return a @ b
 
 
 class MatrixAttention(ProjectedAttention):
@@ -123,6 +130,8 @@ class MatrixAttention(ProjectedAttention):
 
     num_attention_heads: int
     softmax_net: nn.Module
+    scores: nn.Module
+    context: nn.Module
 
     @classmethod
     def of(cls, attention: nn.Module, net: nn.Module) -> Self:
@@ -132,6 +141,8 @@ class MatrixAttention(ProjectedAttention):
         """
         new = cls.adopting(attention)
         new.add_module("softmax_net", net)
+        new.add_module("scores", Product())
+        new.add_module("context", Product())
         return new
 
     def share(self) -> MatrixAttention:
@@ -163,10 +174,10 @@ class MatrixAttention(ProjectedAttention):
         query, key, value = self.project(hidden)
         if self.scaling != 1.0:  # an exported model's queries are scaled already
             query = query * self.scaling
-        real = real_tokens(mask, query)
-        if real is not None:
-            query, key, value = query * real, key * real, value * real
-        return query, key, value
+        real = real_tokens(mask)
+        if real is None:
+            return query, key, value
+        return torch.where(real, query, 0), torch.where(real, key, 0), torch.where(real, value, 0)
 
     def heads(self, hidden: Tensor, mask: Tensor | None) -> QKV:
         """hidden_states [B, T, H] -> as ``masked``, each [B, A, T, D]."""
@@ -195,11 +206,18 @@ class MatrixAttention(ProjectedAttention):
             keys, values, least, shift = net.into(key, value)
             scores = self.apart(query) @ self.apart(keys).transpose(2, 3)  # [B, A, T, N]
             context = torch.maximum(scores, least) @ self.apart(values)
-            joined = context.transpose(1, 2).reshape(hidden_states.shape[:-1] + (-1,)) + shift
-            return self.output(joined), None
-        query, key, value = self.heads(hidden_states, attention_mask)
-        weights = net(query @ key.transpose(2, 3))
-        context = (self.dropout(weights) @ value).transpose(1, 2)
+            joined = context.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+            return self.output(joined + shift), None
+        query, key, value = self.masked(hidden_states, attention_mask)
+        tokens = key.shape[1]
+        first = net.first(tokens, key)
+        if not net.plain():
+            rest = (0, 0, 0, net.length - tokens)  # less to fill up than scores and attention
+            key, value = F.pad(key, rest), F.pad(value, rest)
+        weights = net(self.scores(self.apart(query), self.apart(key).transpose(2, 3)))
+        context = self.context(self.dropout(weights), self.apart(value)).transpose(1, 2)
+        if not net.plain():
+            weights = weights.index_select(-1, first)
         return self.output(context.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
