@@ -28,7 +28,7 @@ from raybert.int8 import BIAS_LIMIT, Quantised, Scaled, levels, scale_of
 from raybert.int8 import weight_scale_of as row_scales
 from raybert.power_norm import PowerNorm
 from raybert.softmax_net import SoftmaxNet
-from raybert.surgery import encoder_layers, matrices
+from raybert.surgery import encoder_layers, matrices, self_attention
 
 LOW, HIGH = levels(8)
 
@@ -36,30 +36,35 @@ LOW, HIGH = levels(8)
 # -- operators -------------------------------------------------------------------------------------
 
 
-def whole(x: Tensor, scale: Tensor) -> Tensor:
+def whole(x: Tensor, scale: Tensor, unsigned: bool = False) -> Tensor:
     """Levels as float32."""
-    return (x.float() / scale).round_().clamp_(LOW, HIGH)
+    return (x.float() / scale).round_().clamp_(*levels(8, unsigned))
 
 
 @torch.library.custom_op("raybert::product_int8", mutates_args=())
-def product_int8(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
-    """``(q(a) @ q(b)) * (a_scale * b_scale)``, the product in whole numbers.
+def product_int8(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, unsigned: bool
+) -> Tensor:
+    """``(q(a) @ q(b)) * (a_scale * b_scale) + bias``, the product in whole numbers.
 
     Args:
         a: [..., M, K], floating point.
         b: [..., K, N].
         a_scale: float32 scalar.
         b_scale: float32 scalar.
+        bias: float32 [N].
+        unsigned: whether levels of ``a`` are 0 ... 255.
 
     Returns:
         [..., M, N] of ``a``'s type.
     """
-    # Sums of fewer than 1024 products of bytes are exact in float32.
-    return ((whole(a, a_scale) @ whole(b, b_scale)) * (a_scale * b_scale)).to(a.dtype)
+    # Sums of fewer than 512 products of bytes are exact in float32.
+    out = (whole(a, a_scale, unsigned) @ whole(b, b_scale)) * (a_scale * b_scale)
+    return (out if bias is None else out + bias).to(a.dtype)
 
 
 @product_int8.register_fake
-def _(a, b, a_scale, b_scale):
+def _(a, b, a_scale, b_scale, bias, unsigned):
     return a.new_empty((*a.shape[:-1], b.shape[-1]))
 
 
@@ -104,45 +109,52 @@ def _(x, weight, weight_scale, bias, input_scale, output_scale):
 
 
 class FakeQuantProduct(nn.Module):
-    """``a @ b`` that computes as the `Int8Product` it will become."""
+    """``a @ b + bias`` that computes as the `Int8Product` it will become.
 
-    def __init__(self) -> None:
+    ``unsigned``: ``a`` comes from a ReLU.
+    """
+
+    def __init__(self, unsigned: bool) -> None:
         super().__init__()
-        self.left_range, self.right_range = Range(8, True), Range(8, True)
+        self.left_range, self.right_range = Range(8, True, unsigned), Range(8, True)
         self.active = True
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """a [..., M, K] and b [..., K, N] -> [..., M, N]."""
+    def forward(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """a [..., M, K], b [..., K, N] and bias [N] -> [..., M, N]."""
         left, right = self.left_range.scale(a), self.right_range.scale(b)
         if self.training and not self.active:
-            return a @ b
-        with torch.autocast(a.device.type, enabled=False):  # sums leave half precision's range
-            product = self.left_range.levels(a, left) @ self.right_range.levels(b, right)
-            return product * (left * right)
+            out = a @ b
+        else:
+            with torch.autocast(a.device.type, enabled=False):  # half precision cannot hold sums
+                product = self.left_range.levels(a, left) @ self.right_range.levels(b, right)
+                out = product * (left * right)
+        return out if bias is None else out + bias
 
     def finished(self) -> Int8Product:
         """The product of integers."""
-        new = Int8Product()
-        new.left_scale = scale_of(self.left_range.ema, 8)
+        unsigned = self.left_range.unsigned
+        new = Int8Product(unsigned)
+        new.left_scale = scale_of(self.left_range.ema, 8, unsigned)
         new.right_scale = scale_of(self.right_range.ema, 8)
         return new
 
 
 class Int8Product(Scaled):
-    """``a @ b`` in integers, by learned ranges of both."""
+    """``a @ b + bias`` in integers, by learned ranges of both."""
 
     left_scale: Tensor
     right_scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, unsigned: bool) -> None:
         super().__init__()
+        self.unsigned = unsigned
         self.register_buffer("left_scale", torch.ones(()))
         self.register_buffer("right_scale", torch.ones(()))
-        self._scales = ["left_scale", "right_scale"]
+        self._scales += ["left_scale", "right_scale"]
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """a [..., M, K] and b [..., K, N] -> [..., M, N]."""
-        return product_int8(a, b, self.left_scale, self.right_scale)
+    def forward(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """a [..., M, K], b [..., K, N] and bias [N] -> [..., M, N]."""
+        return product_int8(a, b, self.left_scale, self.right_scale, bias, self.unsigned)
 
 
 # -- norms -----------------------------------------------------------------------------------------
@@ -220,15 +232,22 @@ class Int8Norm(Quantised):
 
 
 def roles(model: Any) -> dict[nn.Module, dict[str, bool]]:
-    """What sets linear layers apart, as fields of `Scheme`: inputs that come from a ReLU, outputs
-    that are added to the residual stream."""
+    """What sets linear layers and products apart, as fields of `Scheme`: inputs that come from a
+    ReLU, outputs that are added to the residual stream."""
     found: dict[nn.Module, dict[str, bool]] = {}
     for layer in encoder_layers(model):
         parts = matrices(layer)
         found[parts["attention_output"]] = {"requantise": True}
         found[parts["output"]] = {"requantise": True, "unsigned": True}
-    nets = (module for module in model.modules() if isinstance(module, SoftmaxNet))
-    return found | {net.out: {"unsigned": True} for net in nets}
+        found[self_attention(layer).get_submodule("context")] = {"unsigned": True}
+    return found
+
+
+def regroup(model: nn.Module) -> None:
+    """Let softmax nets that do not yet do so multiply keys and values: a quarter of the work."""
+    for module in model.modules():
+        if isinstance(module, SoftmaxNet) and not module.regrouped:
+            module.regroup()
 
 
 def join(model: Any) -> None:

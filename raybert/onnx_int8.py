@@ -196,19 +196,22 @@ def on_grid(t: Translation, node: Node) -> None:
 
 
 def product_int8(t: Translation, node: Node) -> None:
-    """``raybert::product_int8(a, b, a_scale, b_scale)``; see `raybert.integer`."""
+    """``raybert::product_int8(a, b, a_scale, b_scale, bias, unsigned)``; see `raybert.integer`."""
     graph, sides = t.graph, []
     parts: Any = node.args
-    for value, scale, zero in ((parts[0], parts[2], SIGNED), (parts[1], parts[3], RIGHT)):
+    left = UNSIGNED if parts[5] else SIGNED
+    for value, scale, zero in ((parts[0], parts[2], left), (parts[1], parts[3], RIGHT)):
         own = number(t, scale)
         name = graph.shaped(quantised(t, value, own, zero), dims_of(value.meta["val"]))
         sides.append(_side(graph, name, own, zero))
     (a, a_scale, a_zero), (b, b_scale, b_zero) = sides
     if t.int8 == "fused":
         inputs = [a, b, a_scale, b_scale, a_zero, b_zero]
-        name = graph.add(f"{CONTRIB}.MatMulIntegerToFloat", inputs)
+        bias = [t.full(parts[4])] if parts[4] is not None else []
+        name = graph.add(f"{CONTRIB}.MatMulIntegerToFloat", inputs + bias)
     else:
         name = graph.add("MatMul", [graph.add("DequantizeLinear", side) for side in sides])
+        name = name if parts[4] is None else graph.add("Add", [name, t.full(parts[4])])
     t.set(node, name)
 
 

@@ -42,8 +42,8 @@ class SoftmaxNet(nn.Module):
         super().__init__()
         self.length = length
         place: Any = {"device": like.device, "dtype": like.dtype}
-        self.hidden: nn.Module = nn.utils.skip_init(nn.Linear, length, length, **place)
-        self.out: nn.Module = nn.utils.skip_init(nn.Linear, length, length, **place)
+        self.hidden: Any = nn.utils.skip_init(nn.Linear, length, length, **place)
+        self.out: Any = nn.utils.skip_init(nn.Linear, length, length, **place)
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
@@ -56,7 +56,7 @@ class SoftmaxNet(nn.Module):
             UserError: T > N.
         """
         hidden, out = self.hidden, self.out
-        if not (isinstance(hidden, nn.Linear) and isinstance(out, nn.Linear)):
+        if not self.plain():
             return out(F.relu(hidden(scores)))  # of N keys
         first = self.first(scores.shape[-1], scores)
         # Weights that zeros would be multiplied by are left out, and so is what would be cut.
@@ -65,8 +65,31 @@ class SoftmaxNet(nn.Module):
         return F.linear(inner, weight, bias)
 
     def plain(self) -> bool:
-        """Whether it can be multiplied into keys and values: its layers are linear ones."""
+        """Whether weights can be sliced and multiplied into keys and values: nothing is
+        quantised."""
         return isinstance(self.hidden, nn.Linear) and isinstance(self.out, nn.Linear)
+
+    def regroup(self) -> None:
+        """Become what multiplies keys and values for good, to be trained as such.
+
+        Two matrices [N + 1, N] on keys and on values, and a bias [N + 1] for scores. The unit that
+        is one more is always 1: through it the last bias reaches every query.
+        """
+        hidden, out = self.hidden, self.out
+        weight, zeros = hidden.weight.detach(), torch.zeros_like(hidden.weight[:1]).detach()
+        shape = self.length, self.length + 1
+        place: Any = {"device": weight.device, "dtype": weight.dtype}
+        self.keys = nn.utils.skip_init(nn.Linear, *shape, bias=False, **place)
+        self.values = nn.utils.skip_init(nn.Linear, *shape, bias=False, **place)
+        self.keys.weight.data = torch.cat([weight, zeros])
+        self.values.weight.data = torch.cat([out.weight.detach().T, out.bias.detach()[None]])
+        self.bias = nn.Parameter(torch.cat([hidden.bias.detach(), zeros[0, :1] + 1]))
+        del self.hidden, self.out
+
+    @property
+    def regrouped(self) -> bool:
+        """Whether it multiplies keys and values, and there is no attention to be read."""
+        return "keys" in self._modules
 
     def into(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Multiply the network into keys and values, each [B, T, H].
@@ -82,8 +105,7 @@ class SoftmaxNet(nn.Module):
             UserError: T > N.
         """
         first = self.first(key.shape[1], key)
-        hidden: Any = self.hidden
-        out: Any = self.out
+        hidden, out = self.hidden, self.out
         constant = F.linear(hidden.bias, out.weight, out.bias).index_select(0, first)  # [T]
         before = hidden.weight.index_select(1, first)  # [N, T]
         after = out.weight.transpose(0, 1).index_select(1, first)
@@ -120,9 +142,9 @@ def real_tokens(mask: Tensor | None) -> Tensor | None:
 class Product(nn.Module):
     """The product of two activations, in a place of its own: q8bert quantises both."""
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """a [..., M, K] and b [..., K, N] -> [..., M, N]."""
-        return a @ b
+    def forward(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """a [..., M, K], b [..., K, N] and bias [N] -> [..., M, N]."""
+        return a @ b if bias is None else a @ b + bias
 
 
 class MatrixAttention(ProjectedAttention):
@@ -199,26 +221,38 @@ class MatrixAttention(ProjectedAttention):
 
         As with other attention, it is there to be read in training and under ``eager`` alone.
         """
-        net = self.net
-        reads = self.training or self.config._attn_implementation == "eager"
-        if not reads and net.plain():
-            query, key, value = self.masked(hidden_states, attention_mask)
+        net, shape = self.net, hidden_states.shape[:-1]
+        query, key, value = self.masked(hidden_states, attention_mask)
+        first = net.first(shape[1], key)
+        if net.regrouped:
+            context, weights = self._through(query, key, value), None
+        elif not self.training and self.config._attn_implementation != "eager" and net.plain():
             keys, values, least, shift = net.into(key, value)
             scores = self.apart(query) @ self.apart(keys).transpose(2, 3)  # [B, A, T, N]
             context = torch.maximum(scores, least) @ self.apart(values)
-            joined = context.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+            joined = context.transpose(1, 2).reshape(*shape, -1)
             return self.output(joined + shift), None
-        query, key, value = self.masked(hidden_states, attention_mask)
-        tokens = key.shape[1]
-        first = net.first(tokens, key)
-        if not net.plain():
-            rest = (0, 0, 0, net.length - tokens)  # less to fill up than scores and attention
-            key, value = F.pad(key, rest), F.pad(value, rest)
-        weights = net(self.scores(self.apart(query), self.apart(key).transpose(2, 3)))
-        context = self.context(self.dropout(weights), self.apart(value)).transpose(1, 2)
-        if not net.plain():
-            weights = weights.index_select(-1, first)
-        return self.output(context.reshape(*hidden_states.shape[:-1], -1)), weights
+        else:
+            if not net.plain():
+                key, value = self._filled(key), self._filled(value)
+            weights = net(self.scores(self.apart(query), self.apart(key).transpose(2, 3)))
+            context = self.context(self.dropout(weights), self.apart(value))
+            weights = weights if net.plain() else weights.index_select(-1, first)
+        return self.output(context.transpose(1, 2).reshape(*shape, -1)), weights
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """[B, T, H] with zeros up to [B, N, H]; less to fill up than scores and attention."""
+        return F.pad(x, (0, 0, 0, self.net.length - x.shape[1]))
+
+    def _through(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """By a regrouped net: three [B, T, H] -> the context [B, A, T, D]."""
+        net = self.net
+        keys, values = (
+            matrix(self.apart(self._filled(part)).transpose(2, 3))  # [B, A, D, N + 1]
+            for matrix, part in ((net.keys, key), (net.values, value))
+        )
+        hidden = F.relu(self.scores(self.apart(query), keys, net.bias))  # [B, A, T, N + 1]
+        return self.context(self.dropout(hidden), values.transpose(2, 3))
 
 
 class MatrixBertAttention(MatrixAttention, ProjectedBertAttention):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from raybert.config import MethodConfig, UserError
 from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, Range
 from raybert.int8 import Inputs, Int8Embedding, Scheme, backend, largest
-from raybert.integer import FakeQuantNorm, FakeQuantProduct, join, roles
+from raybert.integer import FakeQuantNorm, FakeQuantProduct, join, regroup, roles
 from raybert.phase import At, Distillation, Outputs, Phase
 from raybert.power_norm import PowerNorm
 from raybert.softmax_net import Product
@@ -290,6 +290,8 @@ class Quantise(Phase):
             return {}
         if not batches:
             raise UserError("q8bert mode=ema needs calibration rows; there are none to train on.")
+        if self.method.integer_only:
+            regroup(model)
         chosen = selected(model, self.method)
         layers = {n: part for n, part in chosen.items() if not isinstance(part, nn.Embedding)}
         self.calibrated = calibrate(model, layers, batches)
@@ -299,6 +301,8 @@ class Quantise(Phase):
     def prepare(self, model: nn.Module) -> None:
         """Put layers that compute with quantised values in the place of plain ones."""
         method = self.method
+        if method.integer_only:
+            regroup(model)
         chosen, decoder = selected(model, method), tied_decoder(model)
         role = roles(model) if method.integer_only else {}
         device = next(model.parameters()).device
@@ -321,7 +325,8 @@ class Quantise(Phase):
         """What takes a module's place while training."""
         if isinstance(module, nn.Linear):
             return FakeQuantLinear(module, self.method.scheme(tied=tied, **role), tied)
-        return FakeQuantNorm(module) if isinstance(module, PowerNorm) else FakeQuantProduct()
+        role = {"unsigned": False, **role}
+        return FakeQuantNorm(module) if isinstance(module, PowerNorm) else FakeQuantProduct(**role)
 
     def on_step(self, model: nn.Module, at: At) -> None:
         """Where a new step begins, take what the last one saw into the moving averages."""
