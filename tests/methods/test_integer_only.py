@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB
-from methods.test_conformance import finished, method_of, predecessor
-from onnx import TensorProto, helper, numpy_helper, shape_inference
+from methods.test_conformance import method_of, predecessor
+from onnx import TensorProto
 from test_export import difference, operators, padded
 
 from raybert.compressed import mark_compressed
 from raybert.config import UserError
 from raybert.fake_quant import FakeQuantLinear
-from raybert.int8 import Int8Linear
 from raybert.integer import (
     FakeQuantNorm,
     FakeQuantProduct,
@@ -154,7 +153,9 @@ def test_finished_model_computes_what_was_trained(family):
     trained = logits(model, batch())
     model.train()
     phase.on_step(model, At(step=0, total=2, forward=0, seed=0, rows=torch.arange(6)))
-    loss = model(**batch(), start_positions=torch.ones(6).long(), end_positions=torch.ones(6).long())
+    loss = model(
+        **batch(), start_positions=torch.ones(6).long(), end_positions=torch.ones(6).long()
+    )
     loss.loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -172,3 +173,133 @@ def test_finished_model_computes_what_was_trained(family):
     spread = float_logits[real].std()
     torch.testing.assert_close(done[real], trained[real], rtol=0, atol=0.02 * float(spread))
     assert (done - float_logits)[real].abs().mean() < 0.3 * spread
+
+
+# -- the graph -------------------------------------------------------------------------------------
+
+PRODUCTS = {"MatMulIntegerToFloat"}
+MOVES = {"Reshape", "Transpose", "Pad", "Where", "Gather"}
+ON_INTEGERS = {"QLinearAdd", "QLinearConv"}
+SHAPE_ARITHMETIC = {"Shape", "Slice", "Concat", "Sub"}
+
+
+def between(graph: Any) -> list[Any]:
+    """Nodes that hang on a product and that a product hangs on, without the head's own."""
+    nodes = list(graph.graph.node)
+    behind: set[str] = set()
+    for node in nodes:
+        if node.op_type in PRODUCTS or behind & set(node.input):
+            behind |= set(node.output)
+    before: set[str] = set()
+    for node in reversed(nodes):
+        if node.op_type in PRODUCTS or before & set(node.output):
+            before |= set(node.input)
+    return [n for n in nodes if behind & set(n.output) and before & set(n.output)]
+
+
+def kinds_of(graph: Any) -> dict[str, int]:
+    """The element type of every tensor."""
+    known = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    known |= {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
+    for node in graph.graph.node:
+        kind = node.op_type
+        if kind == "QuantizeLinear":
+            found = known[node.input[2]]
+        elif kind in ("MatMulIntegerToFloat", "DequantizeLinear"):
+            found = TensorProto.FLOAT
+        elif kind in ON_INTEGERS:
+            found = TensorProto.UINT8
+        elif kind == "Where":
+            found = known[node.input[1]]
+        elif kind == "Shape":
+            found = TensorProto.INT64
+        elif kind == "Cast":
+            found = next(entry.i for entry in node.attribute if entry.name == "to")
+        else:
+            found = known[node.input[0]]
+        known |= dict.fromkeys(node.output, found)
+    return known
+
+
+@pytest.mark.parametrize(
+    ("family", "shared"), [("bert", False), ("roberta", True), ("distilbert", False)]
+)
+def test_nothing_is_computed_in_floats_between_products(family, shared):
+    model = settled([{**MATRIX, "shared": shared}, INTEGER], family)
+    graph = to_onnx(model)
+    types, nodes = kinds_of(graph), between(graph)
+    users: dict[str, list[Any]] = {}
+    for node in graph.graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    assert [n.op_type for n in nodes].count("QLinearAdd") == 2 * 4
+    assert [n.op_type for n in nodes].count("QLinearConv") == 2 * 4  # the first is before all
+    seen = set()
+    for node in nodes:
+        seen.add(node.op_type)
+        if node.op_type in PRODUCTS:  # its sums leave it rescaled, for one rounding
+            left, right = (types[name] for name in node.input[:2])
+            assert (left, right) == (TensorProto.UINT8, TensorProto.INT8)
+            rounding = [user for name in node.output for user in _after_reshape(users, name)]
+            assert {user.op_type for user in rounding} == {"QuantizeLinear"}
+        elif node.op_type != "Reshape":
+            assert types[node.output[0]] in (TensorProto.UINT8, TensorProto.INT8)
+    assert seen <= PRODUCTS | MOVES | ON_INTEGERS | {"QuantizeLinear"}
+    for shape in SHAPES:
+        inputs = padded(model, *shape)
+        assert difference(model, graph, inputs) < 1e-3
+
+
+def _after_reshape(users: dict[str, list[Any]], name: str) -> list[Any]:
+    found = []
+    for user in users.get(name, []):
+        found += _after_reshape(users, user.output[0]) if user.op_type == "Reshape" else [user]
+    return found
+
+
+def test_standard_operators_give_the_same():
+    model = settled([MATRIX, INTEGER])
+    graph = to_onnx(model, int8="qdq")
+    assert {entry.domain for entry in graph.opset_import} == {""}
+    for shape in SHAPES:
+        assert difference(model, graph, padded(model, *shape)) < 1e-3
+
+
+def test_classifiers_need_the_first_token_alone_in_the_last_layer():
+    model = settled([MATRIX, INTEGER], kind="classification")
+    graph = to_onnx(model)
+    assert operators(graph).count("Tanh") == 1  # the pooler's, between two products of the head
+    for shape in SHAPES:
+        assert difference(model, graph, padded(model, *shape)) < 0.05  # a level of tanh
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    model = settled([{**MATRIX, "shared": True}, INTEGER])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(model, batch()), logits(again, batch()))
+    kinds = [type(module) for module in again.modules()]
+    assert (kinds.count(Int8Product), kinds.count(Int8Norm)) == (2 * 4, 9)
+    assert len(softmax_nets(again)) == 1
+    cast = copy.deepcopy(again).to(torch.bfloat16)
+    products = [module for module in cast.modules() if isinstance(module, Int8Product)]
+    assert {module.left_scale.dtype for module in products} == {torch.float32}
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [[], ["lobert", "ma_bert"]])
+def test_models_with_other_arithmetic_are_refused(before):
+    config = predecessor("bert").config
+    config.compression = [{"name": name} for name in before]
+    with pytest.raises(UserError, match=r"as ma_bert makes it.*method=\[ma_bert,q8bert\]"):
+        Q8BERT(integer_only=True).resolve(config)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mode": "dynamic"}, {"activation_bits": 4}, {"skip": ("*pooler*",)}]
+)
+def test_settings_that_leave_floats_are_refused(wrong):
+    with pytest.raises(ValueError, match="integer_only settles where ranges of 8 bits"):
+        Q8BERT.model_validate({"integer_only": True, **wrong})
