@@ -80,9 +80,9 @@ class Range(nn.Module):
     ema: Tensor
     seen: Tensor
 
-    def __init__(self, bits: int, learned: bool) -> None:
+    def __init__(self, bits: int, learned: bool, unsigned: bool = False) -> None:
         super().__init__()
-        self.bits, self.learned = bits, learned
+        self.bits, self.learned, self.unsigned = bits, learned, unsigned
         if learned:
             self.register_buffer("ema", torch.zeros(()))
             self.register_buffer("seen", torch.zeros(()))
@@ -96,14 +96,19 @@ class Range(nn.Module):
 
     def scale(self, x: Tensor) -> Tensor:
         """The scale, a scalar; that of ``x`` itself while there is no average."""
-        now = self.observe(x)
-        return scale_of(
-            torch.where(self.ema > 0, self.ema, now) if self.learned else now, self.bits
-        )
+        return self._scale(self.observe(x))
+
+    def settled(self, x: Tensor) -> Tensor:
+        """The scale for what is on the grid already: that teaches nothing about the range."""
+        return self._scale(largest(x.detach()).float())
+
+    def _scale(self, now: Tensor) -> Tensor:
+        magnitude = torch.where(self.ema > 0, self.ema, now) if self.learned else now
+        return scale_of(magnitude, self.bits, self.unsigned)
 
     def levels(self, x: Tensor, scale: Tensor) -> Tensor:
         """``x`` in levels."""
-        return nearest(x, scale, *levels(self.bits))
+        return nearest(x, scale, *levels(self.bits, self.unsigned))
 
 
 class FakeQuantLinear(nn.Module):
@@ -121,17 +126,29 @@ class FakeQuantLinear(nn.Module):
         self.register_parameter("bias", linear.bias)
         learned = scheme.inputs == "static"
         if scheme.inputs != "float":
-            self.input_range = Range(scheme.activation_bits, learned)
+            self.input_range = Range(scheme.activation_bits, learned, scheme.unsigned)
         if scheme.requantise:
             self.output_range = Range(scheme.activation_bits, learned)
         self.active = True
+
+    def read(self, grid: Range) -> None:
+        """Inputs come on this grid from now on, and have no range of their own."""
+        del self.input_range
+        self.grid = (grid,)  # in a tuple, so that it is not a module of this one
+
+    grid: tuple[Range, ...] = ()
+
+    @property
+    def incoming(self) -> Range:
+        """The range of inputs."""
+        return self.grid[0] if self.grid else self.input_range
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         scheme = self.scheme
         if self.training and not self.active:
             out = F.linear(x, self.weight, self.bias)
-            if scheme.inputs != "float":
+            if scheme.inputs != "float" and not self.grid:
                 self.input_range.observe(x)
             if scheme.requantise:
                 self.output_range.observe(out)
@@ -140,9 +157,10 @@ class FakeQuantLinear(nn.Module):
         weight = weight_levels(self.weight, scale, scheme.weight_bits)
         if scheme.inputs == "float":
             return F.linear(x, weight * column(scale), self.bias)
-        input_scale = self.input_range.scale(x)
+        inputs = self.incoming
+        input_scale = inputs.settled(x) if self.grid else inputs.scale(x)
         scale = input_scale * scale
-        out = product(self.input_range.levels(x, input_scale), weight) * scale
+        out = product(inputs.levels(x, input_scale), weight) * scale
         if self.bias is not None:
             out = out + self._bias(self.bias, scale)
         if scheme.requantise:
@@ -168,7 +186,7 @@ class FakeQuantLinear(nn.Module):
             new = Int8Linear(columns, rows, scheme, bias is not None)
             new.fill(self.weight, scale)
         if scheme.inputs == "static":
-            new.input_scale = scale_of(self.input_range.ema, scheme.activation_bits)
+            new.input_scale = scale_of(self.incoming.ema, scheme.activation_bits, scheme.unsigned)
             if scheme.requantise:
                 new.output_scale = scale_of(self.output_range.ema, scheme.activation_bits)
         if bias is not None:

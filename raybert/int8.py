@@ -38,14 +38,14 @@ BLOCK_ROWS = 128
 # -- quantisation ----------------------------------------------------------------------------------
 
 
-def scale_of(magnitude: Tensor, bits: int) -> Tensor:
+def scale_of(magnitude: Tensor, bits: int, unsigned: bool = False) -> Tensor:
     """The scale, of the same shape, at which a magnitude is the highest level."""
-    return magnitude.float().clamp(min=FLOOR) / (2 ** (bits - 1) - 1)
+    return magnitude.float().clamp(min=FLOOR) / levels(bits, unsigned)[1]
 
 
-def levels(bits: int) -> tuple[int, int]:
-    """The lowest and highest level of an activation."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+def levels(bits: int, unsigned: bool = False) -> tuple[int, int]:
+    """The lowest and highest level of an activation; ``unsigned``: of one that is never below 0."""
+    return (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def largest(x: Tensor, dim: int | None = None) -> Tensor:
@@ -107,10 +107,11 @@ def linear_int8(
     weight_scale: Tensor,
     input_scale: Tensor | None,
     bias: Tensor | None,
+    unsigned: bool = False,
 ) -> Tensor:
     """``(q(x) @ weight.T) * (input_scale * weight_scale) + bias``, the product in whole numbers.
 
-    ``q(x) = clamp(round_half_even(x / input_scale), -128, 127)``.
+    ``q(x) = clamp(round_half_even(x / input_scale), -128, 127)``, or from 0 to 255.
 
     Args:
         x: [..., K], floating point.
@@ -118,6 +119,7 @@ def linear_int8(
         weight_scale: float32 [1] or [N].
         input_scale: float32 scalar; nothing: ``max|x| / 127`` over all of ``x``.
         bias: float32 [N].
+        unsigned: whether levels are 0 ... 255.
 
     Returns:
         [..., N] of ``x``'s type.
@@ -126,7 +128,7 @@ def linear_int8(
         input_scale = scale_of(largest(x), 8)
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     scale = input_scale * weight_scale
-    sums = _sums(rows, weight, input_scale)
+    sums = _sums(rows, weight, input_scale, unsigned)
     # In the same memory: a second result of this size would cost as much as a quarter of the work.
     out = sums.view(torch.float32)
     for part, whole in zip(_blocks(out), _blocks(sums), strict=True):
@@ -137,7 +139,7 @@ def linear_int8(
 
 
 @linear_int8.register_fake
-def _(x, weight, weight_scale, input_scale, bias):
+def _(x, weight, weight_scale, input_scale, bias, unsigned=False):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -146,19 +148,33 @@ def _linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
-def _sums(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _sums(rows: Tensor, weight: Tensor, scale: Tensor, unsigned: bool) -> Tensor:
     """q(rows) [M, K] @ weight.T [K, N]: int32, or float32 that holds the same numbers."""
     kind, many = backend(rows.device.type), rows.shape[0]
+    low, high = levels(8, unsigned)
+    shift = 128 if unsigned else 0  # kernels take signed bytes
     if kind == "float" or (kind == "cuda" and (weight.shape[0] % 8 or weight.shape[1] % 8)):
         # Whole numbers below 2^24 are exact in float32, and so are their sums.
-        levels_of_rows = rows.float().div(scale).round_().clamp_(-128, 127)
+        levels_of_rows = rows.float().div(scale).round_().clamp_(low, high)
         return levels_of_rows @ weight.float().T
     quantised = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     for part, real in zip(_blocks(quantised), _blocks(rows), strict=True):
-        part.copy_(real.float().div(scale).round_().clamp_(-128, 127))
+        part.copy_(real.float().div(scale).round_().clamp_(low, high).sub_(shift))
     if kind == "cuda" and many <= 16:  # its kernel wants more rows
-        return torch._int_mm(F.pad(quantised, (0, 0, 0, 32 - many)), weight.t())[:many]
-    return torch._int_mm(quantised, weight.t())
+        quantised = F.pad(quantised, (0, 0, 0, 32 - many))
+    sums = torch._int_mm(quantised, weight.t())[:many]
+    return sums.add_(weight.sum(1, dtype=torch.int32), alpha=shift) if unsigned else sums
+
+
+@torch.library.custom_op("raybert::on_grid", mutates_args=())
+def on_grid(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """``clamp(round_half_even(x / scale), low, high) * scale``, of ``x``'s shape and type."""
+    return ((x.float() / scale).round_().clamp_(low, high) * scale).to(x.dtype)
+
+
+@on_grid.register_fake
+def _(x, scale, low, high):
+    return torch.empty_like(x)
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
@@ -214,6 +230,7 @@ class Scheme:
         inputs: scaled by a learned range, by each batch's own, or not quantised at all.
         per_row: a scale for each output instead of one for the matrix.
         requantise: whether outputs are put on their own grid.
+        unsigned: whether inputs are never negative, and their levels neither.
     """
 
     weight_bits: int = 8
@@ -221,9 +238,28 @@ class Scheme:
     inputs: Inputs = "static"
     per_row: bool = False
     requantise: bool = False
+    unsigned: bool = False
 
 
-class Quantised(nn.Module):
+class Scaled(nn.Module):
+    """A module of a quantised model, whose scales stay float32 whatever the model is cast to: half
+    precision has 8 to 11 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scales: list[str] = []
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {name: self._buffers[name] for name in self._scales}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class Quantised(Scaled):
     """A matrix [rows, columns] of integers with its scale; for inference only.
 
     Up to 4 bits its buffer ``weight`` is packed, uint8 [rows, bytes]; otherwise it is int8.
@@ -240,7 +276,7 @@ class Quantised(nn.Module):
         kind = torch.int8 if width == 8 else torch.uint8
         self.register_buffer("weight", torch.zeros(rows, held, dtype=kind))
         self.register_buffer("weight_scale", torch.ones(rows if per_row else 1))
-        self._scales = ["weight_scale"]
+        self._scales.append("weight_scale")
         self._unpacked: tuple[Any, Tensor] | None = None
         self.training = False
 
@@ -275,16 +311,6 @@ class Quantised(nn.Module):
         if mode:
             check_trainable(self)
         return super().train(False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Quantised:
-        # Scales stay float32 whatever the model is cast to: half precision has 8 to 11 bits.
-        before = {name: self._buffers[name] for name in self._scales}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -374,7 +400,7 @@ class Int8Linear(Quantised):
         scheme, bias = self.scheme, self.bias
         if scheme.inputs == "float":
             return F.linear(x, (weight * column(weight_scale)).to(x.dtype), bias)
-        low, high = levels(scheme.activation_bits)
+        low, high = levels(scheme.activation_bits, scheme.unsigned)
         input_scale = None
         if scheme.inputs == "static":
             input_scale = self.input_scale
@@ -386,11 +412,11 @@ class Int8Linear(Quantised):
             input_scale = scale_of(largest(x), scheme.activation_bits)
         if bias is not None:
             bias = bias.float()
-        out = linear_int8(x, weight, weight_scale, input_scale, bias)
+        out = linear_int8(x, weight, weight_scale, input_scale, bias, scheme.unsigned)
         if scheme.requantise:
             static = scheme.inputs == "static"
             step = self.output_scale if static else scale_of(largest(out), scheme.activation_bits)
-            out = (out / step).round().clamp(low, high) * step
+            out = on_grid(out, step, *levels(scheme.activation_bits))
         return out
 
     def extra_repr(self) -> str:

@@ -29,11 +29,21 @@ IN_ARGUMENT_ONE = {
     "aten.clamp.Tensor",
     "aten.to.dtype",
     "raybert.linear_int8.default",
+    "raybert.on_grid.default",
+    "raybert.norm_int8.default",
 }
 """Operators that make each token of their first argument's same token."""
 
-ELEMENTWISE = {"aten.add.Tensor", "aten.mul.Tensor", "aten.div.Tensor", "aten.addcmul.default"}
+ELEMENTWISE = {
+    "aten.add.Tensor",
+    "aten.mul.Tensor",
+    "aten.div.Tensor",
+    "aten.addcmul.default",
+    "aten.where.ScalarOther",
+}
 """Operators on several values, token by token."""
+
+SHIFTS = {"aten.add.Tensor", "aten.maximum.default"}
 
 SPLITS = {"aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default"}
 
@@ -42,7 +52,7 @@ VIEWS = {"aten.view.default", "aten.reshape.default"}
 COPIES = {"aten.contiguous.default", "aten.clone.default"}
 
 ATTENTION = "aten.scaled_dot_product_attention.default"
-PRODUCT = "aten.matmul.default"
+PRODUCTS = {"aten.matmul.default", "raybert.product_int8.default"}
 TURN = "aten.transpose.int"
 
 
@@ -77,7 +87,7 @@ class _Mover:
         for node in graph.nodes:
             if str(node.target) == ATTENTION:
                 self._need(node.args[1:3])
-            elif str(node.target) == PRODUCT and node.meta["val"].dim() == 4:
+            elif str(node.target) in PRODUCTS and node.meta["val"].dim() == 4:
                 self._need(node.args[1:2])
 
     def _need(self, values: Iterable[object]) -> None:
@@ -143,7 +153,7 @@ class _Mover:
         if str(turned.target) != TURN or turned.args[1:] != (1, 2):
             return None
         attention = _behind(turned.args[0])
-        if str(attention.target) == PRODUCT:
+        if str(attention.target) in PRODUCTS:
             return self._joined(value, turned, self._row(attention))
         if str(attention.target) != ATTENTION:
             return None
@@ -175,7 +185,8 @@ class _Mover:
             one = apart.meta["val"].select(1, 0).unsqueeze(1)  # [B, 1, A, D]
             heads = self._call(apart.target, (self.first(_tokens(apart.args[0])), []), one)
             return self._call(node.target, (heads, 1, 2), one.transpose(1, 2))
-        if kind != PRODUCT and kind not in IN_ARGUMENT_ONE:
+        shifted = kind in SHIFTS and _rank(args[1]) == 1  # by a vector, the same for every token
+        if kind not in PRODUCTS and kind not in IN_ARGUMENT_ONE and not shifted:
             return None
         if node not in self.made:
             source = self._row(_tokens(args[0]))

@@ -209,14 +209,19 @@ class Translation:
         int8: ``fused`` or ``qdq``; see `raybert.onnx_int8`.
         known: values that no input changes -> the tensor; they are computed here and now.
         swapped: values whose axes 1 and 2 are exchanged -> the tensor before that.
+        levels: value, scale, type and zero point -> the tensor of its levels.
+        grids: values that are on a grid -> the tensor of their levels, the scale, the zero point.
     """
 
     def __init__(self, graph: Graph, int8: str) -> None:
         self.graph, self.int8 = graph, int8
         self.known: dict[Node, Any] = {}
         self.swapped: dict[Node, str] = {}
+        self.levels: dict[tuple[Node, float, str, int], str] = {}
+        self.grids: dict[Node, tuple[str, np.float32, Any]] = {}
         self._names: dict[Node, str] = {}
         self._weights: dict[Node, str] = {}
+        self._computed: set[Node] = set()
 
     def set(self, node: Node, name: str, dims: Dims | None = None) -> None:
         """A value is this tensor, stored in this shape; nothing: in its own."""
@@ -231,6 +236,8 @@ class Translation:
         """A value that no input changes; ``name`` is what the model calls it."""
         self.known[node] = value
         self._weights[node] = name or node.name
+        if name is None:
+            self._computed.add(node)
 
     def label(self, node: Node) -> str:
         """What the model calls a weight."""
@@ -240,7 +247,11 @@ class Translation:
         """The tensor of a value, in whatever shape it is stored."""
         if node not in self._names:
             tensor = self.known[node].detach()
-            name = self.graph.weight(self._weights[node], tensor.cpu().numpy())
+            array = tensor.cpu().numpy()
+            if node in self._computed:  # of weights that layers share, each layer makes the same
+                name = self.graph.constant(array, array.dtype)
+            else:
+                name = self.graph.weight(self._weights[node], array)
             self._names[node] = self.graph.mark(name, tuple(tensor.shape))
         return self._names[node]
 

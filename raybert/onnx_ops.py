@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from raybert import onnx_int8
 from raybert.onnx_graph import TYPES, Dims, Translation, dims_of
-from raybert.onnx_int8 import linear_int8
+from raybert.onnx_int8 import pads
 
 Handler = Callable[[Translation, Node], None]
 
@@ -305,16 +306,15 @@ def _first_of(t: Translation, node: Node) -> None:
 
 
 def _pad(t: Translation, node: Node) -> None:
-    """Zeros behind the last axis, up to a fixed size."""
-    source, (before, _) = _node(node.args[0]), node.args[1]  # type: ignore[misc]
-    assert before == 0
+    """Zeros behind one axis, up to a fixed size."""
     assert argument(node, 3, "value", 0.0) in (None, 0.0)
-    name = t.rows(source)
-    own, size = dims_of(source.meta["val"])[-1:], dims_of(node.meta["val"])[-1]
-    graph = t.graph
-    room = graph.once("Sub", [graph.constant([size]), graph.sizes(own)])
-    pads = graph.once("Concat", [graph.constant([0, 0, 0]), room], axis=0)
-    t.set(node, graph.add("Pad", [name, pads]), (-1, size))
+    t.set(node, t.graph.add("Pad", [t.full(_node(node.args[0])), pads(t, node)]))
+
+
+def _where(t: Translation, node: Node) -> None:
+    kept, value, other = node.args[:3]
+    scalar = t.graph.constant(other, np.dtype(str(node.meta["val"].dtype).removeprefix("torch.")))
+    t.set(node, t.graph.add("Where", [t.full(_node(kept)), t.full(_node(value)), scalar]))
 
 
 def _split(t: Translation, node: Node) -> None:
@@ -447,6 +447,10 @@ HANDLERS: dict[str, Handler] = {
     "aten.stack.default": _stack,
     "aten.cat.default": _concat,
     "aten.cumsum.default": _cumsum,
-    "raybert.linear_int8.default": linear_int8,
+    "aten.where.ScalarOther": _where,
+    "raybert.linear_int8.default": onnx_int8.linear_int8,
+    "raybert.on_grid.default": onnx_int8.on_grid,
+    "raybert.product_int8.default": onnx_int8.product_int8,
+    "raybert.norm_int8.default": onnx_int8.norm_int8,
 }
 """Traced operator -> what adds it to the graph."""

@@ -24,7 +24,7 @@ LAYERS = [
     {"lowrank", "fake_quant", "gates"},
     {"skipping", "power_norm", "softmax_net", "onnx_int8"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
-    {"first_token"},
+    {"first_token", "integer"},
     {"warm_start", "fold"},
     {"features", "sources", "groups", "methods", "predictions", "objectives"},
     {"qa", "batches", "tables", "compressed", "recipe_file"},
@@ -96,7 +96,7 @@ def test_imports_flow_one_way(path):
 def test_a_method_knows_no_other_method(path):
     rooms = {n.split(".")[1] for n in imported(path) if n.startswith("raybert.")}
     layers = {"factorise", "factors", "moments", "ranks", "fake_quant", "int8"}
-    layers |= {"gates", "skipping", "kept"}
+    layers |= {"gates", "skipping", "kept", "integer"}
     layers |= {"lowrank", "power_norm", "softmax_net", "warm_start"}
     assert rooms <= {"config", "losses", "surgery", "phase", "workers", *layers}
 

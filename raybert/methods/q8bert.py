@@ -25,9 +25,14 @@ from torch import Tensor, nn
 from raybert.config import MethodConfig, UserError
 from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, Range
 from raybert.int8 import Inputs, Int8Embedding, Scheme, backend, largest
+from raybert.integer import FakeQuantNorm, FakeQuantProduct, join, regroup, roles
 from raybert.phase import At, Distillation, Outputs, Phase
+from raybert.power_norm import PowerNorm
+from raybert.softmax_net import Product
 from raybert.surgery import compressed_by, model_inputs, swap
 from raybert.workers import workers
+
+FAKE = (FakeQuantLinear, FakeQuantProduct, FakeQuantNorm)
 
 INPUTS: dict[str, Inputs] = {"ema": "static", "dynamic": "dynamic", "none": "float"}
 
@@ -56,6 +61,11 @@ class Q8BERT(MethodConfig):
     requantise: bool = Field(
         default=False, description="Quantise the outputs of linear layers too."
     )
+    integer_only: bool = Field(
+        default=False,
+        description="After ma_bert: integers all the way from the embeddings to the head, also "
+        "products of activations, ReLU, residuals and norms.",
+    )
     start_step: NonNegativeInt = Field(
         default=0,
         description="Step of the phase from which training sees quantised values; ranges are "
@@ -83,6 +93,12 @@ class Q8BERT(MethodConfig):
                 "q8bert.requantise quantises activations, and mode=none leaves them as they are; "
                 "use mode=ema or dynamic"
             )
+        plain = (self.mode, self.activation_bits, self.skip, self.requantise)
+        if self.integer_only and plain != ("ema", 8, (), False):
+            raise ValueError(
+                "q8bert.integer_only settles where ranges of 8 bits are learned; use it with "
+                "mode=ema, activation_bits=8, and without skip and requantise"
+            )
         return self
 
     @property
@@ -95,14 +111,23 @@ class Q8BERT(MethodConfig):
         """Settle the bits of embeddings.
 
         Raises:
-            UserError: the model is quantised already, or picks weights for each sample.
+            UserError: the model is quantised already, or picks weights for each sample; or it has
+                functions or factors that leave no way through for integers alone.
         """
-        if any(entry["name"] == "ebert" for entry in compressed_by(model_config)):
+        before = [entry["name"] for entry in compressed_by(model_config)]
+        if self.integer_only and set(before) != {"ma_bert"}:
+            raise UserError(
+                f"q8bert.integer_only needs a model of matrix products, ReLU and affine norms with "
+                f"whole matrices, as ma_bert makes it; the methods before it are "
+                f"{', '.join(before) or 'none that change the model'}. Use "
+                f"method=[ma_bert,q8bert], or leave integer_only out."
+            )
+        if "ebert" in before:
             raise UserError(
                 "q8bert cannot follow ebert: its products of integers are of whole matrices, and "
                 "ebert's model picks rows of them for each sample. Use one of the two."
             )
-        if any(entry["name"] == self.name for entry in compressed_by(model_config)):
+        if self.name in before:
             raise UserError(
                 "q8bert cannot follow q8bert: the model is quantised already. Quantise the model "
                 "that it was made of, once, as the last method of a chain."
@@ -120,15 +145,20 @@ class Q8BERT(MethodConfig):
         """One: training with quantised values."""
         return [Quantise(self)]
 
-    def scheme(self, *, tied: bool = False) -> Scheme:
-        """How linear layers are quantised; a tied one has its weights from the embeddings."""
+    def scheme(self, *, tied: bool = False, **role: bool) -> Scheme:
+        """How linear layers are quantised.
+
+        Args:
+            tied: whether the weights are the embeddings'.
+            role: fields of `Scheme` that this layer's place settles.
+        """
         embedding_bits = self.embedding_bits or self.weight_bits
         return Scheme(
             weight_bits=embedding_bits if tied else self.weight_bits,
             activation_bits=self.activation_bits,
             inputs=INPUTS[self.mode],
             per_row=self.per_channel,
-            requantise=self.requantise,
+            **{"requantise": self.requantise, **role},
         )
 
     def remarks(self) -> list[str]:
@@ -164,14 +194,17 @@ def tied_decoder(model: Any) -> str | None:
 
 
 def selected(model: Any, method: Q8BERT) -> Mapping[str, nn.Module]:
-    """The modules that are quantised, by name: every linear layer and every embedding.
+    """The modules that are quantised, by name: every linear layer and every embedding, and in an
+    integer-only model products of activations and norms.
 
     Word embeddings and the decoder that shares their table go together: both, or neither.
 
     Raises:
         UserError: ``skip`` leaves none.
     """
-    kinds = (nn.Linear, nn.Embedding) if method.embeddings else (nn.Linear,)
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear,)
+    kinds += (nn.Embedding,) if method.embeddings else ()
+    kinds += (Product, PowerNorm) if method.integer_only else ()
     modules = dict(model.named_modules())
     found = {
         name: module
@@ -190,9 +223,11 @@ def selected(model: Any, method: Q8BERT) -> Mapping[str, nn.Module]:
 
 
 def calibrate(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: list[dict[str, Tensor]]
+    model: Any, layers: Mapping[str, nn.Module], batches: list[dict[str, Tensor]]
 ) -> dict[str, dict[str, float]]:
     """Largest magnitudes of what goes into and comes out of layers, the mean over batches.
+
+    Attention is computed eagerly meanwhile: by way of every layer that it has.
 
     Args:
         model: in evaluation mode.
@@ -200,18 +235,22 @@ def calibrate(
         batches: of rows.
 
     Returns:
-        ``input`` and ``output`` of each layer; of one that never ran, nothing.
+        ``input`` and ``output`` of each layer, of a product ``left`` and ``right``; of one that
+        never ran, nothing.
     """
     now: dict[str, list[Tensor]] = {}
     means: dict[str, Tensor] = {}  # [2]
 
     def watch(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            now.setdefault(name, []).append(torch.stack([largest(args[0]), largest(output)]))
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            both = (*args, output)[:2]
+            now.setdefault(name, []).append(torch.stack([largest(part) for part in both]))
 
         return hook
 
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")
     with torch.no_grad():
         for batch in batches:
             model(**model_inputs(batch))
@@ -219,11 +258,15 @@ def calibrate(
                 most = torch.stack(seen).amax(0).float() / len(batches)
                 means[name] = means[name] + most if name in means else most
             now.clear()
+    model.set_attn_implementation(attention)
     for handle in handles:
         handle.remove()
+    sides = {
+        name: ("left", "right") if isinstance(layer, Product) else ("input", "output")
+        for name, layer in layers.items()
+    }
     return {
-        name: dict(zip(("input", "output"), mean.tolist(), strict=True))
-        for name, mean in means.items()
+        name: dict(zip(sides[name], mean.tolist(), strict=True)) for name, mean in means.items()
     }
 
 
@@ -248,30 +291,43 @@ class Quantise(Phase):
             return {}
         if not batches:
             raise UserError("q8bert mode=ema needs calibration rows; there are none to train on.")
+        if self.method.integer_only:
+            regroup(model)
         chosen = selected(model, self.method)
-        layers = {name: part for name, part in chosen.items() if isinstance(part, nn.Linear)}
+        layers = {n: part for n, part in chosen.items() if not isinstance(part, nn.Embedding)}
         self.calibrated = calibrate(model, layers, batches)
-        inputs = {name: seen["input"] for name, seen in self.calibrated.items()}
+        inputs = {n: seen["input"] for n, seen in self.calibrated.items() if "input" in seen}
         return {"Largest input of each layer (calibration rows)": inputs}
 
     def prepare(self, model: nn.Module) -> None:
         """Put layers that compute with quantised values in the place of plain ones."""
         method = self.method
+        if method.integer_only:
+            regroup(model)
         chosen, decoder = selected(model, method), tied_decoder(model)
+        role = roles(model) if method.integer_only else {}
+        device = next(model.parameters()).device
 
         def make(name: str, module: nn.Module) -> nn.Module:
             if isinstance(module, nn.Embedding):
                 bits = method.embedding_bits or method.weight_bits
                 return FakeQuantEmbedding(module, bits, method.per_channel)
-            assert isinstance(module, nn.Linear)
-            tied = name == decoder
-            new = FakeQuantLinear(module, method.scheme(tied=tied), tied)
+            new = self._trained(module, name == decoder, role.get(module, {}))
             for key, value in self.calibrated.get(name, {}).items():
                 if f"{key}_range" in new._modules:
                     new.get_buffer(f"{key}_range.ema").fill_(value)
-            return new.to(module.weight.device)
+            return new.to(device)
 
         swap(model, lambda name, _: name in chosen, make)
+        if method.integer_only:
+            join(model)
+
+    def _trained(self, module: nn.Module, tied: bool, role: dict[str, bool]) -> nn.Module:
+        """What takes a module's place while training."""
+        if isinstance(module, nn.Linear):
+            return FakeQuantLinear(module, self.method.scheme(tied=tied, **role), tied)
+        role = {"unsigned": False, **role}
+        return FakeQuantNorm(module) if isinstance(module, PowerNorm) else FakeQuantProduct(**role)
 
     def on_step(self, model: nn.Module, at: At) -> None:
         """Where a new step begins, take what the last one saw into the moving averages."""
@@ -279,7 +335,7 @@ class Quantise(Phase):
             self.step = at.step
             self._fold(model)
         for module in model.modules():
-            if isinstance(module, (FakeQuantLinear, FakeQuantEmbedding)):
+            if isinstance(module, (*FAKE, FakeQuantEmbedding)):
                 module.active = at.step >= self.method.start_step
 
     def _fold(self, model: nn.Module) -> None:
@@ -334,6 +390,8 @@ class Quantise(Phase):
             swap(model, _is(FakeQuantEmbedding), _finished())
         words = model.get_input_embeddings()
         swap(model, _is(FakeQuantLinear), _finished(words))
+        if self.method.integer_only:
+            swap(model, _is(FakeQuantProduct, FakeQuantNorm), _finished())
         if decoder is not None and isinstance(words, Int8Embedding):
             _untie(model, decoder)
 
@@ -343,8 +401,8 @@ def learned_ranges(model: nn.Module) -> list[Range]:
     return [m for m in model.modules() if isinstance(m, Range) and m.learned]
 
 
-def _is(kind: type[nn.Module]) -> Any:
-    return lambda _, module: isinstance(module, kind)
+def _is(*kinds: type[nn.Module]) -> Any:
+    return lambda _, module: isinstance(module, kinds)
 
 
 def _finished(*table: Any) -> Any:

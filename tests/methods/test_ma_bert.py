@@ -184,14 +184,14 @@ def test_a_shorter_input_counts_as_padded_with_zeros():
 
 def test_every_form_of_a_mask_says_which_tokens_are_real():
     kept = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    wanted = kept[..., None].float()
+    wanted = kept[..., None].bool()
     boolean = kept.bool()[:, None, None]
     added = torch.zeros(2, 1, 3, 3).masked_fill(~boolean, torch.finfo(torch.float32).min)
     for mask in (boolean, boolean.expand(2, 1, 3, 3), added):
-        found = real_tokens(mask, torch.empty(0))
+        found = real_tokens(mask)
         assert found is not None
         assert torch.equal(found, wanted)
-    assert real_tokens(None, torch.empty(0)) is None
+    assert real_tokens(None) is None
 
 
 @every_family
@@ -336,6 +336,25 @@ def test_a_norm_that_would_stretch_the_basis_too_far_is_kept():
     assert sum(isinstance(module, Affine) for module in other.modules()) == 2
 
 
+@pytest.mark.parametrize(("family", "shared"), [("bert", False), ("distilbert", True)])
+def test_nets_in_keys_and_values_give_what_attention_gives(family, shared):
+    model = shaken(finished([{**CASE, "shared": shared}], family, "classification").model)
+    for net in softmax_nets(model):
+        with torch.no_grad():
+            net.get_submodule("hidden").bias.normal_()
+            net.get_submodule("out").bias.normal_()
+    for shape in ((3, 24), (2, 7), (1, 1)):
+        inputs = padded(model, *shape)
+        found = {}
+        for way in ("sdpa", "eager"):
+            model.set_attn_implementation(way)
+            with torch.no_grad():
+                found[way] = model(**inputs, output_attentions=way == "eager")
+        assert len(found["eager"].attentions) == 4
+        one, two = found["sdpa"].logits, found["eager"].logits
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
 def test_factors_of_lobert_are_left_as_they_are():
     model = finished([{"name": "lobert"}, CASE], "bert", "classification").model
     assert folded(model) is model
@@ -352,21 +371,23 @@ def test_graph_is_matrix_arithmetic_alone(family, shared):
     kinds = set(operators(graph))
     assert not kinds & FORBIDDEN
     assert kinds <= {
-        *("MatMul", "Gemm", "Add", "Mul", "Relu"),  # arithmetic
+        *("MatMul", "Gemm", "Add", "Mul", "Relu", "Max"),  # arithmetic; Max is ReLU with a bias
         *("Reshape", "Transpose", "Slice", "Gather", "Concat", "Shape", "Cast", "Identity"),
         *("CumSum", "Equal", "Not", "Tanh"),  # RoBERTa's positions, and the pooler's
     }
     for shape in ((2, 9), (1, 1), (3, 24)):
         assert difference(model, graph, padded(model, *shape)) < 1e-4
     if shared:
-        names = [tensor.name for tensor in graph.graph.initializer if "softmax_net" in tensor.name]
-        assert len(names) == 4
+        assert [list(tensor.dims) for tensor in graph.graph.initializer].count([24, 24]) == 2
     # The last layer's keys and values are of all tokens, the rest of it of the first alone.
     linear = [n.meta["val"] for n in program.graph.nodes if "linear" in str(n.target)]
     ranks = [value.dim() for value in linear]
     assert (ranks.count(3), ranks.count(2)) == (3 * 6 + 2, 4 + 2)
-    nets = [isinstance(value.shape[2], int) for value in linear if value.dim() == 4]
-    assert nets == [False] * 6 + [True] * 2
+    products = [n.meta["val"] for n in program.graph.nodes if "matmul" in str(n.target)]
+    queries = [isinstance(value.shape[2], int) for value in products if value.dim() == 4]
+    assert queries == [False] * 6 + [True] * 2
+    scores = [value for value in products if value.dim() == 4][::2]
+    assert {value.shape[3] for value in scores} == {24}, "N, whatever the length is"
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])

@@ -1,0 +1,260 @@
+"""What an integer-only model computes besides linear layers: products of activations, and norms.
+
+Such a model has been through `ma_bert`: between its embeddings and its head there are matrix
+products, ReLU, additions and affine norms, and all of them are done on integers. Every value lies
+on a grid, ``scale * level`` with levels -128 ... 127, or 0 ... 255 behind a ReLU:
+
+- the two sides of each product of activations, scores and context, have learned ranges;
+- so has what a linear layer adds to the residual stream, the sum, and what a norm makes of it. What
+  reads the stream next takes it as it is: the linear layers behind a norm have no range of their
+  own;
+- a norm multiplies each channel's level by an 8-bit weight, adds a 32-bit bias and rescales.
+
+Each comes twice, as it is trained and as the integers that are left; see `raybert.fake_quant`. The
+operators compute in PyTorch with whole numbers in float32, and are integer ones in ONNX.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from raybert.fake_quant import Range, nearest, weight_levels
+from raybert.int8 import BIAS_LIMIT, Quantised, Scaled, levels, scale_of
+from raybert.int8 import weight_scale_of as row_scales
+from raybert.power_norm import PowerNorm
+from raybert.softmax_net import SoftmaxNet
+from raybert.surgery import encoder_layers, matrices, self_attention
+
+LOW, HIGH = levels(8)
+
+
+# -- operators -------------------------------------------------------------------------------------
+
+
+def whole(x: Tensor, scale: Tensor, unsigned: bool = False) -> Tensor:
+    """Levels as float32."""
+    return (x.float() / scale).round_().clamp_(*levels(8, unsigned))
+
+
+@torch.library.custom_op("raybert::product_int8", mutates_args=())
+def product_int8(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, unsigned: bool
+) -> Tensor:
+    """``(q(a) @ q(b)) * (a_scale * b_scale) + bias``, the product in whole numbers.
+
+    Args:
+        a: [..., M, K], floating point.
+        b: [..., K, N].
+        a_scale: float32 scalar.
+        b_scale: float32 scalar.
+        bias: float32 [N].
+        unsigned: whether levels of ``a`` are 0 ... 255.
+
+    Returns:
+        [..., M, N] of ``a``'s type.
+    """
+    # Sums of fewer than 512 products of bytes are exact in float32.
+    out = (whole(a, a_scale, unsigned) @ whole(b, b_scale)) * (a_scale * b_scale)
+    return (out if bias is None else out + bias).to(a.dtype)
+
+
+@product_int8.register_fake
+def _(a, b, a_scale, b_scale, bias, unsigned):
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+@register_flop_formula(torch.ops.raybert.product_int8)
+def _product_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+@torch.library.custom_op("raybert::norm_int8", mutates_args=())
+def norm_int8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    input_scale: Tensor,
+    output_scale: Tensor,
+) -> Tensor:
+    """``s' * clamp(round((q(x) * weight + bias) * (s * weight_scale / s')))`` for each channel.
+
+    Args:
+        x: [..., H], floating point.
+        weight: int8 [H, 1].
+        weight_scale: float32 [H].
+        bias: int32 [H], at the scale of the product.
+        input_scale: s, float32 scalar.
+        output_scale: s', float32 scalar.
+
+    Returns:
+        [..., H] of ``x``'s type.
+    """
+    sums = whole(x, input_scale) * weight.flatten() + bias
+    rescaled = sums * (input_scale * weight_scale / output_scale)
+    return (rescaled.round_().clamp_(LOW, HIGH) * output_scale).to(x.dtype)
+
+
+@norm_int8.register_fake
+def _(x, weight, weight_scale, bias, input_scale, output_scale):
+    return torch.empty_like(x)
+
+
+# -- products of two activations -------------------------------------------------------------------
+
+
+class FakeQuantProduct(nn.Module):
+    """``a @ b + bias`` that computes as the `Int8Product` it will become.
+
+    ``unsigned``: ``a`` comes from a ReLU.
+    """
+
+    def __init__(self, unsigned: bool) -> None:
+        super().__init__()
+        self.left_range, self.right_range = Range(8, True, unsigned), Range(8, True)
+        self.active = True
+
+    def forward(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """a [..., M, K], b [..., K, N] and bias [N] -> [..., M, N]."""
+        left, right = self.left_range.scale(a), self.right_range.scale(b)
+        if self.training and not self.active:
+            out = a @ b
+        else:
+            with torch.autocast(a.device.type, enabled=False):  # half precision cannot hold sums
+                product = self.left_range.levels(a, left) @ self.right_range.levels(b, right)
+                out = product * (left * right)
+        return out if bias is None else out + bias
+
+    def finished(self) -> Int8Product:
+        """The product of integers."""
+        unsigned = self.left_range.unsigned
+        new = Int8Product(unsigned)
+        new.left_scale = scale_of(self.left_range.ema, 8, unsigned)
+        new.right_scale = scale_of(self.right_range.ema, 8)
+        return new
+
+
+class Int8Product(Scaled):
+    """``a @ b + bias`` in integers, by learned ranges of both."""
+
+    left_scale: Tensor
+    right_scale: Tensor
+
+    def __init__(self, unsigned: bool) -> None:
+        super().__init__()
+        self.unsigned = unsigned
+        self.register_buffer("left_scale", torch.ones(()))
+        self.register_buffer("right_scale", torch.ones(()))
+        self._scales += ["left_scale", "right_scale"]
+
+    def forward(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """a [..., M, K], b [..., K, N] and bias [N] -> [..., M, N]."""
+        return product_int8(a, b, self.left_scale, self.right_scale, bias, self.unsigned)
+
+
+# -- norms -----------------------------------------------------------------------------------------
+
+
+class FakeQuantNorm(nn.Module):
+    """An affine norm that computes as the `Int8Norm` it will become. Adopts what a PowerNorm has.
+
+    Its ``output_range`` is that of the residual stream, for all that read it.
+    """
+
+    running_phi: Tensor
+
+    def __init__(self, norm: PowerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.register_buffer("running_phi", norm.running_phi)
+        self.input_range, self.output_range = Range(8, True), Range(8, True)
+        self.active = True
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        return self.weight * torch.rsqrt(self.running_phi + self.eps), self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H] -> [B, T, H]."""
+        factor, shift = self._affine()
+        step = self.input_range.scale(x)
+        if self.training and not self.active:
+            out = torch.addcmul(shift, x, factor)
+            self.output_range.observe(out)
+            return out
+        rows = row_scales(factor.unsqueeze(1), 8, True)  # [H]
+        scale = step * rows
+        weight = weight_levels(factor.unsqueeze(1), rows, 8).flatten()
+        bias = nearest(shift, scale, -BIAS_LIMIT, BIAS_LIMIT)
+        out = (self.input_range.levels(x, step) * weight + bias) * scale
+        to = self.output_range.scale(out)
+        return self.output_range.levels(out, to) * to
+
+    def finished(self) -> Int8Norm:
+        """The norm of integers."""
+        factor, shift = (part.detach() for part in self._affine())
+        rows = row_scales(factor.unsqueeze(1), 8, True)
+        new = Int8Norm(len(factor))
+        new.fill(factor.unsqueeze(1), rows)
+        new.input_scale = scale_of(self.input_range.ema, 8)
+        new.output_scale = scale_of(self.output_range.ema, 8)
+        bias = torch.round(shift / (new.input_scale * rows))
+        new.bias = bias.clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
+        return new
+
+
+class Int8Norm(Quantised):
+    """``x * weight + bias`` for each channel, in integers, onto the residual stream's grid."""
+
+    bias: Tensor
+    input_scale: Tensor
+    output_scale: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 1, 8, per_row=True)
+        self.register_buffer("bias", torch.zeros(channels, dtype=torch.int32))
+        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("output_scale", torch.ones(()))
+        self._scales += ["input_scale", "output_scale"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H] -> [B, T, H]."""
+        return norm_int8(
+            x, self.weight, self.weight_scale, self.bias, self.input_scale, self.output_scale
+        )
+
+
+# -- the model -------------------------------------------------------------------------------------
+
+
+def roles(model: Any) -> dict[nn.Module, dict[str, bool]]:
+    """What sets linear layers and products apart, as fields of `Scheme`: inputs that come from a
+    ReLU, outputs that are added to the residual stream."""
+    found: dict[nn.Module, dict[str, bool]] = {}
+    for layer in encoder_layers(model):
+        parts = matrices(layer)
+        found[parts["attention_output"]] = {"requantise": True}
+        found[parts["output"]] = {"requantise": True, "unsigned": True}
+        found[self_attention(layer).get_submodule("context")] = {"unsigned": True}
+    return found
+
+
+def regroup(model: nn.Module) -> None:
+    """Let softmax nets that do not yet do so multiply keys and values: a quarter of the work."""
+    for module in model.modules():
+        if isinstance(module, SoftmaxNet) and not module.regrouped:
+            module.regroup()
+
+
+def join(model: Any) -> None:
+    """Let linear layers behind a norm read the residual stream as it is."""
+    norms = [module for module in model.modules() if isinstance(module, FakeQuantNorm)]
+    for index, layer in enumerate(encoder_layers(model)):
+        parts: Any = matrices(layer)
+        for name in ("query", "key", "value"):
+            parts[name].read(norms[2 * index].output_range)
+        parts["intermediate"].read(norms[2 * index + 1].output_range)

@@ -1,0 +1,305 @@
+"""MA-BERT and Q8BERT to integers alone: the graph, its numbers, and training that sees them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB
+from methods.test_conformance import method_of, predecessor
+from onnx import TensorProto
+from test_export import difference, operators, padded
+
+from raybert.compressed import mark_compressed
+from raybert.config import UserError
+from raybert.fake_quant import FakeQuantLinear
+from raybert.integer import (
+    FakeQuantNorm,
+    FakeQuantProduct,
+    Int8Norm,
+    Int8Product,
+    norm_int8,
+    product_int8,
+)
+from raybert.methods.ma_bert import softmax_nets
+from raybert.methods.q8bert import Q8BERT
+from raybert.onnx_trace import to_onnx
+from raybert.phase import At
+from raybert.power_norm import PowerNorm
+from raybert.surgery import encoder_layers, matrices
+
+LENGTH = 24
+MATRIX = {"name": "ma_bert", "length": LENGTH, "fit_steps": 40}
+INTEGER = {"name": "q8bert", "integer_only": True}
+SHAPES = ((2, 9), (1, 1), (3, LENGTH))
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, len(VOCAB), (6, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(LENGTH) < torch.tensor([24, 20, 15, 24, 9, 3])[:, None]
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+def settled(chain: list[dict[str, Any]], family: str = "bert", kind: str = "qa") -> Any:
+    """A toy model after surgery, fitted and calibrated, but not trained: its values stay small."""
+    model = predecessor(family, kind)
+    for case in chain:
+        method = method_of(case).resolve(model.config)
+        for phase in method.phases():
+            phase.initialise(model, [batch()])
+            phase.prepare(model)
+            phase.finish(model)
+        mark_compressed(model, method)
+    return model.eval()
+
+
+def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+# -- operators, in NumPy's integers ----------------------------------------------------------------
+
+
+def levels(x: np.ndarray, scale: float, low: int = -128, high: int = 127) -> np.ndarray:
+    return np.clip(np.rint(x / np.float32(scale)), low, high).astype(np.int64)
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_a_product_of_activations_is_that_of_integers(unsigned):
+    draw = np.random.default_rng(0)
+    a = draw.normal(0, 1, (2, 3, 5, 8)).astype(np.float32)
+    b = draw.normal(0, 1, (2, 3, 8, 7)).astype(np.float32)
+    a[0, 0, 0, :2] = 1e6, -1e6
+    bias = draw.normal(0, 1, 7).astype(np.float32)
+    low, high = (0, 255) if unsigned else (-128, 127)
+    sums = levels(a, 0.01, low, high) @ levels(b, 0.02)
+    scale = np.float32(0.01) * np.float32(0.02)
+    wanted = sums.astype(np.float32) * scale + bias
+    found = product_int8(
+        torch.from_numpy(a),
+        torch.from_numpy(b),
+        torch.tensor(0.01),
+        torch.tensor(0.02),
+        torch.from_numpy(bias),
+        unsigned,
+    )
+    assert np.array_equal(found.numpy(), wanted)
+
+
+def test_a_norm_is_one_of_integers():
+    draw = np.random.default_rng(0)
+    x = draw.normal(0, 1, (4, 6)).astype(np.float32)
+    weight = draw.integers(-127, 128, (6, 1)).astype(np.int8)
+    scale = draw.uniform(0.001, 0.1, 6).astype(np.float32)
+    bias = draw.integers(-9000, 9000, 6).astype(np.int32)
+    sums = levels(x, 0.02) * weight[:, 0] + bias
+    factor = np.float32(0.02) * scale / np.float32(0.05)
+    wanted = np.clip(np.rint(sums.astype(np.float32) * factor), -128, 127) * np.float32(0.05)
+    given = [torch.from_numpy(array) for array in (x, weight, scale, bias)]
+    found = norm_int8(*given, torch.tensor(0.02), torch.tensor(0.05))
+    assert np.array_equal(found.numpy(), wanted)
+
+
+# -- what is trained is what is left ---------------------------------------------------------------
+
+
+def test_a_trained_product_and_its_integers_agree():
+    torch.manual_seed(0)
+    one = FakeQuantProduct(True).train()
+    a, b, bias = torch.randn(2, 5, 8).relu(), torch.randn(2, 8, 7), torch.randn(7)
+    one(a, b)
+    for grid in (one.left_range, one.right_range):
+        grid.ema.copy_(grid.seen)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    out = one.eval()(a, b, bias)
+    assert torch.equal(one.finished()(a, b, bias), out)
+    assert (out - (a @ b + bias)).abs().max() < 0.1
+    out.sum().backward()
+    assert a.grad is not None
+    assert (a.grad - b.detach().sum(2).unsqueeze(1)).abs().max() < 0.1
+
+
+def test_a_trained_norm_and_its_integers_agree():
+    torch.manual_seed(0)
+    norm = PowerNorm(torch.nn.LayerNorm(8))
+    with torch.no_grad():
+        norm.weight.uniform_(-2, 2)
+        norm.bias.normal_()
+    x = torch.randn(3, 5, 8)
+    one = FakeQuantNorm(norm).train()
+    one(x)
+    for grid in (one.input_range, one.output_range):
+        grid.ema.copy_(grid.seen)
+    out = one.eval()(x)
+    assert torch.equal(one.finished()(x), out)
+    assert (out - norm.eval()(x)).abs().max() < 0.1
+    assert len(out.unique()) <= 256
+    out.sum().backward()
+    assert norm.weight.grad is not None
+    assert (norm.weight.grad - x.sum((0, 1))).abs().max() < 1
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_finished_model_computes_what_was_trained(family):
+    model = settled([MATRIX], family)
+    (phase,) = method_of(INTEGER).resolve(model.config).phases()
+    float_logits = logits(model, batch())
+    phase.initialise(model, [batch()])
+    phase.prepare(model)
+    trained = logits(model, batch())
+    model.train()
+    phase.on_step(model, At(step=0, total=2, forward=0, seed=0, rows=torch.arange(6)))
+    loss = model(
+        **batch(), start_positions=torch.ones(6).long(), end_positions=torch.ones(6).long()
+    )
+    loss.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    model.eval()
+    layers = encoder_layers(model)
+    norms = [module for module in model.modules() if isinstance(module, FakeQuantNorm)]
+    for index, layer in enumerate(layers):
+        for name in ("query", "key", "value"):
+            assert matrices(layer)[name].incoming is norms[2 * index].output_range
+    phase.finish(model)
+    assert not [m for m in model.modules() if isinstance(m, (FakeQuantLinear, FakeQuantNorm))]
+    done = logits(model, batch())
+    real = batch()["attention_mask"].bool()
+    spread = float_logits[real].std()
+    torch.testing.assert_close(done[real], trained[real], rtol=0, atol=0.02 * float(spread))
+    assert (done - float_logits)[real].abs().mean() < 0.3 * spread
+
+
+# -- the graph -------------------------------------------------------------------------------------
+
+PRODUCTS = {"MatMulIntegerToFloat"}
+MOVES = {"Reshape", "Transpose", "Pad", "Where", "Gather"}
+ON_INTEGERS = {"QLinearAdd", "QLinearConv"}
+SHAPE_ARITHMETIC = {"Shape", "Slice", "Concat", "Sub"}
+
+
+def between(graph: Any) -> list[Any]:
+    """Nodes that hang on a product and that a product hangs on, without the head's own."""
+    nodes = list(graph.graph.node)
+    behind: set[str] = set()
+    for node in nodes:
+        if node.op_type in PRODUCTS or behind & set(node.input):
+            behind |= set(node.output)
+    before: set[str] = set()
+    for node in reversed(nodes):
+        if node.op_type in PRODUCTS or before & set(node.output):
+            before |= set(node.input)
+    return [n for n in nodes if behind & set(n.output) and before & set(n.output)]
+
+
+def kinds_of(graph: Any) -> dict[str, int]:
+    """The element type of every tensor."""
+    known = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    known |= {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
+    for node in graph.graph.node:
+        kind = node.op_type
+        if kind == "QuantizeLinear":
+            found = known[node.input[2]]
+        elif kind in ("MatMulIntegerToFloat", "DequantizeLinear"):
+            found = TensorProto.FLOAT
+        elif kind in ON_INTEGERS:
+            found = TensorProto.UINT8
+        elif kind == "Where":
+            found = known[node.input[1]]
+        elif kind == "Shape":
+            found = TensorProto.INT64
+        elif kind == "Cast":
+            found = next(entry.i for entry in node.attribute if entry.name == "to")
+        else:
+            found = known[node.input[0]]
+        known |= dict.fromkeys(node.output, found)
+    return known
+
+
+@pytest.mark.parametrize(
+    ("family", "shared"), [("bert", False), ("roberta", True), ("distilbert", False)]
+)
+def test_nothing_is_computed_in_floats_between_products(family, shared):
+    model = settled([{**MATRIX, "shared": shared}, INTEGER], family)
+    graph = to_onnx(model)
+    types, nodes = kinds_of(graph), between(graph)
+    users: dict[str, list[Any]] = {}
+    for node in graph.graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    assert [n.op_type for n in nodes].count("QLinearAdd") == 2 * 4
+    assert [n.op_type for n in nodes].count("QLinearConv") == 2 * 4  # the first is before all
+    seen = set()
+    for node in nodes:
+        seen.add(node.op_type)
+        if node.op_type in PRODUCTS:  # its sums leave it rescaled, for one rounding
+            left, right = (types[name] for name in node.input[:2])
+            assert (left, right) == (TensorProto.UINT8, TensorProto.INT8)
+            rounding = [user for name in node.output for user in _after_reshape(users, name)]
+            assert {user.op_type for user in rounding} == {"QuantizeLinear"}
+        elif node.op_type != "Reshape":
+            assert types[node.output[0]] in (TensorProto.UINT8, TensorProto.INT8)
+    assert seen <= PRODUCTS | MOVES | ON_INTEGERS | {"QuantizeLinear"}
+    for shape in SHAPES:
+        inputs = padded(model, *shape)
+        assert difference(model, graph, inputs) < 1e-3
+
+
+def _after_reshape(users: dict[str, list[Any]], name: str) -> list[Any]:
+    found = []
+    for user in users.get(name, []):
+        found += _after_reshape(users, user.output[0]) if user.op_type == "Reshape" else [user]
+    return found
+
+
+def test_standard_operators_give_the_same():
+    model = settled([MATRIX, INTEGER])
+    graph = to_onnx(model, int8="qdq")
+    assert {entry.domain for entry in graph.opset_import} == {""}
+    for shape in SHAPES:
+        assert difference(model, graph, padded(model, *shape)) < 1e-3
+
+
+def test_classifiers_need_the_first_token_alone_in_the_last_layer():
+    model = settled([MATRIX, INTEGER], kind="classification")
+    graph = to_onnx(model)
+    assert operators(graph).count("Tanh") == 1  # the pooler's, between two products of the head
+    for shape in SHAPES:
+        assert difference(model, graph, padded(model, *shape)) < 0.05  # a level of tanh
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    model = settled([{**MATRIX, "shared": True}, INTEGER])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(model, batch()), logits(again, batch()))
+    kinds = [type(module) for module in again.modules()]
+    assert (kinds.count(Int8Product), kinds.count(Int8Norm)) == (2 * 4, 9)
+    assert len(softmax_nets(again)) == 1
+    cast = copy.deepcopy(again).to(torch.bfloat16)
+    products = [module for module in cast.modules() if isinstance(module, Int8Product)]
+    assert {module.left_scale.dtype for module in products} == {torch.float32}
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [[], ["lobert", "ma_bert"]])
+def test_models_with_other_arithmetic_are_refused(before):
+    config = predecessor("bert").config
+    config.compression = [{"name": name} for name in before]
+    with pytest.raises(UserError, match=r"as ma_bert makes it.*method=\[ma_bert,q8bert\]"):
+        Q8BERT(integer_only=True).resolve(config)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mode": "dynamic"}, {"activation_bits": 4}, {"skip": ("*pooler*",)}]
+)
+def test_settings_that_leave_floats_are_refused(wrong):
+    with pytest.raises(ValueError, match="integer_only settles where ranges of 8 bits"):
+        Q8BERT.model_validate({"integer_only": True, **wrong})
