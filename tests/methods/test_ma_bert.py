@@ -341,8 +341,8 @@ def test_nets_in_keys_and_values_give_what_attention_gives(family, shared):
     model = shaken(finished([{**CASE, "shared": shared}], family, "classification").model)
     for net in softmax_nets(model):
         with torch.no_grad():
-            net.get_submodule("hidden").bias.normal_()
-            net.get_submodule("out").bias.normal_()
+            net.get_parameter("hidden.bias").normal_()
+            net.get_parameter("out.bias").normal_()
     for shape in ((3, 24), (2, 7), (1, 1)):
         inputs = padded(model, *shape)
         found = {}
