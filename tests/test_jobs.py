@@ -85,7 +85,7 @@ def test_a_command_runs_as_a_job_and_ends_as_it_would_have(head, toy, tmp_path):
     assert "token" in told
     told = good.communicate(timeout=200)[0]
     assert good.returncode == 0, told
-    assert "train: step 3 of 3" in told
+    assert "finetune: step 3 of 3" in told
     assert "\r" not in told
     assert "it/s" not in told
     assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == 3
