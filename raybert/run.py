@@ -511,11 +511,12 @@ def _takes_gpu(recipe: Recipe, gpus: int) -> bool:
 
 def _quiet_worker() -> None:
     """In a process of Ray's, what is printed goes to the driver, between its progress bars."""
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore", FutureWarning)
     disable_progress_bar()
+    set_verbosity_error()
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:

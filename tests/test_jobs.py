@@ -52,10 +52,14 @@ def head() -> Iterator[dict[str, str]]:
             time.sleep(0.2)
         yield env
     finally:
-        process.terminate()
-        process.wait(30)
+        process.terminate()  # it ends the processes that it has started
+        process.wait(120)
         log.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(20):  # the last of them may still write
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.5)
 
 
 def job(env: dict[str, str], *words: str) -> subprocess.Popen[str]:
@@ -76,16 +80,16 @@ def test_a_command_runs_as_a_job_and_ends_as_it_would_have(head, toy, tmp_path):
     good = job(head, "--recipe", str(path), "finetune")
     bad = job(head, "finetune", "train.bach_size=8")
     stranger = job({**head, "RAY_AUTH_MODE": "disabled"}, "tasks")
-    told = bad.communicate(timeout=200)[0]
+    told = bad.communicate(timeout=300)[0]
     assert bad.returncode == 2, told
     assert "did you mean 'train.batch_size'" in told
     assert "Traceback" not in told
-    told = stranger.communicate(timeout=200)[0]
+    told = stranger.communicate(timeout=300)[0]
     assert stranger.returncode == 1
     assert "token" in told
-    told = good.communicate(timeout=200)[0]
+    told = good.communicate(timeout=300)[0]
     assert good.returncode == 0, told
-    assert "train: step 3 of 3" in told
+    assert "finetune: step 3 of 3" in told
     assert "\r" not in told
     assert "it/s" not in told
     assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == 3
