@@ -223,11 +223,9 @@ def selected(model: Any, method: Q8BERT) -> Mapping[str, nn.Module]:
 
 
 def calibrate(
-    model: Any, layers: Mapping[str, nn.Module], batches: list[dict[str, Tensor]]
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: list[dict[str, Tensor]]
 ) -> dict[str, dict[str, float]]:
     """Largest magnitudes of what goes into and comes out of layers, the mean over batches.
-
-    Attention is computed eagerly meanwhile: by way of every layer that it has.
 
     Args:
         model: in evaluation mode.
@@ -249,8 +247,6 @@ def calibrate(
         return hook
 
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")
     with torch.no_grad():
         for batch in batches:
             model(**model_inputs(batch))
@@ -258,7 +254,6 @@ def calibrate(
                 most = torch.stack(seen).amax(0).float() / len(batches)
                 means[name] = means[name] + most if name in means else most
             now.clear()
-    model.set_attn_implementation(attention)
     for handle in handles:
         handle.remove()
     sides = {
@@ -284,7 +279,7 @@ class Quantise(Phase):
         self.step: int | None = None
 
     def initialise(
-        self, model: nn.Module, batches: list[dict[str, Tensor]]
+        self, model: Any, batches: list[dict[str, Tensor]]
     ) -> dict[str, dict[str, float]]:
         """Find where the moving averages start."""
         if self.method.mode != "ema":
@@ -295,7 +290,10 @@ class Quantise(Phase):
             regroup(model)
         chosen = selected(model, self.method)
         layers = {n: part for n, part in chosen.items() if not isinstance(part, nn.Embedding)}
+        attention = model.config._attn_implementation
+        model.set_attn_implementation("eager")  # it goes by way of every layer that there is
         self.calibrated = calibrate(model, layers, batches)
+        model.set_attn_implementation(attention)
         inputs = {n: seen["input"] for n, seen in self.calibrated.items() if "input" in seen}
         return {"Largest input of each layer (calibration rows)": inputs}
 
