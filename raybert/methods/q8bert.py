@@ -161,6 +161,17 @@ class Q8BERT(MethodConfig):
             **{"requantise": self.requantise, **role},
         )
 
+    def graph_remarks(self) -> list[str]:
+        """What an integer-only graph is made of, and what ONNX Runtime lacks for it."""
+        if not self.integer_only:
+            return []
+        return [
+            "q8bert.integer_only: between the embeddings and the head everything is computed on "
+            "bytes. ONNX Runtime has no operator that multiplies two activations, or an activation "
+            "and signed weights, and adds a bias before it rounds: so sums leave a product as "
+            "float32, rescaled, and a second pass rounds them to bytes."
+        ]
+
     def remarks(self) -> list[str]:
         """What bits below 8, and arithmetic that is not of integers, amount to."""
         found = []
