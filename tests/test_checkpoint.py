@@ -285,6 +285,7 @@ def test_zero_leaves_the_engine_to_save_and_load_itself(tmp_path):
     engine = Engine()
     zero = SimpleNamespace(
         module=engine.module,
+        optimizer=engine.optimizer,
         save_checkpoint=lambda folder, **keys: (
             calls.append(("save", keys)),
             (Path(folder) / "zero.pt").write_bytes(b"state"),
