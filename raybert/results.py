@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raybert import __version__
-from raybert.config import UserError
+from raybert.config import Recipe, UserError
 from raybert.yaml_file import read_yaml
 
 RETAINED = (
@@ -302,6 +302,10 @@ def _without_seed(recipe: str) -> Any:
     data = yaml.safe_load(recipe)
     if not isinstance(data, dict):
         return data
+    for key, field in Recipe.model_fields.items():
+        # One that an earlier version wrote lacks keys that have come since.
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            data[key] = {**field.annotation().model_dump(mode="json"), **(data.get(key) or {})}
     elsewhere = {"name", "out", "teacher", "resources"}
     return strip({k: v for k, v in data.items() if k not in elsewhere})
 

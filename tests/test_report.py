@@ -208,6 +208,14 @@ def test_what_rows_keep_of_each_layer_is_a_picture(finished: Callable[..., Path]
     assert "Share of each layer that a row keeps" in page
 
 
+def test_keys_that_have_come_since_part_no_seeds(finished: Callable[..., Path]) -> None:
+    earlier = finished("one", recipe={"kd": {"alpha": 0.5}})
+    now = finished("two", seed=2, recipe={"kd": {"alpha": 0.5, "over_layers": "mean"}})
+    other = finished("three", seed=3, recipe={"kd": {"alpha": 0.5, "over_layers": "sum"}})
+    groups = group_runs([read_run(folder) for folder in (earlier, now, other)])
+    assert [len(group.runs) for group in groups] == [2, 1]
+
+
 def test_seeds_are_grouped_and_anything_else_is_not(finished: Callable[..., Path]) -> None:
     folders = [
         finished("teacher", 0.86, methods=[], teacher=None),
