@@ -14,6 +14,7 @@ import pytest
 import yaml
 from ray import tune as ray_tune
 
+from raybert.cli import main
 from raybert.config import UserError
 from raybert.draws import Plain
 from raybert.ledger import Ledger
@@ -59,7 +60,7 @@ def ended(folder: Path) -> int:
     return sum('"state": "running"' not in file.read_text() for file in files)
 
 
-def test_a_killed_search_of_several_objectives_continues(toy, teacher, tmp_path):
+def test_a_killed_search_of_several_objectives_continues(toy, teacher, tmp_path, capsys):
     """Optuna for score and bytes, ASHA, one sample that diverges and some that save nothing."""
     out = tmp_path / "search"
     train = {"epochs": 4, "batch_size": 16}
@@ -102,7 +103,10 @@ def test_a_killed_search_of_several_objectives_continues(toy, teacher, tmp_path)
     assert all((out / "finalists" / name / "report.json").is_file() for name in again)
     assert "<title>trial" in (out / "report.html").read_text()
     assert not (out / "ray").exists()
-    answered = start(words).communicate(timeout=120)[0]
+    capsys.readouterr()
+    assert main(["tune", *words]) == 0
+    told = capsys.readouterr()
+    answered = told.out + told.err
     assert "trial 0" in answered
     assert "stopped early" not in answered, "a finished search is only answered again"
 
