@@ -23,12 +23,14 @@ from raybert.models import check_head, load, load_tokenizer, model_folder, read_
 from raybert.plan import Plan
 from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.report import model_card, write_run_report
-from raybert.results import RunReport, build, read_run, validated, with_export
+from raybert.results import RunReport, build, read_run, with_export
 from raybert.tasks import write_submission
 from raybert.train import FINAL
 
 
-def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> RunReport:
+def assemble(
+    plan: Plan, teacher: str | None, tell: Callable[[str], None], *, timed: bool = True
+) -> RunReport:
     """Measure a trained run beside its teacher and write model/, report.json and the report's
     pages.
 
@@ -36,6 +38,7 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
         plan: the run.
         teacher: the teacher's model folder, if it had one.
         tell: gets the report's notes.
+        timed: False leaves latency to `raybert.side_by_side`.
 
     Raises:
         UserError: storage refused; the trained weights are still there.
@@ -43,7 +46,7 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
     recipe = plan.recipe
     final = recipe.folder / "checkpoints" / FINAL
     result = json.loads((final / "result.json").read_text(encoding="utf-8"))
-    measured = _measure(recipe, final, Path(teacher) if teacher else None)
+    measured = _measure(recipe, final, Path(teacher) if teacher else None, timed)
     for text in result["notes"]:
         tell(f"note: {text}")
     models = {
@@ -81,7 +84,7 @@ def assemble(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Ru
     try:
         _place_model(final, recipe, model_card(report, dump_recipe(recipe), plain=plain))
         if recipe.export:
-            export(recipe.folder, recipe, against=teacher, overwrite=True, tell=tell)
+            export(recipe.folder, recipe, against=teacher, time=timed, overwrite=True, tell=tell)
             report = with_export(report, read_export(recipe.folder / "onnx"))
         write_run_report(recipe.folder, report)
     except OSError as error:
@@ -98,30 +101,6 @@ def add_export(folder: Path) -> None:
     write_run_report(folder, report)
 
 
-def add_measurements(folder: Path, recipe: Recipe, tell: Callable[[str], None]) -> RunReport:
-    """Time a finished run that was not timed, and export it, as a recipe says; its report is
-    written anew.
-
-    Args:
-        folder: the run folder.
-        recipe: its ``measure`` and ``export`` count; its teacher is the run's.
-        tell: gets what the export notes.
-    """
-    own = load_recipe(str(folder / "recipe.yaml"))
-    changes = {"measure": recipe.measure, "export": recipe.export}
-    own = own.model_copy(update=changes)
-    report = read_run(folder).report
-    if not report.latency and own.teacher and own.measure.batches:
-        found = _measure(own, folder / "model", Path(own.teacher))
-        rows = {key: found[key] for key in ("latency", "speedup")}
-        report = validated({**report.model_dump(), **rows}, f"the report of {report.name}")
-        write_run_report(folder, report)
-    if own.export and report.onnx is None:
-        export(folder, own, against=own.teacher, overwrite=True, tell=tell)
-        add_export(folder)
-    return read_run(folder).report
-
-
 def encoder_name(recipe: Recipe) -> str:
     """What the run's encoder is called: a hub name, or the end of a local path.
 
@@ -136,11 +115,11 @@ def encoder_name(recipe: Recipe) -> str:
     return "/".join(("...", *path.parts[-2:])) if path.is_absolute() else name
 
 
-def _measure(recipe: Recipe, final: Path, teacher: Path | None) -> dict[str, Any]:
-    """Size and FLOPs, and latency of a student beside its teacher."""
+def _measure(recipe: Recipe, final: Path, teacher: Path | None, timed: bool) -> dict[str, Any]:
+    """Size and FLOPs, and, timed, latency of a student beside its teacher."""
     length = min(recipe.measure.length, longest_input(read_config(str(final))))
     folders = {"student": final} | ({"teacher": teacher} if teacher else {})
-    if teacher is None or not recipe.measure.batches:
+    if teacher is None or not recipe.measure.batches or not timed:
         models = {key: count(folder, length) for key, folder in folders.items()}
         return {"models": models, "latency": [], "speedup": [], "hardware": hardware()}
     shapes = [(batch, length) for batch in recipe.measure.batches]

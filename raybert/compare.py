@@ -4,7 +4,7 @@
         --chain theseus,lobert,q8bert --seeds 1,2,3 out=runs/compare
 
 Every run is a run folder of its own under ``out``, so what was interrupted continues, and what is
-finished is not run again.
+finished is not run again. Latency is measured at the end, all students in turns with the teacher.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from raybert import side_by_side
 from raybert.config import MethodConfig, Recipe, UserError
 from raybert.explain import nearest
 from raybert.methods import METHODS
@@ -156,7 +157,8 @@ def compare(comparison: Comparison, *, tell: Callable[[str], None] = print) -> P
     for number, student in enumerate(comparison.students, start=len(runs) + 1):
         chain = " + ".join(method.name for method in student.method)
         tell(f"{number}. compressing: {chain}, seed {student.train.seed}")
-        runs.append(compress(student, tell=tell))
+        runs.append(compress(student, tell=tell, timed=False))
+    side_by_side.measure(runs, comparison.students[0], tell)
     found = read_runs(runs)
     _, page = write_report(found, comparison.out)
     tell("")

@@ -274,7 +274,6 @@ def _timed(
 ) -> dict[str, Any]:
     """Latency of the graph, and of its teacher's, exported the same way into a passing folder."""
     from raybert.config import MeasureConfig
-    from raybert.onnx_trace import to_onnx
 
     measure = recipe.measure if recipe is not None else MeasureConfig()
     if not measure.batches:
@@ -282,18 +281,25 @@ def _timed(
     tell("timing" + (" beside the teacher" if teacher else ""))
     with tempfile.TemporaryDirectory(prefix="raybert-export-") as passing:
         models = {"model": partial}
-        length = measure.length
+        configs = [read_config(str(partial))]
         if teacher is not None:
-            network = load(teacher)
-            _write_graph(to_onnx(network, int8=int8), Path(passing) / FILE)
-            network.config.save_pretrained(passing)
-            models["teacher"] = Path(passing)
-            length = min(length, longest_input(network.config))
-        length = min(length, longest_input(read_config(str(partial))))
+            models["teacher"] = export_graph(teacher, Path(passing), int8)
+            configs.append(read_config(str(teacher)))
+        length = min(measure.length, *map(longest_input, configs))
         shapes = [(batch, length) for batch in measure.batches]
         rows = latency(models, shapes, backend="onnx", threads=threads, seconds=measure.seconds)
     faster = speedups(rows, "teacher") if teacher is not None else []
     return {"latency": rows, "speedup": faster}
+
+
+def export_graph(model: Path, folder: Path, int8: Int8 = "fused") -> Path:
+    """Write a model's graph and its configuration, all that timing it takes, into a folder."""
+    from raybert.onnx_trace import to_onnx
+
+    network = load(model)
+    _write_graph(to_onnx(network, int8=int8), folder / FILE)
+    network.config.save_pretrained(folder)
+    return folder
 
 
 # -- the report ------------------------------------------------------------------------------------
@@ -319,6 +325,11 @@ def _readme(found: Mapping[str, Any]) -> str:
 def read_export(folder: Path) -> dict[str, Any]:
     """What an exported folder's ``export.json`` says."""
     return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+
+
+def add_latency(folder: Path, found: Mapping[str, Any]) -> None:
+    """Put ``latency`` and ``speedup`` rows in the place of an exported folder's own."""
+    _write_report(folder, {**read_export(folder), **found, "hardware": hardware()})
 
 
 def format_export(found: Mapping[str, Any]) -> str:

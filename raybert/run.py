@@ -61,7 +61,11 @@ def finetune(recipe: Recipe, *, tell: Callable[[str], None] = print) -> Path:
 
 
 def compress(
-    recipe: Recipe, *, tell: Callable[[str], None] = print, fit: Fit | None = None
+    recipe: Recipe,
+    *,
+    tell: Callable[[str], None] = print,
+    fit: Fit | None = None,
+    timed: bool = True,
 ) -> Path:
     """Carry out a recipe: fine-tune a teacher when none is given, compress it, measure the result.
 
@@ -72,6 +76,7 @@ def compress(
         recipe: with at least one method, or a `model` to be taught by a `teacher`.
         tell: gets one line for each thing that happens.
         fit: carries the training out; nothing: this process, or a Ray Train worker group.
+        timed: False leaves latency to `raybert.side_by_side`.
 
     Returns:
         The run folder, with model/, report.json, report.html and the recipe.
@@ -80,10 +85,12 @@ def compress(
         UserError: a mistake in the recipe, the data or the machine; nothing was lost.
     """
     check_command(recipe, "compress")
-    return _drive(resolve_paths(recipe), tell, fit)
+    return _drive(resolve_paths(recipe), tell, fit, timed)
 
 
-def _drive(recipe: Recipe, tell: Callable[[str], None], fit: Fit | None = None) -> Path:
+def _drive(
+    recipe: Recipe, tell: Callable[[str], None], fit: Fit | None = None, timed: bool = True
+) -> Path:
     folder = recipe.folder
     plan = make_plan(recipe)
     if check_folder(plan.recipe if (folder / "recipe.yaml").is_file() else recipe):
@@ -111,7 +118,7 @@ def _drive(recipe: Recipe, tell: Callable[[str], None], fit: Fit | None = None) 
     from raybert.artifact import assemble
 
     tell("measuring")
-    assemble(plan, teacher, tell)
+    assemble(plan, teacher, tell, timed=timed)
     return folder
 
 

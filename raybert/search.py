@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 import yaml
 
-from raybert.artifact import add_measurements, evaluate_model
+from raybert import side_by_side
+from raybert.artifact import evaluate_model
 from raybert.config import Recipe, UserError
 from raybert.data import steps_per_epoch
 from raybert.draws import Plain, make_source
@@ -251,15 +252,16 @@ def _shares(search: Search) -> Shares:
 
 
 def _measure(search: Search, ledger: Ledger, tell: Tell) -> None:
-    """Time, and export, what the answer may be: one after the other, with nothing else running."""
+    """Export and time what the answer may be, in turns and with nothing else running."""
     finished = read_finished(ledger, search.folder)
     objectives = in_trials(search.objectives)
     chosen = finalists_of(finished, objectives, search.loss, search.settings.finalists or 1)
     if any(objective.path == (LATENCY,) for objective in search.objectives):
         there = on_front(finished, objectives)
         chosen += [entry for entry, wanted in zip(finished, there, strict=True) if wanted]
-    for number in sorted({entry.trial.number for entry in chosen}):
-        add_measurements(search.folder / "trials" / f"{number:03d}", search.recipe, tell)
+    numbers = sorted({entry.trial.number for entry in chosen})
+    folders = [search.folder / "trials" / f"{number:03d}" for number in numbers]
+    side_by_side.measure(folders, search.recipe, tell)
 
 
 def _answer(search: Search, ledger: Ledger) -> Answer:

@@ -40,6 +40,7 @@ LAYERS = [
     {"plan"},
     {"steering"},
     {"artifact"},
+    {"side_by_side"},
     {"run"},
     {"compare", "trial", "search_results"},
     {"tuning", "search_plots"},

@@ -1,0 +1,167 @@
+"""Finished runs of one teacher, timed together: all students in turns with it.
+
+Timed run by run, each student would meet another mood of the machine, and the teacher would be
+loaded and timed again for each. Here every model of a backend is alive in a process of its own and
+they run in turns, so that a comparison's speed-ups are comparable with each other.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from raybert.artifact import add_export
+from raybert.bench import disk_bytes
+from raybert.compressed import longest_input
+from raybert.config import MeasureConfig, Recipe
+from raybert.export import add_latency, export, export_graph
+from raybert.latency import Backend, latency, speedups
+from raybert.models import model_folder, read_config
+from raybert.recipe_file import load_recipe
+from raybert.report import write_run_report
+from raybert.results import RunReport, read_run, validated
+
+TEACHER = "teacher"
+
+LIBRARIES = 700e6
+"""Bytes that a process takes before it has loaded a model, about."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A finished run that is to be timed beside its teacher.
+
+    Attributes:
+        folder: the run folder.
+        teacher: the teacher's model folder.
+        length: tokens a row that both can read.
+    """
+
+    folder: Path
+    teacher: Path
+    length: int
+
+    @property
+    def name(self) -> str:
+        """What the run is called among the models that are timed together."""
+        return str(self.folder)
+
+    @property
+    def report(self) -> RunReport:
+        """As it is on storage now."""
+        return read_run(self.folder).report
+
+
+def measure(folders: Sequence[Path], recipe: Recipe, tell: Callable[[str], None]) -> None:
+    """Export and time finished runs that were not yet, as a recipe says; their reports are written
+    anew.
+
+    Args:
+        folders: run folders; those without a teacher are left alone.
+        recipe: its ``measure`` and ``export`` count.
+        tell: gets one line for each thing that happens.
+
+    Raises:
+        UserError: a model cannot be exported or timed; runs that were done before it keep theirs.
+    """
+    students = [student for folder in folders if (student := _student(folder, recipe.measure))]
+    if recipe.export:
+        for student in students:
+            if student.report.onnx is None:
+                own = load_recipe(str(student.folder / "recipe.yaml"))
+                own = own.model_copy(update={"measure": recipe.measure})
+                export(student.folder, own, time=False, overwrite=True, tell=tell)
+                add_export(student.folder)
+    if recipe.measure.batches:
+        for backend, time in (("torch", _time_torch), ("onnx", _time_onnx)):
+            for group in _groups([s for s in students if _lacks(s, backend)]):
+                names = ", ".join(student.folder.name for student in group)
+                tell(f"timing in turns, {backend}: the teacher, {names}")
+                time(group, recipe.measure)
+
+
+def _student(folder: Path, measured: MeasureConfig) -> Student | None:
+    own = load_recipe(str(folder / "recipe.yaml"))
+    if own.teacher is None and not own.method:
+        return None
+    teacher = model_folder(own.teacher or folder / "teacher")
+    configs = [read_config(str(path)) for path in (folder / "model", teacher)]
+    return Student(folder, teacher, min(measured.length, *map(longest_input, configs)))
+
+
+def _lacks(student: Student, backend: str) -> bool:
+    report = student.report
+    there = any(row.backend == backend for row in report.latency)
+    return not there and (backend == "torch" or report.onnx is not None)
+
+
+def _groups(students: Sequence[Student]) -> Iterator[list[Student]]:
+    """Students of one teacher and length, as many as fit beside it into half the free memory."""
+
+    def key(student: Student) -> tuple[Path, int]:
+        return student.teacher, student.length
+
+    for (teacher, _), alike in groupby(sorted(students, key=key), key):
+        group: list[Student] = []
+        free = 0.0
+        for student in alike:
+            needed = _memory(student.folder / "model")
+            if group and free < needed:
+                yield group
+                group = []
+            if not group:
+                free = psutil.virtual_memory().available / 2 - _memory(teacher)
+            free -= needed
+            group.append(student)
+        yield group
+
+
+def _memory(model: Path) -> float:
+    """Bytes that a process with a model takes, about: its file's, and as many while it loads."""
+    return LIBRARIES + 2 * disk_bytes(model)["weights"]
+
+
+def _time_torch(students: Sequence[Student], measured: MeasureConfig) -> None:
+    models = {student.name: student.folder / "model" for student in students}
+    found = _timed({TEACHER: students[0].teacher, **models}, students[0].length, measured, "torch")
+    for student in students:
+        report = student.report
+        data, own = report.model_dump(), _own(found, student, "student")
+        rows = {key: [*data[key], *own[key]] for key in own}
+        report = validated({**data, **rows}, f"the report of {report.name}")
+        write_run_report(student.folder, report)
+
+
+def _time_onnx(students: Sequence[Student], measured: MeasureConfig) -> None:
+    models = {student.name: student.folder / "onnx" for student in students}
+    with tempfile.TemporaryDirectory(prefix="raybert-teacher-") as passing:
+        teacher = export_graph(students[0].teacher, Path(passing))
+        found = _timed({TEACHER: teacher, **models}, students[0].length, measured, "onnx")
+    for student in students:
+        add_latency(student.folder / "onnx", _own(found, student, "model"))
+        add_export(student.folder)
+
+
+def _timed(
+    models: Mapping[str, Path], length: int, measured: MeasureConfig, backend: Backend
+) -> dict[str, list[dict[str, Any]]]:
+    shapes = [(batch, length) for batch in measured.batches]
+    rows = latency(models, shapes, backend=backend, seconds=measured.seconds)
+    return {"latency": rows, "speedup": speedups(rows, TEACHER)}
+
+
+def _own(
+    found: Mapping[str, list[dict[str, Any]]], student: Student, called: str
+) -> dict[str, list[dict[str, Any]]]:
+    """A student's rows and its teacher's, the student by the name that its report calls it."""
+    names = {student.name: called, TEACHER: TEACHER}
+    return {
+        key: [{**row, "model": names[row["model"]]} for row in rows if row["model"] in names]
+        for key, rows in found.items()
+    }

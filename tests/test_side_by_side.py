@@ -1,0 +1,90 @@
+"""Runs of one teacher are timed together: who is timed with whom, and what their reports say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raybert import side_by_side
+from raybert.compare import compare, make_comparison
+from raybert.results import read_run
+from raybert.side_by_side import Student
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stands in for the clock: the n-th model of a call takes 12 / n milliseconds a row."""
+    calls = []
+
+    def latency(models, shapes, *, backend, seconds):
+        calls.append((backend, [Path(path).parent.name for path in models.values()], shapes))
+        shared = {"backend": backend, "device": "cpu", "threads": 1, "peak_memory_mb": 1.0}
+        return [
+            {
+                **{"model": name, "batch": batch, "length": length, **shared},
+                **{"p50_ms": 12 * batch / n, "p95_ms": 12.0, "mean_ms": 12.0},
+                **{"throughput": n / 0.012, "repeats": 1},
+            }
+            for batch, length in shapes
+            for n, name in enumerate(models, start=1)
+        ]
+
+    monkeypatch.setattr(side_by_side, "latency", latency)
+    return calls
+
+
+def test_a_comparison_times_each_backend_once(toy, tmp_path, clock):
+    recipe = toy(
+        tmp_path / "out",
+        finetune={"max_steps": 2},
+        train={"max_steps": 1},
+        measure={"batches": [1, 2], "length": 16},
+        export="onnx",
+    )
+    comparison = make_comparison(recipe, ["theseus", "q8bert"])
+    compare(comparison, tell=print)
+    shapes = [(1, 16), (2, 16)]
+    torch, onnx = clock
+    assert torch == ("torch", ["teacher", "theseus", "q8bert"], shapes)
+    assert (onnx[0], onnx[1][1:], onnx[2]) == ("onnx", ["theseus", "q8bert"], shapes)
+    for speedup, name in ((2.0, "theseus"), (3.0, "q8bert")):
+        report = read_run(tmp_path / "out" / name).report
+        places = [(b, x) for b in ("torch", "onnx") for x in (1, 2)]
+        found = {(r.backend, r.batch, r.model): r.p50_ms for r in report.latency}
+        assert found == {
+            **{(b, x, "teacher"): 12.0 * x for b, x in places},
+            **{(b, x, "student"): 12.0 * x / speedup for b, x in places},
+        }
+        assert [(r.backend, r.batch, r.speedup) for r in report.speedup] == [
+            (*place, speedup) for place in places
+        ]
+        told = json.loads((tmp_path / "out" / name / "onnx" / "export.json").read_text())
+        assert {row["model"] for row in told["latency"]} == {"teacher", "model"}
+        page = (tmp_path / "out" / name / "onnx" / "README.md").read_text()
+        assert f"{speedup:.2f}x" in page
+    assert "2.00×" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+    compare(comparison, tell=print)
+    assert len(clock) == 2, "what was timed is not timed again"
+
+
+def test_models_that_do_not_fit_together_take_turns_in_groups(monkeypatch):
+    memory = type("Memory", (), {"available": 2 * 3.5})
+    monkeypatch.setattr(side_by_side.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(side_by_side, "_memory", lambda model: 1.0)
+    a, b = Path("a"), Path("b")
+    students = [Student(Path(str(n)), a, 128) for n in range(5)]
+    short = Student(Path("short"), a, 64)
+    other = Student(Path("other"), b, 128)
+    groups = list(side_by_side._groups([*students, short, other]))
+    assert groups == [[short], students[:2], students[2:4], students[4:], [other]]
+
+
+def test_one_that_fits_nowhere_is_timed_all_the_same(monkeypatch):
+    memory = type("Memory", (), {"available": 1.0})
+    monkeypatch.setattr(side_by_side.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(side_by_side, "_memory", lambda model: 1.0)
+    students = [Student(Path(str(n)), Path("a"), 128) for n in range(2)]
+    assert list(side_by_side._groups(students)) == [students[:1], students[1:]]
