@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from raybert.compare import Comparison, compare
 from raybert.plan import demo_encoder
@@ -15,18 +16,24 @@ TEACHER_TRAINING = {"epochs": 2, "lr": 1e-4, "batch_size": 32}
 TRAINING = {"lr": 1e-4, "batch_size": 32}
 
 THESEUS = {"name": "theseus", "initialise": "spaced", "epochs": 2}
-LOBERT = {"name": "lobert", "share": 0.5, "data_aware": True, "epochs": 1}
-Q8BERT = {"name": "q8bert", "lr": 2e-5, "epochs": 0.5}
+LOBERT = {"name": "lobert", "share": 0.5, "data_aware": True, "epochs": 0.5}
+Q8BERT = {"name": "q8bert", "lr": 2e-5, "epochs": 0.25}
+EBERT = {"name": "ebert", "target_flops_ratio": 0.5, "epochs": 1}
+MA_BERT = {"name": "ma_bert", "epochs": 0.75, "calibration_rows": 64, "fit_steps": 200}
 TAUGHT = {"alpha": 0.5, "cls": 10.0}  # what can be saved: the teacher runs once for all of them
 
-CHAINS: dict[str, dict] = {
-    "theseus": {"method": [THESEUS], "kd": TAUGHT},
-    "lobert": {"method": [LOBERT], "kd": TAUGHT},
-    "q8bert": {"method": [Q8BERT], "kd": TAUGHT},
-    "theseus-lobert-q8bert": {"method": [THESEUS, LOBERT, Q8BERT], "kd": TAUGHT},
+CHAINS = {
+    "theseus": [THESEUS],
+    "lobert": [LOBERT],
+    "ebert": [EBERT],
+    "ma_bert": [MA_BERT],
+    "q8bert": [Q8BERT],
+    "theseus-lobert-q8bert": [THESEUS, LOBERT, Q8BERT],
 }
-"""What the demo compresses with: folder name -> recipe keys. Each new method adds its line."""
+"""What the demo compresses with: folder name -> chain. Each new method adds its line."""
 
+LENGTH = 64
+"""Tokens a row has at most, and that models are timed at."""
 
 SEARCH = {"trials": 6, "scheduler": "asha", "loss": "5%", "finalists": 2, "seeds": 2}
 """How `raybert demo --tune` searches: `raybert.search.Settings`."""
@@ -37,15 +44,16 @@ SEARCH_STEPS = 20
 
 def demo_comparison(out: Path, workers: int) -> Comparison:
     """The teacher's recipe, and one for each chain of methods."""
-    shared = {"task": "demo", "workers": workers, "data": {"max_length": 64}}
-    student = {"train": TRAINING, "export": "onnx", "measure": {"seconds": 0.5}}
+    shared = {"task": "demo", "workers": workers, "data": {"max_length": LENGTH}}
+    student: dict[str, Any] = {"train": TRAINING, "kd": TAUGHT, "export": "onnx"}
+    student["measure"] = {"length": LENGTH, "seconds": 0.5}
     model = demo_encoder()
     teacher = recipe_from(
         {**shared, "model": model, "train": TEACHER_TRAINING, "out": str(out / "teacher")}
     )
     students = [
         recipe_from(
-            {**shared, **student, **chain, "teacher": str(out / "teacher"), "out": str(out / name)}
+            {**shared, **student, "method": chain, "teacher": teacher.out, "out": str(out / name)}
         )
         for name, chain in CHAINS.items()
     ]
@@ -83,7 +91,7 @@ def tune_demo(out: Path, tell: Callable[[str], None]) -> Answer:
     Raises:
         UserError: the demo extra is not installed, or the folder holds something else.
     """
-    data = {"max_length": 64}
+    data = {"max_length": LENGTH}
     recipe = recipe_from(
         {
             "task": "demo",
