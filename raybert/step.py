@@ -73,8 +73,9 @@ class Distiller:
         """
         batch = {k: v.to(self.place.device, non_blocking=True) for k, v in batch.items()}
         inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
-        out = self._outputs(self.engine(**inputs), 0)
+        # The teacher first: what the student's forward leaves in the caches, its backward reads.
         taught = self._taught(inputs, batch)
+        out = self._outputs(self.engine(**inputs), 0)
         terms = self.phase.losses(self.engine.module, out, taught, batch, self.distillation)
         loss = torch.stack([term.float() for term in terms.values()]).sum() * share
         if not loss.requires_grad:
