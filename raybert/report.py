@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from raybert import __version__, tables
 from raybert.card import model_card
 from raybert.groups import Group, group_runs, on_front
+from raybert.pages import render
 from raybert.results import (
     RETAINED,
     Run,
@@ -151,31 +150,10 @@ def _machines(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[str]]]:
     return found
 
 
-def plain(value: Any) -> str:
-    """A parameter's or machine's value in words."""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(plain(v) for v in value) or "none"
-    return "none" if value is None else str(value)
-
-
 def _html(runs: Sequence[Run], title: str) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        plain=plain,
-        duration=tables.duration,
-        count=tables.count,
-        score=tables.score,
-        megabytes=tables.megabytes,
-    )
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         title=title,
-        version=__version__,
         created=max(run.report.created for run in runs),
         runs=runs,
         tasks=task_views(runs, charts=True),
@@ -205,7 +183,7 @@ def _markdown(runs: Sequence[Run], title: str) -> str:
         parts += ["## Notes", "\n".join(notes)]
     parts += ["## How retained is defined", RETAINED, "## Hardware"]
     for machine, names in _machines(runs):
-        shown = [f"- {safe(key)}: {safe(plain(value))}" for key, value in machine.items()]
+        shown = [f"- {safe(key)}: {safe(tables.plain(value))}" for key, value in machine.items()]
         parts.append(f"{safe(', '.join(names))}:\n\n" + "\n".join(shown))
     for run in runs:
         for phase, tables_ in run.report.facts.items():

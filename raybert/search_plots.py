@@ -19,6 +19,7 @@ from raybert.plots import COLOURS, TEACHER, pareto, svg_of
 from raybert.results import RunReport
 from raybert.search_results import Answer
 from raybert.space import listed
+from raybert.tables import shown
 
 GREY = "#9aa1ad"
 FRONT, FINALIST, WINNER, STOPPED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]
@@ -37,13 +38,6 @@ def recipe_text(trial: Trial) -> str:
     """A trial's sample in one line a parameter."""
     lines = [f"{key} = {shown(value)}" for key, value in trial.values.items()]
     return "\n".join([f"trial {trial.name} ({trial.state})", *lines])
-
-
-def shown(value: Any) -> str:
-    """A value as people read it."""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def with_hover(svg: str, key: str, trials: Sequence[Trial], more: Mapping[int, str]) -> str:

@@ -31,7 +31,7 @@ LAYERS = [
     {"space", "finalists"},
     {"draws"},
     {"trust"},
-    {"data", "models", "bench", "plots", "card"},
+    {"data", "models", "bench", "plots", "card", "pages"},
     {"scale"},
     {"metrics", "checkpoint", "engine", "views", "job", "teacher", "onnx_trace", "import_ma_bert"},
     {"evaluate", "report", "step"},
