@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybert.config import Recipe, UserError
+from raybert.folders import write_whole
 from raybert.plan import (
     Plan,
     check_command,
@@ -199,10 +200,7 @@ def _export(recipe: Recipe, tell: Callable[[str], None]) -> None:
 
 def _write_recipe(recipe: Recipe) -> None:
     try:
-        recipe.folder.mkdir(parents=True, exist_ok=True)
-        partial = recipe.folder / ".partial-recipe.yaml"
-        partial.write_text(dump_recipe(recipe), encoding="utf-8")
-        os.replace(partial, recipe.folder / "recipe.yaml")
+        write_whole(recipe.folder / "recipe.yaml", dump_recipe(recipe))
     except OSError as error:
         raise UserError(f"cannot write to {recipe.folder}: {error}. Choose another out=.") from None
 

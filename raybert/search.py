@@ -25,6 +25,7 @@ from raybert.config import Recipe, UserError
 from raybert.data import steps_per_epoch
 from raybert.draws import Plain, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
+from raybert.folders import write_whole
 from raybert.ledger import DONE, Ledger, Trial
 from raybert.objectives import LATENCY, in_trials
 from raybert.predictions import takes_saved
@@ -40,7 +41,7 @@ from raybert.search_plan import (
     make_search,
     plan_of,
 )
-from raybert.search_results import Answer, answer_of, write_tables, write_whole
+from raybert.search_results import Answer, answer_of, write_tables
 from raybert.shares import Shares, share_out
 from raybert.space import Space, apply
 from raybert.trial import Work
@@ -87,7 +88,7 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
     search.folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(search.settings)))  # without tuples
     held = {**identity(search), "settings": settings}
-    write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False).encode())
+    write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False))
     if search.teacher is not None:
         tell("fine-tuning the teacher")
         finetune(search.teacher, tell=tell)
@@ -138,7 +139,7 @@ def _teacher_metrics(search: Search) -> dict[str, float]:
     file = search.folder / TEACHER
     if not file.is_file():
         found = evaluate_model(search.recipe.teacher or "", search.plans[0].recipe)
-        write_whole(file, json.dumps(found["metrics"]).encode())
+        write_whole(file, json.dumps(found["metrics"]))
     return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from raybert.bench import hardware
+from raybert.folders import write_whole
 from raybert.pages import render
 from raybert.recipe_file import dump_recipe
 from raybert.search_plots import curves_plot, front_plots, importance_plot, parallel_plot
-from raybert.search_results import Answer, importance, table, write_whole
+from raybert.search_results import Answer, importance, table
 
 IMPORTANCE = (
     "How much of the scores' variance each parameter explains by itself: for numbers the square of "
@@ -27,7 +28,7 @@ LATENCY = (
 
 def write_page(answer: Answer) -> None:
     """Write ``report.html`` into the search folder."""
-    write_whole(answer.folder / "report.html", page(answer).encode())
+    write_whole(answer.folder / "report.html", page(answer))
 
 
 def page(answer: Answer) -> str:

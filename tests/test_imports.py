@@ -19,9 +19,9 @@ ONLY_HERE = {"ray": {"run.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
     {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
-    {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8"},
+    {"config", "losses", "demo_task", "factorise", "attention", "int8"},
     {"ledger", "shares", "folders", "yaml_file", "surgery", "tasks", "readers", "timer"},
-    {"lowrank", "fake_quant", "gates"},
+    {"lowrank", "fake_quant", "gates", "metrics_log"},
     {"skipping", "power_norm", "softmax_net", "onnx_int8"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
     {"first_token", "integer"},
