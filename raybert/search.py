@@ -21,6 +21,7 @@ import psutil
 import yaml
 
 from raybert.artifact import add_measurements, evaluate_model
+from raybert.cluster import ray_up
 from raybert.config import Recipe, UserError
 from raybert.data import steps_per_epoch
 from raybert.draws import Plain, make_source
@@ -29,7 +30,7 @@ from raybert.folders import write_whole
 from raybert.ledger import DONE, Ledger, Trial
 from raybert.objectives import LATENCY, in_trials
 from raybert.predictions import takes_saved
-from raybert.run import finetune, predict_teacher, ray_up
+from raybert.run import finetune, predict_teacher
 from raybert.search_page import write_page
 from raybert.search_plan import (
     SEARCH,

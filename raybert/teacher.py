@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ class Request:
         """The rows of a shard."""
         first = shard * self.shard_rows
         return np.arange(first, min(first + self.shard_rows, self.rows))
+
+    def rows_of(self, shards: Sequence[int]) -> int:
+        """How many rows these shards hold."""
+        return sum(len(self.positions(shard)) for shard in shards)
 
 
 def request_for(

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py"}
 """The rooms of `raybert tune` that are written in Ray Tune's words."""
 
-ONLY_HERE = {"ray": {"run.py", *SEARCH}, "deepspeed": {"engine.py"}}
+ONLY_HERE = {"ray": {"cluster.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
     {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
@@ -38,7 +38,7 @@ LAYERS = [
     {"train", "parity"},
     {"export"},
     {"plan"},
-    {"steering"},
+    {"steering", "cluster"},
     {"artifact"},
     {"run"},
     {"compare", "trial", "search_results"},
