@@ -18,7 +18,7 @@ SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py"}
 ONLY_HERE = {"ray": {"cluster.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
-    {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
+    {"arguments", "templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
     {"config", "losses", "demo_task", "factorise", "attention", "int8"},
     {"ledger", "shares", "folders", "yaml_file", "surgery", "tasks", "readers", "timer"},
     {"lowrank", "fake_quant", "gates", "metrics_log"},
