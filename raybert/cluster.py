@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from raybert.config import Recipe, UserError
 from raybert.plan import own_cores
-from raybert.progress import Lines, bar, on_terminal
+from raybert.progress import Lines, NoBar, bar, on_terminal
 from raybert.teacher import Request
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ class _RayHooks:
 
     def progress(self, total: int, label: str) -> Any:
         if self.rank:
-            return _NoBar()
+            return NoBar()
         if not self.terminal:
             return Lines(total, label)
         from ray.experimental import tqdm_ray
@@ -283,14 +283,6 @@ class _RayHooks:
 
     def note(self, text: str) -> None:
         logger.warning(text)
-
-
-class _NoBar:
-    def update(self, n: int) -> None: ...
-
-    def set_postfix_str(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class _RayBar:
