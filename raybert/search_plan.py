@@ -15,7 +15,7 @@ from raybert.finalists import Loss, parse_loss
 from raybert.objectives import Objective, in_trials, parse_objectives
 from raybert.plan import Plan, make_plan, resolve_paths, teacher_recipe
 from raybert.recipe_file import dump_recipe
-from raybert.space import Space, apply, chain_of, make_space, read_space
+from raybert.space import Space, apply, chain_of, make_space, read_space, sample_text
 from raybert.steering import SCHEDULERS, check_schedules
 from raybert.teacher import teacher_digest
 from raybert.tuning import LOGGERS
@@ -283,8 +283,7 @@ def describe(search: Search) -> str:
     again = f"{settings.finalists} finalists with {settings.seeds} seeds"
     lines.append(f"          {again if settings.finalists else 'no finalists'}")
     for number, sample in enumerate(search.samples):
-        values = ", ".join(f"{key}={_text(value)}" for key, value in sample.values.items())
-        lines.append(f"sample {number}  {values}")
+        lines.append(f"sample {number}  {sample_text(sample.values)}")
         if sample.plan is None:
             lines.append(f"          skipped: {sample.reason}")
         else:
@@ -294,7 +293,3 @@ def describe(search: Search) -> str:
                 f"{after['bytes'] / 1e6:.1f} MB, {after['flops'] / 1e9:.2f} GFLOPs; {steps} steps"
             )
     return "\n".join(lines)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

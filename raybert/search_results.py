@@ -31,7 +31,7 @@ from raybert.folders import write_whole
 from raybert.ledger import Ledger, Trial
 from raybert.objectives import Objective, in_trials
 from raybert.recipe_file import dump_recipe
-from raybert.space import Space, apply
+from raybert.space import Space, apply, sample_text
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,6 @@ def summary(answer: Answer) -> str:
     report = answer.winner.reports[0]
     states = [trial.state for trial in answer.trials]
     counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    values = ", ".join(f"{k}={_text(v)}" for k, v in answer.winner.trial.values.items())
     lines = [f"trials   {counted}; {len(answer.front)} on the front"]
     spread = answer.winner.score
     teacher = f"; the teacher's {report.teacher.score:.4f}" if report.teacher else ""
@@ -244,13 +243,9 @@ def summary(answer: Answer) -> str:
     )
     if not answer.within:
         lines.append("         no finalist stayed within the loss: this is the best score")
-    lines.append(f"         {values}")
+    lines.append(f"         {sample_text(answer.winner.trial.values)}")
     lines.append(
         f"spent    {answer.core_seconds / 3600:.2f} core-hours, "
         f"{answer.seconds / 60:.1f} minutes of trials"
     )
     return "\n".join(lines)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

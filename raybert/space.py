@@ -23,6 +23,7 @@ from raybert.config import KDConfig, Recipe, TrainConfig, UserError
 from raybert.explain import nearest
 from raybert.methods import METHODS
 from raybert.recipe_file import recipe_from
+from raybert.tables import shown
 
 SHIPPED = "tune_spaces"
 """The package of the spaces that ship, one module a method."""
@@ -245,6 +246,11 @@ def _shipped(name: str) -> Any:
 
 
 # -- samples ---------------------------------------------------------------------------------------
+
+
+def sample_text(values: Mapping[str, Any]) -> str:
+    """A sample in one line, as overrides of a recipe are written: ``train.lr=3e-05, kd.cls=10``."""
+    return ", ".join(f"{key}={shown(value)}" for key, value in values.items())
 
 
 def chain_of(recipe: Recipe, values: Mapping[str, Any]) -> list[str]:
