@@ -156,6 +156,21 @@ def retained(student: float, teacher: float, floor: float) -> float | None:
     return (student - floor) / (teacher - floor) if teacher > floor else None
 
 
+def latency_ms(report: RunReport, model: str = "student") -> float | None:
+    """Median milliseconds at the smallest batch that was timed, in the fastest backend.
+
+    Args:
+        report: the run's.
+        model: ``student`` or ``teacher``.
+
+    Returns:
+        Nothing where none was timed.
+    """
+    rows = [row for row in report.latency if row.model == model]
+    least = min((row.batch for row in rows), default=0)
+    return min((row.p50_ms for row in rows if row.batch == least), default=None)
+
+
 def build(
     *,
     name: str,

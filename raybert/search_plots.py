@@ -16,7 +16,7 @@ from raybert.finalists import Finished
 from raybert.ledger import Trial
 from raybert.objectives import LATENCY, Objective
 from raybert.plots import COLOURS, TEACHER, pareto, svg_of
-from raybert.results import RunReport
+from raybert.results import RunReport, latency_ms
 from raybert.search_results import Answer
 from raybert.space import listed
 from raybert.tables import shown
@@ -143,9 +143,7 @@ def _look(answer: Answer, entry: Finished) -> tuple[str, str, str, int]:
 def _teachers(cost: Objective, report: RunReport) -> float | None:
     """What the teacher costs."""
     if cost.path == (LATENCY,):
-        rows = [row for row in report.latency if row.model == "teacher"]
-        least = min((row.batch for row in rows), default=0)
-        return min((row.p50_ms for row in rows if row.batch == least), default=None)
+        return latency_ms(report, "teacher")
     if cost.path[0] != "student" or report.teacher is None:
         return None
     return Objective(cost.name, ("teacher", *cost.path[1:]), cost.mode).of(report)
