@@ -19,6 +19,7 @@ from raybert.space import Space, apply, chain_of, make_space, read_space, sample
 from raybert.steering import SCHEDULERS, check_schedules
 from raybert.teacher import teacher_digest
 from raybert.tuning import LOGGERS
+from raybert.yaml_file import read_yaml
 
 SEARCH = "search.yaml"
 """What a search folder says of itself."""
@@ -228,7 +229,7 @@ def check_place(search: Search) -> bool:
             f"{folder} is not a search folder{f' (it holds {strange[0]})' if strange else ''}; "
             "nothing in it is touched. Choose another out=."
         )
-    there = yaml.safe_load(file.read_text(encoding="utf-8"))
+    there = read_yaml(file, "search")
     here = identity(search)
     for key, what in (
         ("space", "space"),

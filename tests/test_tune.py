@@ -508,6 +508,9 @@ def test_a_folder_of_another_search_is_left_alone(toy, teacher, tmp_path, change
         assert check_place(search)
         more = search_of(toy, teacher, tmp_path / "s", trials=99, minutes=5.0, loss="5%")
         assert check_place(more), "it may go on longer, and be judged otherwise"
+        (search.folder / "search.yaml").write_text("space: 2026-13-01")
+        with pytest.raises(UserError, match="not readable as YAML"):
+            check_place(search)
         (search.folder / "notes.txt").write_text("mine")
         message = "holds notes.txt"
     with pytest.raises(UserError, match=message):
