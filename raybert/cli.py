@@ -325,8 +325,8 @@ def _tune(args: argparse.Namespace) -> int:
         loggers=tuple(args.log),
     )
     search = make_search(_recipe(args.words), args.space, settings)
-    check_place(search)
     if args.dry_run:
+        check_place(search)
         print(describe(search))
         return 0
     answer = run_search(search, tell=_tell)

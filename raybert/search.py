@@ -38,7 +38,6 @@ from raybert.search_plan import (
     Search,
     Settings,
     check_place,
-    identity,
     make_search,
     plan_of,
 )
@@ -88,7 +87,7 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
     tell(f"{'continuing' if check_place(search) else 'searching'} {search.folder}")
     search.folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(search.settings)))  # without tuples
-    held = {**identity(search), "settings": settings}
+    held = {**search.identity, "settings": settings}
     write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False))
     if search.teacher is not None:
         tell("fine-tuning the teacher")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,6 +141,22 @@ class Search:
         """Those of the samples that can be run."""
         return [sample.plan for sample in self.samples if sample.plan is not None]
 
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What makes a search this one: the space, the teacher, what trials share, and the method
+        of searching; how long it goes on may change. Reads the teacher's weights, once."""
+        recipe = yaml.safe_load(dump_recipe(self.recipe))
+        for key in FREE:
+            recipe.pop(key)
+        if self.teacher is None:
+            teacher = teacher_digest(self.recipe.teacher or "")
+        else:
+            made = yaml.safe_load(dump_recipe(self.teacher))
+            teacher = {key: made[key] for key in ("model", "task", "data", "train")}
+        how = {"algorithm": self.settings.algorithm, "scheduler": self.settings.scheduler}
+        how["objectives"] = ",".join(o.name for o in self.objectives)
+        return {"space": self.space.text, "teacher": teacher, "recipe": recipe, "how": how}
+
 
 def make_search(
     recipe: Recipe,
@@ -230,7 +247,7 @@ def check_place(search: Search) -> bool:
             "nothing in it is touched. Choose another out=."
         )
     there = read_yaml(file, "search")
-    here = identity(search)
+    here = search.identity
     for key, what in (
         ("space", "space"),
         ("teacher", "teacher"),
@@ -252,23 +269,6 @@ def _short(own: Any, other: Any) -> str:
         differing = {k: v for k, v in own.items() if other.get(k) != v or k not in other}
         return ", ".join(f"{k}: {v}" for k, v in list(differing.items())[:4]) or "less"
     return str(own)
-
-
-def identity(search: Search) -> dict[str, Any]:
-    """What makes a search this one: the space, the teacher, what trials share, and the method of
-    searching; how long it goes on may change."""
-    recipe = yaml.safe_load(dump_recipe(search.recipe))
-    for key in FREE:
-        recipe.pop(key)
-    if search.teacher is None:
-        teacher = teacher_digest(search.recipe.teacher or "")
-    else:
-        made = yaml.safe_load(dump_recipe(search.teacher))
-        teacher = {key: made[key] for key in ("model", "task", "data", "train")}
-    settings = search.settings
-    how = {"algorithm": settings.algorithm, "scheduler": settings.scheduler}
-    how["objectives"] = ",".join(o.name for o in search.objectives)
-    return {"space": search.space.text, "teacher": teacher, "recipe": recipe, "how": how}
 
 
 def describe(search: Search) -> str:

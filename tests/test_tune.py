@@ -24,7 +24,7 @@ from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
 from raybert.results import build, latency_ms
 from raybert.search import write_answer
-from raybert.search_plan import Settings, check_place, describe, identity, make_search
+from raybert.search_plan import Settings, check_place, describe, make_search
 from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
 from raybert.space import make_space
@@ -502,7 +502,7 @@ def test_a_folder_of_another_search_is_left_alone(toy, teacher, tmp_path, change
     search = search_of(toy, teacher, tmp_path / "s")
     assert not check_place(search)
     search.folder.mkdir()
-    held = {**identity(search), **changes}
+    held = {**search.identity, **changes}
     (search.folder / "search.yaml").write_text(yaml.safe_dump(held))
     if message is None:
         assert check_place(search)
