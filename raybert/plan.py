@@ -302,6 +302,11 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     )
 
 
+def shared_teacher(recipe: Recipe) -> Recipe:
+    """The recipe of the teacher that all runs of a comparison or search share, paths resolved."""
+    return resolve_paths(teacher_recipe(recipe).model_copy(update={"name": "teacher"}))
+
+
 def own_cores() -> int:
     """CPU cores that this process may use, which in a container are fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):

@@ -14,7 +14,7 @@ from raybert.config import Recipe, UserError
 from raybert.draws import ALGORITHMS, Plain, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
 from raybert.objectives import Objective, in_trials, parse_objectives
-from raybert.plan import Plan, make_plan, resolve_paths, teacher_recipe
+from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
 from raybert.recipe_file import dump_recipe
 from raybert.space import Space, apply, chain_of, make_space, read_space, sample_text
 from raybert.steering import SCHEDULERS, check_schedules
@@ -197,7 +197,7 @@ def make_search(
     make_source(settings.algorithm or "", space, recipe, in_trials(objectives), recipe.train.seed)
     teacher = None
     if recipe.teacher is None:
-        teacher = resolve_paths(teacher_recipe(recipe).model_copy(update={"name": "teacher"}))
+        teacher = shared_teacher(recipe)
         place = str(teacher.folder / "model")
         recipe = recipe.model_copy(update={"model": None, "teacher": place})
     return Search(recipe, space, settings, objectives, loss, teacher, looked)
