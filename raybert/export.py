@@ -19,16 +19,15 @@ from typing import Any, Literal
 
 from raybert import __version__
 from raybert.bench import hardware, parameters
-from raybert.compressed import longest_input
+from raybert.compressed import finished, longest_input
 from raybert.config import Recipe, UserError
 from raybert.data import TaskData, prepare
 from raybert.folders import whole
 from raybert.latency import latency, speedups
-from raybert.methods import METHODS
 from raybert.models import PROBE, check_head, load, load_tokenizer, model_folder, read_config
 from raybert.parity import OnnxModel, logit_parity, metric_parity, probe_batches, real_batches
 from raybert.qa import question_room
-from raybert.surgery import compressed_by, family
+from raybert.surgery import family
 from raybert.tables import escape_markdown, markdown_table
 
 Int8 = Literal["fused", "qdq"]
@@ -115,9 +114,7 @@ def export(
             "parity": logit_parity(network, exported, batches, integer=integer),
             "metrics": None,
             "notes": [
-                text
-                for entry in compressed_by(network.config)
-                for text in METHODS[entry["name"]].model_validate(entry).graph_remarks()
+                text for method in finished(network.config) for text in method.graph_remarks()
             ],
         }
         if data is not None:
