@@ -19,14 +19,8 @@ LOBERT = {"name": "lobert", "share": 0.5, "data_aware": True, "epochs": 1}
 Q8BERT = {"name": "q8bert", "lr": 2e-5, "epochs": 0.5}
 TAUGHT = {"alpha": 0.5, "cls": 10.0}  # what can be saved: the teacher runs once for all of them
 
-CHAINS: dict[str, dict] = {
-    "theseus": {"method": [THESEUS], "kd": TAUGHT},
-    "lobert": {"method": [LOBERT], "kd": TAUGHT},
-    "q8bert": {"method": [Q8BERT], "kd": TAUGHT},
-    "theseus-lobert-q8bert": {"method": [THESEUS, LOBERT, Q8BERT], "kd": TAUGHT},
-}
-"""What the demo compresses with: folder name -> recipe keys. Each new method adds its line."""
-
+CHAINS = ([THESEUS], [LOBERT], [Q8BERT], [THESEUS, LOBERT, Q8BERT])
+"""What the demo compresses with; a run's folder is called after its methods."""
 
 SEARCH = {"trials": 6, "scheduler": "asha", "loss": "5%", "finalists": 2, "seeds": 2}
 """How `raybert demo --tune` searches: `raybert.search.Settings`."""
@@ -37,18 +31,16 @@ SEARCH_STEPS = 20
 
 def demo_comparison(out: Path, workers: int) -> Comparison:
     """The teacher's recipe, and one for each chain of methods."""
+    place = str(out / "teacher")
     shared = {"task": "demo", "workers": workers, "data": {"max_length": 64}}
-    student = {"train": TRAINING, "export": "onnx", "measure": {"seconds": 0.5}}
+    student = {"teacher": place, "train": TRAINING, "kd": TAUGHT, "export": "onnx"}
+    student |= {"measure": {"seconds": 0.5}}
     model = demo_encoder()
-    teacher = recipe_from(
-        {**shared, "model": model, "train": TEACHER_TRAINING, "out": str(out / "teacher")}
-    )
-    students = [
-        recipe_from(
-            {**shared, **student, **chain, "teacher": str(out / "teacher"), "out": str(out / name)}
-        )
-        for name, chain in CHAINS.items()
-    ]
+    teacher = recipe_from({**shared, "model": model, "train": TEACHER_TRAINING, "out": place})
+    students = []
+    for chain in CHAINS:
+        folder = out / "-".join(method["name"] for method in chain)
+        students.append(recipe_from({**shared, **student, "method": chain, "out": str(folder)}))
     return Comparison(out, teacher, tuple(students))
 
 
