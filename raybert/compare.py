@@ -17,7 +17,7 @@ from raybert import side_by_side
 from raybert.config import MethodConfig, Recipe, UserError
 from raybert.explain import nearest
 from raybert.methods import METHODS
-from raybert.plan import Plan, make_plan, resolve_paths, teacher_recipe
+from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
 from raybert.recipe_file import recipe_from
 from raybert.report import summary_table, write_report
 from raybert.results import read_runs
@@ -76,7 +76,7 @@ def make_comparison(
     _check(named, own)
     teacher = None
     if recipe.teacher is None:
-        teacher = resolve_paths(teacher_recipe(recipe).model_copy(update={"name": "teacher"}))
+        teacher = shared_teacher(recipe)
     students = []
     for chain in named:
         for seed in seeds or [recipe.train.seed]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from raybert.compare import Comparison, compare
 from raybert.plan import demo_encoder
@@ -22,15 +21,8 @@ EBERT = {"name": "ebert", "target_flops_ratio": 0.5, "epochs": 1}
 MA_BERT = {"name": "ma_bert", "epochs": 0.75, "calibration_rows": 64, "fit_steps": 200}
 TAUGHT = {"alpha": 0.5, "cls": 10.0}  # what can be saved: the teacher runs once for all of them
 
-CHAINS = {
-    "theseus": [THESEUS],
-    "lobert": [LOBERT],
-    "ebert": [EBERT],
-    "ma_bert": [MA_BERT],
-    "q8bert": [Q8BERT],
-    "theseus-lobert-q8bert": [THESEUS, LOBERT, Q8BERT],
-}
-"""What the demo compresses with: folder name -> chain. Each new method adds its line."""
+CHAINS = ([THESEUS], [LOBERT], [EBERT], [MA_BERT], [Q8BERT], [THESEUS, LOBERT, Q8BERT])
+"""What the demo compresses with; a run's folder is called after its methods."""
 
 LENGTH = 64
 """Tokens a row has at most, and that models are timed at."""
@@ -44,19 +36,16 @@ SEARCH_STEPS = 20
 
 def demo_comparison(out: Path, workers: int) -> Comparison:
     """The teacher's recipe, and one for each chain of methods."""
+    place = str(out / "teacher")
     shared = {"task": "demo", "workers": workers, "data": {"max_length": LENGTH}}
-    student: dict[str, Any] = {"train": TRAINING, "kd": TAUGHT, "export": "onnx"}
-    student["measure"] = {"length": LENGTH, "seconds": 0.5}
+    student = {"teacher": place, "train": TRAINING, "kd": TAUGHT, "export": "onnx"}
+    student |= {"measure": {"length": LENGTH, "seconds": 0.5}}
     model = demo_encoder()
-    teacher = recipe_from(
-        {**shared, "model": model, "train": TEACHER_TRAINING, "out": str(out / "teacher")}
-    )
-    students = [
-        recipe_from(
-            {**shared, **student, "method": chain, "teacher": teacher.out, "out": str(out / name)}
-        )
-        for name, chain in CHAINS.items()
-    ]
+    teacher = recipe_from({**shared, "model": model, "train": TEACHER_TRAINING, "out": place})
+    students = []
+    for chain in CHAINS:
+        folder = out / "-".join(method["name"] for method in chain)
+        students.append(recipe_from({**shared, **student, "method": chain, "out": str(folder)}))
     return Comparison(out, teacher, tuple(students))
 
 

@@ -19,16 +19,15 @@ from typing import Any, Literal
 
 from raybert import __version__
 from raybert.bench import hardware, parameters
-from raybert.compressed import longest_input
+from raybert.compressed import finished, longest_input
 from raybert.config import Recipe, UserError
 from raybert.data import TaskData, prepare
 from raybert.folders import whole
 from raybert.latency import latency, speedups
-from raybert.methods import METHODS
 from raybert.models import PROBE, check_head, load, load_tokenizer, model_folder, read_config
 from raybert.parity import OnnxModel, logit_parity, metric_parity, probe_batches, real_batches
 from raybert.qa import question_room
-from raybert.surgery import compressed_by, family
+from raybert.surgery import family
 from raybert.tables import escape_markdown, markdown_table
 
 Int8 = Literal["fused", "qdq"]
@@ -93,18 +92,7 @@ def export(
     graph = to_onnx(network, int8=int8)
     integer = any(node.op_type in INTEGER_NODES for node in graph.graph.node)
     with whole(target) as partial:
-        _write_graph(graph, partial / FILE)
-        network.config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if not (partial / "tokenizer.json").is_file():
-            raise UserError(
-                f"{folder} has no fast tokenizer (tokenizer.json), which inference.py reads. Load "
-                "it once with transformers' AutoTokenizer and save it again."
-            )
-        shutil.copyfile(SCRIPT, partial / "inference.py")
-        exported = OnnxModel(partial / FILE)
-        tell("comparing logits")
-        batches = real_batches(data, "dev") if data is not None else _probe(folder)
+        _fill(partial, graph, network, tokenizer, folder)
         found: dict[str, Any] = {
             "raybert": __version__,
             "format": "onnx",
@@ -112,25 +100,8 @@ def export(
             "model": _settings(network, tokenizer, recipe, data),
             "parameters": parameters(network),
             "bytes": sum(file.stat().st_size for file in partial.glob(f"{FILE}*")),
-            "parity": logit_parity(network, exported, batches, integer=integer),
-            "metrics": None,
-            "notes": [
-                text
-                for entry in compressed_by(network.config)
-                for text in METHODS[entry["name"]].model_validate(entry).graph_remarks()
-            ],
+            **_compared(partial / FILE, network, folder, recipe, data, integer, tell),
         }
-        if data is not None:
-            assert recipe is not None
-            tell(f"scoring the dev rows of {data.task.name}")
-            rows = recipe.train.eval_batch_size
-            found["metrics"] = metric_parity(network, exported, data, rows, integer=integer)
-        else:
-            found["notes"].append(
-                "No task was given, so logits were compared on the inputs stored with the model "
-                "and no metric was computed. Name it: task=... data=..."
-            )
-        del exported
         found |= _timed(partial, teacher, recipe, int8, threads, tell) if time else _untimed()
         found["hardware"] = hardware()
         _write_report(partial, found)
@@ -205,6 +176,51 @@ def _probe(folder: Path) -> list[dict[str, Any]]:
 
 
 # -- the folder ------------------------------------------------------------------------------------
+
+
+def _fill(partial: Path, graph: Any, network: Any, tokenizer: Any, folder: Path) -> None:
+    """Write all that inference needs: the graph, the config, the tokenizer and the script."""
+    _write_graph(graph, partial / FILE)
+    network.config.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if not (partial / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder} has no fast tokenizer (tokenizer.json), which inference.py reads. Load it "
+            "once with transformers' AutoTokenizer and save it again."
+        )
+    shutil.copyfile(SCRIPT, partial / "inference.py")
+
+
+def _compared(
+    graph: Path,
+    network: Any,
+    folder: Path,
+    recipe: Recipe | None,
+    data: TaskData | None,
+    integer: bool,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """How the graph's logits and score compare with the model's: ``parity``, ``metrics``, and
+    ``notes`` on both."""
+    exported = OnnxModel(graph)
+    tell("comparing logits")
+    batches = real_batches(data, "dev") if data is not None else _probe(folder)
+    found: dict[str, Any] = {
+        "parity": logit_parity(network, exported, batches, integer=integer),
+        "metrics": None,
+        "notes": [text for method in finished(network.config) for text in method.graph_remarks()],
+    }
+    if data is not None:
+        assert recipe is not None
+        tell(f"scoring the dev rows of {data.task.name}")
+        rows = recipe.train.eval_batch_size
+        found["metrics"] = metric_parity(network, exported, data, rows, integer=integer)
+    else:
+        found["notes"].append(
+            "No task was given, so logits were compared on the inputs stored with the model "
+            "and no metric was computed. Name it: task=... data=..."
+        )
+    return found
 
 
 def _write_graph(graph: Any, file: Path) -> None:

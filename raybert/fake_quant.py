@@ -24,6 +24,7 @@ from raybert.int8 import (
     largest,
     levels,
     scale_of,
+    to_levels,
     weight_scale_of,
 )
 
@@ -40,7 +41,7 @@ class Levels(torch.autograd.Function):
         """x of any shape; scale that divides it; the lowest and highest level."""
         ctx.save_for_backward(scale)
         ctx.dtype = x.dtype
-        return (x.float() / scale).round_().clamp_(low, high)
+        return to_levels(x, scale, low, high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -110,6 +111,11 @@ class Range(nn.Module):
         """``x`` in levels."""
         return nearest(x, scale, *levels(self.bits, self.unsigned))
 
+    def snap(self, x: Tensor) -> Tensor:
+        """``x`` with every value moved to the nearest on the grid."""
+        scale = self.scale(x)
+        return self.levels(x, scale) * scale
+
 
 class FakeQuantLinear(nn.Module):
     """A linear layer that computes as the `Int8Linear` it will become. Adopts the parameters.
@@ -164,8 +170,7 @@ class FakeQuantLinear(nn.Module):
         if self.bias is not None:
             out = out + self._bias(self.bias, scale)
         if scheme.requantise:
-            step = self.output_range.scale(out)
-            out = self.output_range.levels(out, step) * step
+            out = self.output_range.snap(out)
         return out
 
     def _bias(self, bias: Tensor, scale: Tensor) -> Tensor:

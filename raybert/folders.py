@@ -1,14 +1,34 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from raybert.config import UserError
+
+
+def write_whole(file: Path, data: bytes | str) -> None:
+    """Write beside the file and rename: a reader finds the old or the new, never half.
+
+    Args:
+        file: its folder is made where there is none.
+        data: text becomes UTF-8.
+
+    Raises:
+        OSError: storage refused; what was there still is.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".partial-{uuid.uuid4().hex}")
+    try:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from raybert.results import Measured, Run, RunReport
+from raybert.results import Measured, Run, RunReport, latency_ms
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,12 @@ def on_front(groups: Sequence[Group]) -> list[bool]:
     What is simulated is on no front.
     """
 
-    def clock(report: RunReport) -> float | None:
-        rows = [row for row in report.latency if row.model == "student"]
-        least = min((row.batch for row in rows), default=0)
-        return min((row.p50_ms for row in rows if row.batch == least), default=None)
-
     costs = []
     for group in groups:
         means = [
             group.spread(lambda r: -r.student.score),
             group.spread(lambda r: float(r.student.bytes.weights)),
-            group.spread(clock),
+            group.spread(latency_ms),
         ]
         costs.append([value.mean if value else math.inf for value in means])
 

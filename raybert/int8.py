@@ -48,6 +48,12 @@ def levels(bits: int, unsigned: bool = False) -> tuple[int, int]:
     return (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
+def to_levels(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """The levels nearest to ``x / scale``, half to even and cut off at the ends: whole numbers in
+    float32, of ``x``'s shape."""
+    return (x.float() / scale).round_().clamp_(low, high)
+
+
 def largest(x: Tensor, dim: int | None = None) -> Tensor:
     """The largest magnitude, a scalar, or that along one dimension."""
     # Two reductions, where abs() would write all of x down again.
@@ -59,6 +65,11 @@ def weight_scale_of(weight: Tensor, bits: int, per_row: bool) -> Tensor:
     """The scale [1] of a matrix [N, K], or the scales [N] of its rows."""
     size = largest(weight.detach(), 1 if per_row else None)
     return scale_of(size if per_row else size.reshape(1), bits)
+
+
+def bias_levels(bias: Tensor, scale: Tensor) -> Tensor:
+    """A bias [N] as int32, at the scale of the product that it is added to."""
+    return to_levels(bias.detach(), scale, -BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
 
 
 def column(scale: Tensor) -> Tensor:
@@ -155,11 +166,10 @@ def _sums(rows: Tensor, weight: Tensor, scale: Tensor, unsigned: bool) -> Tensor
     shift = 128 if unsigned else 0  # kernels take signed bytes
     if kind == "float" or (kind == "cuda" and (weight.shape[0] % 8 or weight.shape[1] % 8)):
         # Whole numbers below 2^24 are exact in float32, and so are their sums.
-        levels_of_rows = rows.float().div(scale).round_().clamp_(low, high)
-        return levels_of_rows @ weight.float().T
+        return to_levels(rows, scale, low, high) @ weight.float().T
     quantised = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     for part, real in zip(_blocks(quantised), _blocks(rows), strict=True):
-        part.copy_(real.float().div(scale).round_().clamp_(low, high).sub_(shift))
+        part.copy_(to_levels(real, scale, low, high).sub_(shift))
     if kind == "cuda" and many <= 16:  # its kernel wants more rows
         quantised = F.pad(quantised, (0, 0, 0, 32 - many))
     sums = torch._int_mm(quantised, weight.t())[:many]
@@ -169,7 +179,7 @@ def _sums(rows: Tensor, weight: Tensor, scale: Tensor, unsigned: bool) -> Tensor
 @torch.library.custom_op("raybert::on_grid", mutates_args=())
 def on_grid(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     """``clamp(round_half_even(x / scale), low, high) * scale``, of ``x``'s shape and type."""
-    return ((x.float() / scale).round_().clamp_(low, high) * scale).to(x.dtype)
+    return (to_levels(x, scale, low, high) * scale).to(x.dtype)
 
 
 @on_grid.register_fake
@@ -385,8 +395,7 @@ class Int8Linear(Quantised):
     def fill_bias(self, bias: Tensor, weight_scale: Tensor) -> None:
         """Take over a float bias [N], once the scales of inputs and weights [1] or [N] are set."""
         if self.scheme.inputs == "static":
-            whole = torch.round(bias.detach() / (self.input_scale * weight_scale))
-            self.bias = whole.clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
+            self.bias = bias_levels(bias, self.input_scale * weight_scale)
         else:
             self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from raybert.fake_quant import Range, nearest, weight_levels
-from raybert.int8 import BIAS_LIMIT, Quantised, Scaled, levels, scale_of
+from raybert.int8 import BIAS_LIMIT, Quantised, Scaled, bias_levels, levels, scale_of, to_levels
 from raybert.int8 import weight_scale_of as row_scales
-from raybert.power_norm import PowerNorm
+from raybert.power_norm import AffineNorm, PowerNorm
 from raybert.softmax_net import SoftmaxNet
 from raybert.surgery import encoder_layers, matrices, self_attention
 
@@ -34,11 +34,6 @@ LOW, HIGH = levels(8)
 
 
 # -- operators -------------------------------------------------------------------------------------
-
-
-def whole(x: Tensor, scale: Tensor, unsigned: bool = False) -> Tensor:
-    """Levels as float32."""
-    return (x.float() / scale).round_().clamp_(*levels(8, unsigned))
 
 
 @torch.library.custom_op("raybert::product_int8", mutates_args=())
@@ -59,7 +54,8 @@ def product_int8(
         [..., M, N] of ``a``'s type.
     """
     # Sums of fewer than 512 products of bytes are exact in float32.
-    out = (whole(a, a_scale, unsigned) @ whole(b, b_scale)) * (a_scale * b_scale)
+    left = to_levels(a, a_scale, *levels(8, unsigned))
+    out = (left @ to_levels(b, b_scale, LOW, HIGH)) * (a_scale * b_scale)
     return (out if bias is None else out + bias).to(a.dtype)
 
 
@@ -95,7 +91,7 @@ def norm_int8(
     Returns:
         [..., H] of ``x``'s type.
     """
-    sums = whole(x, input_scale) * weight.flatten() + bias
+    sums = to_levels(x, input_scale, LOW, HIGH) * weight.flatten() + bias
     rescaled = sums * (input_scale * weight_scale / output_scale)
     return (rescaled.round_().clamp_(LOW, HIGH) * output_scale).to(x.dtype)
 
@@ -160,27 +156,20 @@ class Int8Product(Scaled):
 # -- norms -----------------------------------------------------------------------------------------
 
 
-class FakeQuantNorm(nn.Module):
+class FakeQuantNorm(AffineNorm):
     """An affine norm that computes as the `Int8Norm` it will become. Adopts what a PowerNorm has.
 
     Its ``output_range`` is that of the residual stream, for all that read it.
     """
 
-    running_phi: Tensor
-
     def __init__(self, norm: PowerNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        self.register_buffer("running_phi", norm.running_phi)
+        super().__init__(norm.weight, norm.bias, norm.eps, norm.running_phi)
         self.input_range, self.output_range = Range(8, True), Range(8, True)
         self.active = True
 
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        return self.weight * torch.rsqrt(self.running_phi + self.eps), self.bias
-
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
-        factor, shift = self._affine()
+        factor, shift = self.affine()
         step = self.input_range.scale(x)
         if self.training and not self.active:
             out = torch.addcmul(shift, x, factor)
@@ -191,19 +180,17 @@ class FakeQuantNorm(nn.Module):
         weight = weight_levels(factor.unsqueeze(1), rows, 8).flatten()
         bias = nearest(shift, scale, -BIAS_LIMIT, BIAS_LIMIT)
         out = (self.input_range.levels(x, step) * weight + bias) * scale
-        to = self.output_range.scale(out)
-        return self.output_range.levels(out, to) * to
+        return self.output_range.snap(out)
 
     def finished(self) -> Int8Norm:
         """The norm of integers."""
-        factor, shift = (part.detach() for part in self._affine())
+        factor, shift = (part.detach() for part in self.affine())
         rows = row_scales(factor.unsqueeze(1), 8, True)
         new = Int8Norm(len(factor))
         new.fill(factor.unsqueeze(1), rows)
         new.input_scale = scale_of(self.input_range.ema, 8)
         new.output_scale = scale_of(self.output_range.ema, 8)
-        bias = torch.round(shift / (new.input_scale * rows))
-        new.bias = bias.clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
+        new.bias = bias_levels(shift, new.input_scale * rows)
         return new
 
 

@@ -7,12 +7,12 @@ are all that a killed search needs to go on: Ray's own state is not read again.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from raybert.config import UserError
+from raybert.folders import write_whole
 
 State = Literal["running", "finished", "stopped", "failed", "skipped"]
 
@@ -73,11 +73,8 @@ class Ledger:
     def write(self, trial: Trial) -> None:
         """Note a trial as it is now; its file is replaced whole."""
         self._trials[trial.name] = trial
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{trial.name}.json"
-        partial = file.with_name(f".partial-{file.name}")
-        partial.write_text(json.dumps(asdict(trial), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        text = json.dumps(asdict(trial), indent=1) + "\n"
+        write_whole(self.folder / f"{trial.name}.json", text)
 
     def reopen_failed(self) -> int:
         """Let failed trials run again, from their last checkpoints; how many there are."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
+
+from raybert.folders import write_whole
 
 logger = logging.getLogger("raybert")
 
@@ -37,10 +38,7 @@ class MetricsLog:
         if self.path.is_file():
             with self.path.open(encoding="utf-8") as file:
                 kept = _whole(file.readlines()[:lines])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".partial-{FILE}")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
         from torch.utils.tensorboard import SummaryWriter
 

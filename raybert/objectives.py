@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from raybert.config import UserError
 from raybert.explain import nearest
-from raybert.results import RunReport
+from raybert.results import RunReport, latency_ms
 
 KNOWN = {
     "score": "max:student.score",
@@ -48,18 +48,11 @@ class Objective:
     def of(self, report: RunReport) -> float | None:
         """The number in a report; None where it was not measured."""
         if self.path == (LATENCY,):
-            return latency(report)
+            return latency_ms(report)
         value: Any = report.model_dump()
         for part in self.path:
             value = None if value is None else value.get(part)
         return None if value is None else float(value)
-
-
-def latency(report: RunReport) -> float | None:
-    """Median milliseconds of the student at the smallest batch timed, in the fastest backend."""
-    rows = [row for row in report.latency if row.model == "student"]
-    least = min((row.batch for row in rows), default=0)
-    return min((row.p50_ms for row in rows if row.batch == least), default=None)
 
 
 def parse_objectives(words: str | Sequence[str], metrics: Sequence[str]) -> tuple[Objective, ...]:

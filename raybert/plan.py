@@ -190,26 +190,8 @@ def make_plan(recipe: Recipe) -> Plan:
     recipe = recipe.model_copy(update={"method": bound})
     if recipe.export:
         need_packages()
-    if not recipe.method and recipe.kd.active and not recipe.teacher:
-        raise UserError("kd needs a teacher; name one with teacher=, or give a method.")
-    source = recipe.model if recipe.model and not recipe.method else recipe.teacher or recipe.model
-    if recipe.method and recipe.model and recipe.teacher:
-        source = recipe.model  # a student of its own, taught by the teacher
-    assert source is not None
-    config = read_config(source)
-    check_weights(source)
-    _check_trainable(config, source, recipe)
-    _check_length(recipe.data, config, source)
-    tokenizer = load_tokenizer(source)
-    _check_vocabulary(tokenizer, config, source)
-    if recipe.teacher:
-        _check_teacher(recipe, tokenizer)
-    data = prepare(recipe.task, recipe.data, tokenizer)
-    for split in ("train", "dev"):
-        if split not in data.splits:
-            raise UserError(
-                f"task {recipe.task} has no {split} rows; name a file: data.{split}=FILE."
-            )
+    source, config, tokenizer = _start(recipe)
+    data = _rows(recipe, tokenizer)
     if data.task.kind in ("classification", "multilabel", "regression"):
         config.num_labels = data.task.num_labels
     teacher = config
@@ -221,16 +203,7 @@ def make_plan(recipe: Recipe) -> Plan:
         depth = _finished_config(chain, config).num_hidden_layers
         check_layer_map(recipe.kd.layer_map, depth, teacher.num_hidden_layers)
     recipe = recipe.model_copy(update={"method": tuple(chain)})
-    rows = len(data.splits["train"])
-    phases = [
-        (entry.phase.name, phase_steps(recipe, entry.phase, rows))
-        for entry in phases_of(recipe, config)
-    ]
-    untrained = [method.name for method in chain if method.epochs == 0]
-    if not sum(steps for _, steps in phases) and not untrained:
-        raise UserError(
-            "train.epochs 0 leaves no step to train; give train.epochs or train.max_steps."
-        )
+    phases = _steps(recipe, config, len(data.splits["train"]))
     saved = _takes_saved(recipe, data, phases)
     length = min(recipe.measure.length, longest_input(_finished_config(chain, config)))
     before = _predict(config, data, [], length)
@@ -245,6 +218,49 @@ def make_plan(recipe: Recipe) -> Plan:
     needs_teacher = bool(recipe.method) and recipe.teacher is None
     first = make_plan(teacher_recipe(recipe)) if needs_teacher else None
     return Plan(recipe, data, source, first, phases, before, after, memory, notes, saved)
+
+
+def _start(recipe: Recipe) -> tuple[str, Any, Any]:
+    """What the student starts from, and its config and tokenizer, all checked; the teacher too."""
+    if not recipe.method and recipe.kd.active and not recipe.teacher:
+        raise UserError("kd needs a teacher; name one with teacher=, or give a method.")
+    # With both, the model is a student of its own, taught by the teacher.
+    source = recipe.model or recipe.teacher
+    assert source is not None
+    config = read_config(source)
+    check_weights(source)
+    _check_trainable(config, source, recipe)
+    _check_length(recipe.data, config, source)
+    tokenizer = load_tokenizer(source)
+    _check_vocabulary(tokenizer, config, source)
+    if recipe.teacher:
+        _check_teacher(recipe, tokenizer)
+    return source, config, tokenizer
+
+
+def _rows(recipe: Recipe, tokenizer: Any) -> TaskData:
+    """The prepared data, which has all splits that a run needs."""
+    data = prepare(recipe.task, recipe.data, tokenizer)
+    for split in ("train", "dev"):
+        if split not in data.splits:
+            raise UserError(
+                f"task {recipe.task} has no {split} rows; name a file: data.{split}=FILE."
+            )
+    return data
+
+
+def _steps(recipe: Recipe, config: Any, rows: int) -> list[tuple[str, int]]:
+    """Each phase's name and optimiser steps; there is one at least, or nothing to train."""
+    phases = [
+        (entry.phase.name, phase_steps(recipe, entry.phase, rows))
+        for entry in phases_of(recipe, config)
+    ]
+    untrained = any(method.epochs == 0 for method in recipe.method)
+    if not untrained and not sum(steps for _, steps in phases):
+        raise UserError(
+            "train.epochs 0 leaves no step to train; give train.epochs or train.max_steps."
+        )
+    return phases
 
 
 def _takes_saved(recipe: Recipe, data: TaskData, phases: list[tuple[str, int]]) -> bool:
@@ -300,6 +316,11 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
             "out": str(recipe.folder / "teacher"),
         }
     )
+
+
+def shared_teacher(recipe: Recipe) -> Recipe:
+    """The recipe of the teacher that all runs of a comparison or search share, paths resolved."""
+    return resolve_paths(teacher_recipe(recipe).model_copy(update={"name": "teacher"}))
 
 
 def own_cores() -> int:

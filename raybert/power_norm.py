@@ -74,14 +74,33 @@ class _Divide(torch.autograd.Function):
         return (grad - size * norm.nu * known) / psi, None, None, None
 
 
-class PowerNorm(nn.Module):
+class AffineNorm(nn.Module):
+    """A norm that in evaluation is an affine map of each channel, by a running second moment.
+
+    Buffer: ``running_phi`` [H], that moment.
+    """
+
+    running_phi: Tensor
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter, eps: float, running_phi: Tensor
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = weight, bias, eps
+        self.register_buffer("running_phi", running_phi)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """The scale and shift [H] that this is in evaluation."""
+        return self.weight * torch.rsqrt(self.running_phi + self.eps), self.bias
+
+
+class PowerNorm(AffineNorm):
     """Normalises the channels of [B, T, H]; takes a LayerNorm's place and adopts its parameters.
 
     Buffers: ``running_phi`` [H], the running second moment psi^2; ``nu`` [H], the running statistic
     of the gradients; ``updates``, how often both were moved.
     """
 
-    running_phi: Tensor
     nu: Tensor
     updates: Tensor
     seen_moment: Tensor
@@ -90,10 +109,8 @@ class PowerNorm(nn.Module):
     seen_zz: Tensor
 
     def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         zeros = torch.zeros_like(norm.weight, dtype=torch.float32).detach()
-        self.register_buffer("running_phi", torch.ones_like(zeros))
+        super().__init__(norm.weight, norm.bias, norm.eps, torch.ones_like(zeros))
         self.register_buffer("nu", zeros)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long, device=zeros.device))
         self.real: RealTokens | None = None
@@ -137,10 +154,6 @@ class PowerNorm(nn.Module):
             self.get_buffer(name).zero_()
 
     # -- computing -----------------------------------------------------------------------------
-
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """The scale and shift [H] that this is in evaluation."""
-        return self.weight * torch.rsqrt(self.running_phi + self.eps), self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""

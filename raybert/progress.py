@@ -31,6 +31,16 @@ def bar(total: int, label: str, unit: str = "step") -> Any:
     return tqdm(total=total, desc=label, unit=unit, mininterval=0.5)
 
 
+class NoBar:
+    """A bar where nobody looks."""
+
+    def update(self, n: int) -> None: ...
+
+    def set_postfix_str(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Lines:
     """A bar as whole lines on stderr: the first at once, the last when it is closed."""
 

@@ -8,17 +8,15 @@ nothing from anywhere: styles and plots are inside it, and it needs no script.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from raybert import __version__, tables
 from raybert.card import model_card
+from raybert.folders import write_whole
 from raybert.groups import Group, group_runs, on_front
+from raybert.pages import render
 from raybert.results import (
     RETAINED,
     Run,
@@ -58,10 +56,10 @@ def write_run_report(folder: Path, report: RunReport | Mapping[str, Any]) -> Run
         report = validated(report, f"the report for {folder}")
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     run = Run(report, recipe, tuple(read_metrics(folder / "metrics.jsonl")))
-    _replace(folder / "report.md", _markdown([run], report.name))
-    _replace(folder / "report.html", _html([run], report.name))
+    write_whole(folder / "report.md", _markdown([run], report.name))
+    write_whole(folder / "report.html", _html([run], report.name))
     # Last: a run counts as finished once it is there.
-    _replace(folder / "report.json", report.model_dump_json(indent=2) + "\n")
+    write_whole(folder / "report.json", report.model_dump_json(indent=2) + "\n")
     return report
 
 
@@ -78,11 +76,10 @@ def write_report(runs: Sequence[Run], out: Path) -> tuple[Path, Path]:
     """
     out = Path(out)
     stem = out.with_suffix("") if out.suffix in (".md", ".html") else out / "report"
-    stem.parent.mkdir(parents=True, exist_ok=True)
     files = stem.parent / f"{stem.name}.md", stem.parent / f"{stem.name}.html"
     title = runs[0].report.name if len(runs) == 1 else "Compression report"
-    _replace(files[0], _markdown(runs, title))
-    _replace(files[1], _html(runs, title))
+    write_whole(files[0], _markdown(runs, title))
+    write_whole(files[1], _html(runs, title))
     return files
 
 
@@ -151,31 +148,10 @@ def _machines(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[str]]]:
     return found
 
 
-def plain(value: Any) -> str:
-    """A parameter's or machine's value in words."""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(plain(v) for v in value) or "none"
-    return "none" if value is None else str(value)
-
-
 def _html(runs: Sequence[Run], title: str) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        plain=plain,
-        duration=tables.duration,
-        count=tables.count,
-        score=tables.score,
-        megabytes=tables.megabytes,
-    )
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         title=title,
-        version=__version__,
         created=max(run.report.created for run in runs),
         runs=runs,
         tasks=task_views(runs, charts=True),
@@ -205,7 +181,7 @@ def _markdown(runs: Sequence[Run], title: str) -> str:
         parts += ["## Notes", "\n".join(notes)]
     parts += ["## How retained is defined", RETAINED, "## Hardware"]
     for machine, names in _machines(runs):
-        shown = [f"- {safe(key)}: {safe(plain(value))}" for key, value in machine.items()]
+        shown = [f"- {safe(key)}: {safe(tables.plain(value))}" for key, value in machine.items()]
         parts.append(f"{safe(', '.join(names))}:\n\n" + "\n".join(shown))
     for run in runs:
         for phase, tables_ in run.report.facts.items():
@@ -219,23 +195,3 @@ def _markdown(runs: Sequence[Run], title: str) -> str:
         parts.append("\n".join(f"    {line}" for line in run.recipe.splitlines()))
     parts.append(f"Written by raybert {__version__}; MB are 10^6 bytes, a multiply-add is 2 FLOPs.")
     return "\n\n".join(parts) + "\n"
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write beside the file and rename: a reader finds the old text or the new, never half."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        # mkstemp's files are private; a report is as readable as what is written next to it.
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -156,6 +156,21 @@ def retained(student: float, teacher: float, floor: float) -> float | None:
     return (student - floor) / (teacher - floor) if teacher > floor else None
 
 
+def latency_ms(report: RunReport, model: str = "student") -> float | None:
+    """Median milliseconds at the smallest batch that was timed, in the fastest backend.
+
+    Args:
+        report: the run's.
+        model: ``student`` or ``teacher``.
+
+    Returns:
+        Nothing where none was timed.
+    """
+    rows = [row for row in report.latency if row.model == model]
+    least = min((row.batch for row in rows), default=0)
+    return min((row.p50_ms for row in rows if row.batch == least), default=None)
+
+
 def build(
     *,
     name: str,
@@ -194,6 +209,36 @@ def build(
     Raises:
         UserError: the main metric is missing, or a value has not the type that ``RunReport`` says.
     """
+    data = {
+        "raybert": __version__,
+        "name": name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "task": task,
+        "kind": kind,
+        "metric": metric,
+        "model": model,
+        "methods": [dict(method) for method in methods],
+        "seed": seed,
+        "workers": workers,
+        **_scored(metric, student, teacher, floors),
+        "latency": [dict(row) for row in latency],
+        "speedup": [dict(row) for row in speedup],
+        "simulated": simulated,
+        "notes": list(notes),
+        "facts": dict(facts or {}),
+        "training": dict(training),
+        "hardware": dict(hardware),
+    }
+    return validated(data, f"the report of {name}")
+
+
+def _scored(
+    metric: str,
+    student: Mapping[str, Any],
+    teacher: Mapping[str, Any] | None,
+    floors: Mapping[str, float],
+) -> dict[str, Any]:
+    """The models with their scores, and how these compare; see `build`."""
     for owner, metrics in (
         ("the student", student["metrics"]),
         ("the teacher", teacher["metrics"] if teacher else {metric: 0.0}),
@@ -206,32 +251,14 @@ def build(
     score = float(student["metrics"][metric])
     goal = float(teacher["metrics"][metric]) if teacher else None
     floor = float(floors[metric])
-    data = {
-        "raybert": __version__,
-        "name": name,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        "task": task,
-        "kind": kind,
-        "metric": metric,
-        "model": model,
-        "methods": [dict(method) for method in methods],
-        "seed": seed,
-        "workers": workers,
-        "teacher": {**teacher, "score": goal} if teacher else None,
+    return {
         "student": {**student, "score": score},
+        "teacher": {**teacher, "score": goal} if teacher else None,
         "floor": floor,
         "floors": dict(floors),
         "retained": None if goal is None else retained(score, goal, floor),
         "ratio": score / goal if goal else None,
-        "latency": [dict(row) for row in latency],
-        "speedup": [dict(row) for row in speedup],
-        "simulated": simulated,
-        "notes": list(notes),
-        "facts": dict(facts or {}),
-        "training": dict(training),
-        "hardware": dict(hardware),
     }
-    return validated(data, f"the report of {name}")
 
 
 def with_export(report: RunReport, found: Mapping[str, Any]) -> RunReport:

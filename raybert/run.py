@@ -1,36 +1,31 @@
-"""Drive a recipe on Ray: check, fine-tune the teacher, train, measure, write the artifact.
+"""Drive a recipe: check, fine-tune the teacher, train, measure, write the artifact.
 
-Several workers, or a cluster named by RAY_ADDRESS, get a Ray Train worker
-group; one worker without a cluster runs the same loop inside this process, with nothing to start.
+Several workers, or a cluster named by RAY_ADDRESS, get a Ray Train worker group, which
+`raybert.cluster` starts; one worker without a cluster runs the same loop inside this process, with
+nothing to start.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import shutil
-import signal
-import socket
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raybert.cluster import predict_on_ray, ray_for, run_group, takes_gpu
 from raybert.config import Recipe, UserError
+from raybert.folders import write_whole
 from raybert.plan import (
     Plan,
     check_command,
     check_folder,
     make_plan,
-    own_cores,
     plan_predictions,
     resolve_paths,
 )
 from raybert.predictions import META, check_named, fault
-from raybert.progress import Lines, bar, on_terminal
+from raybert.progress import bar
 from raybert.recipe_file import dump_recipe
 from raybert.teacher import Request, check_out, check_room, find_shards, request_for, seal
 
@@ -191,7 +186,7 @@ def _predict(request: Request, recipe: Recipe, tell: Callable[[str], None]) -> N
     check_room(request, len(missing))
     there = f"; {len(files)} of {request.shards} shards are there" if files else ""
     tell(f"predicting {request.rows} {request.split} rows with {request.teacher}{there}")
-    make = _predict_here if _is_local(recipe) else _predict_on_ray
+    make = _predict_here if _is_local(recipe) else predict_on_ray
     seal(request, files | (make(request, recipe, missing) if missing else {}))
 
 
@@ -206,15 +201,12 @@ def _export(recipe: Recipe, tell: Callable[[str], None]) -> None:
 
 def _write_recipe(recipe: Recipe) -> None:
     try:
-        recipe.folder.mkdir(parents=True, exist_ok=True)
-        partial = recipe.folder / ".partial-recipe.yaml"
-        partial.write_text(dump_recipe(recipe), encoding="utf-8")
-        os.replace(partial, recipe.folder / "recipe.yaml")
+        write_whole(recipe.folder / "recipe.yaml", dump_recipe(recipe))
     except OSError as error:
         raise UserError(f"cannot write to {recipe.folder}: {error}. Choose another out=.") from None
 
 
-# -- Ray -------------------------------------------------------------------------------------------
+# -- where it runs ---------------------------------------------------------------------------------
 
 
 def _fit(plan: Plan, teacher: str | None, predictions: Path | None, fit: Fit | None = None) -> None:
@@ -238,7 +230,7 @@ def _is_local(recipe: Recipe) -> bool:
 def _device_here(recipe: Recipe) -> Any:
     import torch
 
-    return torch.device("cuda:0" if _takes_gpu(recipe, torch.cuda.device_count()) else "cpu")
+    return torch.device("cuda:0" if takes_gpu(recipe, torch.cuda.device_count()) else "cpu")
 
 
 def _run_here(plan: Plan, job: Job) -> dict[str, Any]:
@@ -258,73 +250,8 @@ def run_here(job: Job, hooks: Hooks) -> dict[str, Any]:
 
 
 def _run_on_ray(plan: Plan, job: Job) -> dict[str, Any]:
-    with _cluster(job.recipe) as (cpus, gpu):
+    with ray_for(job.recipe) as (cpus, gpu):
         return run_group(job, cpus, gpu)
-
-
-def run_group(
-    job: Job, cpus: int, gpu: bool, callbacks: Sequence[Any] = (), checkpoints: bool = False
-) -> dict[str, Any]:
-    """The loop on a Ray Train worker group, restarted when a worker dies; Ray is up already.
-
-    Args:
-        job: what to do.
-        cpus: of each worker.
-        gpu: whether each has one.
-        callbacks: Ray Train's, who hear what the loop reports.
-        checkpoints: whether they also hear of each checkpoint, as a report with the key
-            ``checkpoint``.
-
-    Returns:
-        What `raybert.train.run` does.
-    """
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    recipe = job.recipe
-    config = {"job": job, "threads": cpus, "checkpoints": checkpoints, "terminal": on_terminal()}
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=recipe.workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
-        ),
-        run_config=_run_config(recipe, callbacks),
-    )
-    try:
-        result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise UserError(
-            f"training failed {recipe.resources.max_failures + 1} times: {last_line(error)}. "
-            "What was saved is kept; when the cause is mended, the same command continues."
-        ) from error
-    finally:
-        shutil.rmtree(recipe.folder / "ray", ignore_errors=True)
-    return result.return_value or {}
-
-
-def last_line(error: BaseException) -> str:
-    """The line of a worker's failure that says what went wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].rstrip(".") if lines else type(error).__name__
-
-
-def _run_config(recipe: Recipe, callbacks: Sequence[Any]) -> Any:
-    from ray.train import FailureConfig, RunConfig
-
-    # A name of its own each time: the run's state is in its checkpoints, and Ray would take a
-    # finished name as nothing left to do.
-    return RunConfig(
-        name=f"fit-{time.time_ns()}",
-        storage_path=str(recipe.folder / "ray"),
-        failure_config=FailureConfig(
-            max_failures=recipe.resources.max_failures, controller_failure_limit=3
-        ),
-        callbacks=list(callbacks),
-    )
 
 
 def _predict_here(request: Request, recipe: Recipe, shards: list[int]) -> dict[int, str]:
@@ -338,223 +265,13 @@ def _predict_here(request: Request, recipe: Recipe, shards: list[int]) -> dict[i
     torch.set_num_threads(recipe.resources.cpus or before)
     try:
         predictor = Predictor(request, _device_here(recipe))
-        with _shard_bar(request, shards) as told:
+        with bar(request.rows_of(shards), "teacher", "row") as told:
             for shard in shards:
                 files[shard] = predictor.write(shard)
                 told.update(len(request.positions(shard)))
     finally:
         torch.set_num_threads(before)
     return files
-
-
-def _predict_on_ray(request: Request, recipe: Recipe, shards: list[int]) -> dict[int, str]:
-    """Shards made by Ray actors; one that dies is replaced and its shard made again."""
-    import ray
-    from ray.exceptions import RayError
-    from ray.util import ActorPool
-
-    tries, files = recipe.resources.max_failures, {}
-    with _cluster(recipe) as (cpus, gpu), _shard_bar(request, shards) as told:
-        actor: Any = ray.remote(
-            num_cpus=cpus, num_gpus=int(gpu), max_restarts=tries, max_task_retries=tries
-        )(_Maker)
-        count = min(recipe.workers, len(shards))
-        pool = ActorPool([actor.remote(request, gpu, cpus) for _ in range(count)])
-        try:
-            for shard, file, error in pool.map_unordered(lambda a, s: a.write.remote(s), shards):
-                if error:
-                    raise UserError(error)
-                files[shard] = file
-                told.update(len(request.positions(shard)))
-        except RayError as error:
-            raise UserError(
-                f"predicting failed {tries + 1} times: {last_line(error)}. The shards that were "
-                "made are kept; when the cause is mended, the same command continues."
-            ) from error
-    return files
-
-
-def _shard_bar(request: Request, shards: list[int]) -> Any:
-    return bar(sum(len(request.positions(shard)) for shard in shards), "teacher", "row")
-
-
-class _Maker:
-    """A Ray actor that holds the teacher and writes one shard after the other."""
-
-    def __init__(self, request: Request, gpu: bool, threads: int) -> None:
-        import torch
-
-        _quiet_worker()
-        torch.set_num_threads(threads)
-        self.request, self.device = request, torch.device("cuda:0" if gpu else "cpu")
-        self.predictor: Any = None
-
-    def write(self, shard: int) -> tuple[int, str, str]:
-        """The shard, its file's name, and what the user has to mend, if anything."""
-        from raybert.teacher import Predictor
-
-        try:
-            if self.predictor is None:
-                self.predictor = Predictor(self.request, self.device)
-            return shard, self.predictor.write(shard), ""
-        except UserError as error:  # raised, it would look like a crash
-            return shard, "", str(error)
-
-
-@contextlib.contextmanager
-def _cluster(recipe: Recipe) -> Iterator[tuple[int, bool]]:
-    """Ray, for a recipe: CPUs a worker, and whether each has a GPU."""
-    with ray_up():
-        yield _workers_of(recipe)
-
-
-@contextlib.contextmanager
-def ray_up(dashboard: bool = True) -> Iterator[None]:
-    """Ray, RAY_ADDRESS's cluster or this machine as one. What was started here is stopped at the
-    end.
-
-    Args:
-        dashboard: whether a Ray started here has one, on loopback: Ray Train asks its State API
-            which workers are left to clean. It takes seconds to start.
-    """
-    import ray
-
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    started = not ray.is_initialized()
-    if started:
-        options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-        if "RAY_ADDRESS" not in os.environ:
-            options |= {"num_cpus": own_cores(), "include_dashboard": dashboard}
-            options |= {"dashboard_host": "127.0.0.1"}
-        _connect(options)
-    try:
-        yield
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _connect(options: dict[str, Any]) -> None:
-    """Start Ray, or connect to the cluster that RAY_ADDRESS names.
-
-    Raises:
-        UserError: there is none, or it does not let this process in.
-    """
-    import ray
-    from ray.exceptions import RayError
-
-    address, ended = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        if address is None:
-            raise
-        raise UserError(
-            f"no Ray cluster can be used at RAY_ADDRESS={address}: {last_line(error)}. Start one, "
-            "or mend the address; one that asks for a token wants RAY_AUTH_MODE=token and its "
-            "token in RAY_AUTH_TOKEN or ~/.ray/auth_token. Without RAY_ADDRESS the run stays on "
-            "this machine."
-        ) from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, ended)  # Ray's own would end the process without a word
-
-
-def _workers_of(recipe: Recipe) -> tuple[int, bool]:
-    """CPUs a worker of the cluster, and whether each has a GPU.
-
-    Raises:
-        UserError: the cluster has not enough of them, and does not start more in time.
-    """
-    import ray
-
-    there, wait = ray.cluster_resources(), recipe.resources.wait
-    total, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
-    cpus = recipe.resources.cpus or max(1, total // recipe.workers)
-    if wait:
-        # What is not there yet cannot be counted: a GPU has to be asked for.
-        gpu = recipe.resources.gpu if recipe.resources.gpu is not None else gpus >= recipe.workers
-        _wait_for_machines(recipe, {"CPU": cpus, **({"GPU": 1} if gpu else {})})
-        return cpus, gpu
-    if cpus * recipe.workers > total or (recipe.resources.gpu and gpus < recipe.workers):
-        what = f"{cpus} CPUs{' and a GPU' if recipe.resources.gpu else ''}"
-        raise UserError(
-            f"{recipe.workers} workers of {what} do not fit the cluster, which has {total} CPUs "
-            f"and {gpus} GPUs. Use fewer workers or resources.cpus; if it starts machines on "
-            "demand, give it minutes to do so: resources.wait=15."
-        )
-    return cpus, _takes_gpu(recipe, gpus)
-
-
-def _wait_for_machines(recipe: Recipe, each: dict[str, int]) -> None:
-    """Ask for room for every worker, and wait until the cluster has it."""
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    minutes = recipe.resources.wait
-    # Ray Train's own patience, for when a machine that was taken away has to be replaced.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(max(60, 60 * minutes)))
-    group = placement_group([dict(each) for _ in range(recipe.workers)])
-    try:
-        if not group.wait(60 * minutes):
-            asked = " and ".join(f"{count} {what}" for what, count in each.items())
-            raise UserError(
-                f"the cluster did not have {recipe.workers} workers of {asked} within {minutes:g} "
-                "minutes. Look at `ray status`; use fewer workers, or a larger resources.wait."
-            )
-    finally:
-        remove_placement_group(group)
-
-
-def _takes_gpu(recipe: Recipe, gpus: int) -> bool:
-    """Whether each worker gets a GPU: as the recipe says, else when there are enough."""
-    if recipe.resources.gpu and gpus < recipe.workers:
-        raise UserError(
-            f"{recipe.workers} workers want a GPU each; there are {gpus}. Use fewer workers, or "
-            "resources.gpu=false."
-        )
-    return gpus >= recipe.workers if recipe.resources.gpu is None else recipe.resources.gpu
-
-
-def _quiet_worker() -> None:
-    """In a process of Ray's, what is printed goes to the driver, between its progress bars."""
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    logging.disable(logging.INFO)
-    warnings.simplefilter("ignore", FutureWarning)
-    disable_progress_bar()
-    set_verbosity_error()
-
-
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What each worker of a group runs, in its own process."""
-    from ray.train import get_context
-    from ray.train.torch import get_device
-
-    from raybert.checkpoint import World
-    from raybert.engine import init_distributed
-    from raybert.train import run
-
-    _quiet_worker()
-    context, device = get_context(), get_device()
-    rank, size = context.get_world_rank(), context.get_world_size()
-    init_distributed(device)
-    world = World(rank, size, device)
-    try:
-        world.agreed(lambda: _check_shared(config["job"].recipe))
-    except UserError as error:
-        return {"error": str(error)}
-    hooks = _RayHooks(rank, config["terminal"], config["checkpoints"])
-    return run(config["job"], world, hooks, config["threads"])
-
-
-def _check_shared(recipe: Recipe) -> None:
-    """Refuse to train where the run folder is not the one that the driver has written to."""
-    if not (recipe.folder / "recipe.yaml").is_file():
-        raise UserError(
-            f"{recipe.folder} cannot be seen from {socket.gethostname()}, where a worker runs: "
-            "`out` must be on storage that all machines share, and data.cache too."
-        )
 
 
 class _LocalHooks:
@@ -571,57 +288,3 @@ class _LocalHooks:
 
     def note(self, text: str) -> None:
         logger.warning(text)
-
-
-class _RayHooks:
-    """Reports to Ray Train; the first worker's progress is drawn by the driver, on its terminal if
-    it has one."""
-
-    def __init__(self, rank: int, terminal: bool, checkpoints: bool) -> None:
-        self.rank, self.terminal, self.checkpoints = rank, terminal, checkpoints
-
-    def report(self, metrics: dict[str, Any]) -> None:
-        import ray.train
-
-        ray.train.report(metrics)
-
-    def saved(self, checkpoint: Path) -> None:
-        if self.checkpoints:
-            self.report({"checkpoint": str(checkpoint)})
-
-    def progress(self, total: int, label: str) -> Any:
-        if self.rank:
-            return _NoBar()
-        if not self.terminal:
-            return Lines(total, label)
-        from ray.experimental import tqdm_ray
-
-        return _RayBar(tqdm_ray.tqdm(total=total, desc=label), label)
-
-    def note(self, text: str) -> None:
-        logger.warning(text)
-
-
-class _NoBar:
-    def update(self, n: int) -> None: ...
-
-    def set_postfix_str(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _RayBar:
-    """A bar that Ray draws in the driver; its description carries what tqdm shows at the end."""
-
-    def __init__(self, bar: Any, label: str) -> None:
-        self.bar, self.label = bar, label
-
-    def update(self, n: int) -> None:
-        if n:
-            self.bar.update(n)
-
-    def set_postfix_str(self, text: str) -> None:
-        self.bar.set_description(f"{self.label} {text}")
-
-    def close(self) -> None:
-        self.bar.close()

@@ -22,14 +22,16 @@ import yaml
 
 from raybert import side_by_side
 from raybert.artifact import evaluate_model
+from raybert.cluster import ray_up
 from raybert.config import Recipe, UserError
 from raybert.data import steps_per_epoch
 from raybert.draws import Plain, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
+from raybert.folders import write_whole
 from raybert.ledger import DONE, Ledger, Trial
 from raybert.objectives import LATENCY, in_trials
 from raybert.predictions import takes_saved
-from raybert.run import finetune, predict_teacher, ray_up
+from raybert.run import finetune, predict_teacher
 from raybert.search_page import write_page
 from raybert.search_plan import (
     SEARCH,
@@ -37,11 +39,10 @@ from raybert.search_plan import (
     Search,
     Settings,
     check_place,
-    identity,
     make_search,
     plan_of,
 )
-from raybert.search_results import Answer, answer_of, write_tables, write_whole
+from raybert.search_results import Answer, answer_of, write_tables
 from raybert.shares import Shares, share_out
 from raybert.space import Space, apply
 from raybert.trial import Work
@@ -87,8 +88,8 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
     tell(f"{'continuing' if check_place(search) else 'searching'} {search.folder}")
     search.folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(search.settings)))  # without tuples
-    held = {**identity(search), "settings": settings}
-    write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False).encode())
+    held = {**search.identity, "settings": settings}
+    write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False))
     if search.teacher is not None:
         tell("fine-tuning the teacher")
         finetune(search.teacher, tell=tell)
@@ -139,7 +140,7 @@ def _teacher_metrics(search: Search) -> dict[str, float]:
     file = search.folder / TEACHER
     if not file.is_file():
         found = evaluate_model(search.recipe.teacher or "", search.plans[0].recipe)
-        write_whole(file, json.dumps(found["metrics"]).encode())
+        write_whole(file, json.dumps(found["metrics"]))
     return json.loads(file.read_text(encoding="utf-8"))
 
 

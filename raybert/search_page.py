@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from raybert import __version__, tables
 from raybert.bench import hardware
+from raybert.folders import write_whole
+from raybert.pages import render
 from raybert.recipe_file import dump_recipe
-from raybert.search_plots import (
-    curves_plot,
-    front_plots,
-    importance_plot,
-    parallel_plot,
-    shown,
-)
-from raybert.search_results import Answer, importance, table, write_whole
+from raybert.search_plots import curves_plot, front_plots, importance_plot, parallel_plot
+from raybert.search_results import Answer, importance, table
 
 IMPORTANCE = (
     "How much of the scores' variance each parameter explains by itself: for numbers the square of "
@@ -36,27 +28,17 @@ LATENCY = (
 
 def write_page(answer: Answer) -> None:
     """Write ``report.html`` into the search folder."""
-    write_whole(answer.folder / "report.html", page(answer).encode())
+    write_whole(answer.folder / "report.html", page(answer))
 
 
 def page(answer: Answer) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        score=tables.score, megabytes=tables.megabytes, duration=tables.duration, shown=shown
-    )
     rows = table(answer)
     ended = [entry.trial for entry in answer.finished]
     states = [trial.state for trial in answer.trials]
-    return environment.get_template("search.html").render(
+    return render(
+        "search.html",
         answer=answer,
-        version=__version__,
         title=answer.folder.name,
         report=answer.winner.reports[0],
         counted={state: states.count(state) for state in dict.fromkeys(states)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from raybert.config import Recipe, UserError
 from raybert.draws import ALGORITHMS, Plain, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
 from raybert.objectives import Objective, in_trials, parse_objectives
-from raybert.plan import Plan, make_plan, resolve_paths, teacher_recipe
+from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
 from raybert.recipe_file import dump_recipe
-from raybert.space import Space, apply, chain_of, make_space, read_space
+from raybert.space import Space, apply, chain_of, make_space, read_space, sample_text
 from raybert.steering import SCHEDULERS, check_schedules
 from raybert.teacher import teacher_digest
 from raybert.tuning import LOGGERS
+from raybert.yaml_file import read_yaml
 
 SEARCH = "search.yaml"
 """What a search folder says of itself."""
@@ -139,6 +141,22 @@ class Search:
         """Those of the samples that can be run."""
         return [sample.plan for sample in self.samples if sample.plan is not None]
 
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What makes a search this one: the space, the teacher, what trials share, and the method
+        of searching; how long it goes on may change. Reads the teacher's weights, once."""
+        recipe = yaml.safe_load(dump_recipe(self.recipe))
+        for key in FREE:
+            recipe.pop(key)
+        if self.teacher is None:
+            teacher = teacher_digest(self.recipe.teacher or "")
+        else:
+            made = yaml.safe_load(dump_recipe(self.teacher))
+            teacher = {key: made[key] for key in ("model", "task", "data", "train")}
+        how = {"algorithm": self.settings.algorithm, "scheduler": self.settings.scheduler}
+        how["objectives"] = ",".join(o.name for o in self.objectives)
+        return {"space": self.space.text, "teacher": teacher, "recipe": recipe, "how": how}
+
 
 def make_search(
     recipe: Recipe,
@@ -179,7 +197,7 @@ def make_search(
     make_source(settings.algorithm or "", space, recipe, in_trials(objectives), recipe.train.seed)
     teacher = None
     if recipe.teacher is None:
-        teacher = resolve_paths(teacher_recipe(recipe).model_copy(update={"name": "teacher"}))
+        teacher = shared_teacher(recipe)
         place = str(teacher.folder / "model")
         recipe = recipe.model_copy(update={"model": None, "teacher": place})
     return Search(recipe, space, settings, objectives, loss, teacher, looked)
@@ -228,8 +246,8 @@ def check_place(search: Search) -> bool:
             f"{folder} is not a search folder{f' (it holds {strange[0]})' if strange else ''}; "
             "nothing in it is touched. Choose another out=."
         )
-    there = yaml.safe_load(file.read_text(encoding="utf-8"))
-    here = identity(search)
+    there = read_yaml(file, "search")
+    here = search.identity
     for key, what in (
         ("space", "space"),
         ("teacher", "teacher"),
@@ -253,23 +271,6 @@ def _short(own: Any, other: Any) -> str:
     return str(own)
 
 
-def identity(search: Search) -> dict[str, Any]:
-    """What makes a search this one: the space, the teacher, what trials share, and the method of
-    searching; how long it goes on may change."""
-    recipe = yaml.safe_load(dump_recipe(search.recipe))
-    for key in FREE:
-        recipe.pop(key)
-    if search.teacher is None:
-        teacher = teacher_digest(search.recipe.teacher or "")
-    else:
-        made = yaml.safe_load(dump_recipe(search.teacher))
-        teacher = {key: made[key] for key in ("model", "task", "data", "train")}
-    settings = search.settings
-    how = {"algorithm": settings.algorithm, "scheduler": settings.scheduler}
-    how["objectives"] = ",".join(o.name for o in search.objectives)
-    return {"space": search.space.text, "teacher": teacher, "recipe": recipe, "how": how}
-
-
 def describe(search: Search) -> str:
     """A search in lines of text, for `--dry-run`."""
     lines = [f"search    {search.space.name}: {len(search.space.axes)} keys -> {search.folder}"]
@@ -283,8 +284,7 @@ def describe(search: Search) -> str:
     again = f"{settings.finalists} finalists with {settings.seeds} seeds"
     lines.append(f"          {again if settings.finalists else 'no finalists'}")
     for number, sample in enumerate(search.samples):
-        values = ", ".join(f"{key}={_text(value)}" for key, value in sample.values.items())
-        lines.append(f"sample {number}  {values}")
+        lines.append(f"sample {number}  {sample_text(sample.values)}")
         if sample.plan is None:
             lines.append(f"          skipped: {sample.reason}")
         else:
@@ -294,7 +294,3 @@ def describe(search: Search) -> str:
                 f"{after['bytes'] / 1e6:.1f} MB, {after['flops'] / 1e9:.2f} GFLOPs; {steps} steps"
             )
     return "\n".join(lines)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -16,9 +16,10 @@ from raybert.finalists import Finished
 from raybert.ledger import Trial
 from raybert.objectives import LATENCY, Objective
 from raybert.plots import COLOURS, TEACHER, pareto, svg_of
-from raybert.results import RunReport
+from raybert.results import RunReport, latency_ms
 from raybert.search_results import Answer
 from raybert.space import listed
+from raybert.tables import shown
 
 GREY = "#9aa1ad"
 FRONT, FINALIST, WINNER, STOPPED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]
@@ -37,13 +38,6 @@ def recipe_text(trial: Trial) -> str:
     """A trial's sample in one line a parameter."""
     lines = [f"{key} = {shown(value)}" for key, value in trial.values.items()]
     return "\n".join([f"trial {trial.name} ({trial.state})", *lines])
-
-
-def shown(value: Any) -> str:
-    """A value as people read it."""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def with_hover(svg: str, key: str, trials: Sequence[Trial], more: Mapping[int, str]) -> str:
@@ -149,9 +143,7 @@ def _look(answer: Answer, entry: Finished) -> tuple[str, str, str, int]:
 def _teachers(cost: Objective, report: RunReport) -> float | None:
     """What the teacher costs."""
     if cost.path == (LATENCY,):
-        rows = [row for row in report.latency if row.model == "teacher"]
-        least = min((row.batch for row in rows), default=0)
-        return min((row.p50_ms for row in rows if row.batch == least), default=None)
+        return latency_ms(report, "teacher")
     if cost.path[0] != "student" or report.teacher is None:
         return None
     return Objective(cost.name, ("teacher", *cost.path[1:]), cost.mode).of(report)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,10 +27,11 @@ from raybert.finalists import (
     read_finished,
     rule,
 )
+from raybert.folders import write_whole
 from raybert.ledger import Ledger, Trial
 from raybert.objectives import Objective, in_trials
 from raybert.recipe_file import dump_recipe
-from raybert.space import Space, apply
+from raybert.space import Space, apply, sample_text
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ def answer_of(
 def write_tables(answer: Answer) -> None:
     """Write ``best.yaml``, ``front/``, ``trials.csv`` and ``trials.parquet``."""
     folder = answer.folder
-    write_whole(folder / "best.yaml", dump_recipe(answer.best).encode())
+    write_whole(folder / "best.yaml", dump_recipe(answer.best))
     shutil.rmtree(folder / "front", ignore_errors=True)
     (folder / "front").mkdir()
     for entry in answer.finished:
         if entry.trial.number in answer.front:
             name = entry.trial.name
             recipe = answer.recipe_of(entry.trial, folder / "front" / name)
-            write_whole(folder / "front" / f"{name}.yaml", dump_recipe(recipe).encode())
+            write_whole(folder / "front" / f"{name}.yaml", dump_recipe(recipe))
     rows = table(answer)
     write_whole(folder / "trials.csv", _csv(rows))
     sink = io.BytesIO()
@@ -168,12 +168,12 @@ def _flat(value: Any) -> Any:
     return value if value is None or isinstance(value, (int, float, str)) else json.dumps(value)
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return out.getvalue().encode()
+    return out.getvalue()
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -188,13 +188,6 @@ def _columns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _kind(value: Any) -> type:
     return float if type(value) is int else type(value)
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write beside the file and rename: a reader finds the old or the new, never half."""
-    partial = file.with_name(f".partial-{file.name}")
-    partial.write_bytes(data)
-    os.replace(partial, file)
 
 
 # -- importance ------------------------------------------------------------------------------------
@@ -241,7 +234,6 @@ def summary(answer: Answer) -> str:
     report = answer.winner.reports[0]
     states = [trial.state for trial in answer.trials]
     counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    values = ", ".join(f"{k}={_text(v)}" for k, v in answer.winner.trial.values.items())
     lines = [f"trials   {counted}; {len(answer.front)} on the front"]
     spread = answer.winner.score
     teacher = f"; the teacher's {report.teacher.score:.4f}" if report.teacher else ""
@@ -251,13 +243,9 @@ def summary(answer: Answer) -> str:
     )
     if not answer.within:
         lines.append("         no finalist stayed within the loss: this is the best score")
-    lines.append(f"         {values}")
+    lines.append(f"         {sample_text(answer.winner.trial.values)}")
     lines.append(
         f"spent    {answer.core_seconds / 3600:.2f} core-hours, "
         f"{answer.seconds / 60:.1f} minutes of trials"
     )
     return "\n".join(lines)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain
 
@@ -23,6 +22,8 @@ from raybert.config import KDConfig, Recipe, TrainConfig, UserError
 from raybert.explain import nearest
 from raybert.methods import METHODS
 from raybert.recipe_file import recipe_from
+from raybert.tables import shown
+from raybert.yaml_file import read_yaml
 
 SHIPPED = "tune_spaces"
 """The package of the spaces that ship, one module a method."""
@@ -189,13 +190,9 @@ def _check_key(space: str, key: str) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path, "space")
     except OSError as error:
         raise UserError(f"no space {path}: {error.strerror or error}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is no space: a mapping of recipe keys to distributions.")
     return {str(key): _axis(path, str(key), value) for key, value in data.items()}
 
 
@@ -245,6 +242,11 @@ def _shipped(name: str) -> Any:
 
 
 # -- samples ---------------------------------------------------------------------------------------
+
+
+def sample_text(values: Mapping[str, Any]) -> str:
+    """A sample in one line, as overrides of a recipe are written: ``train.lr=3e-05, kd.cls=10``."""
+    return ", ".join(f"{key}={shown(value)}" for key, value in values.items())
 
 
 def chain_of(recipe: Recipe, values: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from raybert.groups import Spread
 
@@ -55,6 +57,20 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def plain(value: Any) -> str:
+    """A parameter's or machine's value in words."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain(v) for v in value) or "none"
+    return "none" if value is None else str(value)
+
+
+def shown(value: Any) -> str:
+    """A recipe's value as it is written there, numbers to three figures."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _three(value: float) -> str:

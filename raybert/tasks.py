@@ -4,7 +4,6 @@ is reduced to."""
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from raybert.config import DataConfig, Section, UserError
 from raybert.explain import nearest
+from raybert.folders import write_whole
 
 Kind = Literal["classification", "multilabel", "regression", "qa", "mlm"]
 
@@ -325,10 +325,7 @@ def write_submission(task: Task, predictions: list, path: str | Path) -> Path:
     else:
         lines = [f"{row}\t{_cell(task, value)}" for row, value in enumerate(predictions)]
         text = "\n".join(["index\tprediction", *lines]) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, text)
     return path
 
 

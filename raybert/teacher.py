@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import uuid
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from raybert.compressed import longest_input
 from raybert.config import UserError
 from raybert.data import MODEL_INPUTS, TaskData, load_prepared
 from raybert.first_token import first_token_only
+from raybert.folders import write_whole
 from raybert.models import PROBLEMS, check_head, load_for_task, read_config
 from raybert.predictions import FORMAT, META, SHARD, check_shard, key_of, read_meta
 from raybert.scale import prediction_bytes
@@ -85,6 +85,10 @@ class Request:
         """The rows of a shard."""
         first = shard * self.shard_rows
         return np.arange(first, min(first + self.shard_rows, self.rows))
+
+    def rows_of(self, shards: Sequence[int]) -> int:
+        """How many rows these shards hold."""
+        return sum(len(self.positions(shard)) for shard in shards)
 
 
 def request_for(
@@ -359,15 +363,8 @@ def _ragged(values: list[np.ndarray], lengths: np.ndarray, back: np.ndarray) -> 
 
 
 def _write(path: Path, content: Any) -> None:
-    """A file whole or not at all."""
-    partial = path.with_name(f".partial-{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, content)
     except OSError as error:
         raise _cannot_keep(path.parent, error) from None
 
@@ -405,4 +402,4 @@ def seal(request: Request, files: dict[int, str]) -> None:
         "shard_rows": request.shard_rows,
         "shards": shards,
     }
-    _write(request.folder / META, json.dumps(meta, indent=1).encode())
+    _write(request.folder / META, json.dumps(meta, indent=1))

@@ -22,13 +22,15 @@ from typing import Any
 from ray import tune
 from transformers.utils.logging import disable_progress_bar
 
+from raybert.cluster import run_group
 from raybert.config import Recipe, UserError
 from raybert.job import Job
 from raybert.objectives import Objective
 from raybert.plan import Plan, make_plan, resolve_paths
+from raybert.progress import NoBar
 from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.results import RunReport, read_run
-from raybert.run import compress, run_group, run_here
+from raybert.run import compress, run_here
 from raybert.space import apply, values_of
 
 ORIGIN = "origin.json"
@@ -222,18 +224,10 @@ class _TuneHooks:
             shutil.rmtree(handed, ignore_errors=True)
 
     def progress(self, total: int, label: str) -> Any:
-        return _NoBar()
+        return NoBar()
 
     def note(self, text: str) -> None:
         """The run's report has it."""
-
-
-class _NoBar:
-    def update(self, n: int) -> None: ...
-
-    def set_postfix_str(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def _link(source: str, target: str) -> None:

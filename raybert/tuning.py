@@ -20,10 +20,10 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
+from raybert.cluster import last_line
 from raybert.config import UserError
 from raybert.draws import SKIPS, Check, Draws, Source, config_of
 from raybert.ledger import DONE, Ledger, Trial
-from raybert.run import last_line
 from raybert.shares import Shares
 from raybert.space import Space
 from raybert.steering import make_scheduler, remember

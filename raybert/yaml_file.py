@@ -35,8 +35,12 @@ def parse_yaml(text: str) -> Any:
     return data
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     """A YAML file's mapping, empty where the file is.
+
+    Args:
+        path: the file.
+        what: it should be, for the error.
 
     Raises:
         UserError: it is no YAML, or no mapping.
@@ -49,7 +53,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise UserError(
-            f"{path} holds a {type(data).__name__}; a recipe is a mapping of keys to values."
+            f"{path} is no {what}: it holds a {type(data).__name__}, and a {what} is a mapping of "
+            "keys to values."
         )
     return data
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from raybert import __version__
-from raybert.cli import main, parse
+from raybert.arguments import parse
+from raybert.cli import COMMANDS, main
 from raybert.tasks import TASKS
 
 
@@ -630,3 +632,10 @@ def test_overrides_may_stand_behind_options(capsys):
         with pytest.raises(SystemExit):
             parse(words)
         assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_every_command_that_is_listed_is_carried_out(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    listed = re.findall(r"^    ([a-z][a-z-]*)", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)

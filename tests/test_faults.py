@@ -14,6 +14,7 @@ import ray
 import yaml
 from conftest import one_and_two
 
+from raybert import cluster as cluster_room
 from raybert import progress, run
 from raybert.cli import main
 from raybert.config import Recipe, UserError
@@ -98,12 +99,12 @@ def test_a_cluster_that_is_too_small_is_refused_at_once(cluster):
     cluster.has = {"CPU": 2.0}
     for resources in ({}, {"gpu": True}, {"cpus": 8}):
         with pytest.raises(UserError, match=r"which has 2 CPUs and 0 GPUs.*resources\.wait=15"):
-            run._workers_of(on_cluster(**resources))
+            cluster_room._workers_of(on_cluster(**resources))
     assert cluster.bundles is None
 
 
 def test_a_cluster_that_starts_machines_on_demand_is_waited_for(cluster):
-    workers = run._workers_of(on_cluster(gpu=True, cpus=2, wait=20))
+    workers = cluster_room._workers_of(on_cluster(gpu=True, cpus=2, wait=20))
     assert workers == (2, True)
     assert cluster.bundles == [{"CPU": 2, "GPU": 1}] * 4
     assert cluster.seconds == 1200
@@ -115,14 +116,14 @@ def test_a_cluster_that_starts_machines_on_demand_is_waited_for(cluster):
 def test_a_cluster_that_starts_none_is_not_waited_for_for_ever(cluster):
     cluster.granted = False
     with pytest.raises(UserError, match=r"4 workers of 1 CPU within 20 minutes.*ray status"):
-        run._workers_of(on_cluster(wait=20))
+        cluster_room._workers_of(on_cluster(wait=20))
     assert cluster.removed == 1
 
 
 def test_shared_cpus_and_gpus_are_counted(cluster):
     cluster.has = {"CPU": 16.0, "GPU": 4.0}
-    assert run._workers_of(on_cluster()) == (4, True)
-    assert run._workers_of(on_cluster(gpu=False, cpus=3)) == (3, False)
+    assert cluster_room._workers_of(on_cluster()) == (4, True)
+    assert cluster_room._workers_of(on_cluster(gpu=False, cpus=3)) == (3, False)
 
 
 def test_a_cluster_that_is_not_there_is_named(monkeypatch):
@@ -132,19 +133,19 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     with pytest.raises(UserError, match=r"RAY_ADDRESS=192\.0\.2\.1:6379.*RAY_AUTH_MODE=token"):
-        run._connect({})
+        cluster_room._connect({})
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(ConnectionError):  # Ray on this machine: nothing that an address could mend
-        run._connect({})
+        cluster_room._connect({})
 
 
 def test_workers_that_do_not_see_the_run_say_where_they_are(toy, tmp_path):
     recipe = toy(tmp_path / "run")
     with pytest.raises(UserError, match=r"cannot be seen from .*data\.cache too"):
-        run._check_shared(recipe)
+        cluster_room._check_shared(recipe)
     recipe.folder.mkdir()
     (recipe.folder / "recipe.yaml").write_text("")
-    run._check_shared(recipe)
+    cluster_room._check_shared(recipe)
 
 
 def test_a_run_is_not_left_in_a_folder_that_ray_removes(toy, tmp_path):

@@ -15,13 +15,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py"}
 """The rooms of `raybert tune` that are written in Ray Tune's words."""
 
-ONLY_HERE = {"ray": {"run.py", *SEARCH}, "deepspeed": {"engine.py"}}
+ONLY_HERE = {"ray": {"cluster.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
-    {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
-    {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8"},
+    {"arguments", "templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
+    {"config", "losses", "demo_task", "factorise", "attention", "int8"},
     {"ledger", "shares", "folders", "yaml_file", "surgery", "tasks", "readers", "timer"},
-    {"lowrank", "fake_quant", "gates"},
+    {"lowrank", "fake_quant", "gates", "metrics_log"},
     {"skipping", "power_norm", "softmax_net", "onnx_int8"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
     {"first_token", "integer"},
@@ -31,14 +31,14 @@ LAYERS = [
     {"space", "finalists"},
     {"draws"},
     {"trust"},
-    {"data", "models", "bench", "plots", "card"},
+    {"data", "models", "bench", "plots", "card", "pages"},
     {"scale"},
     {"metrics", "checkpoint", "engine", "views", "job", "teacher", "onnx_trace", "import_ma_bert"},
     {"evaluate", "report", "step"},
     {"train", "parity"},
     {"export"},
     {"plan"},
-    {"steering"},
+    {"steering", "cluster"},
     {"artifact"},
     {"side_by_side"},
     {"run"},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raybert.cli import parse
+from raybert.arguments import parse
 from raybert.recipe_file import RECIPES, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

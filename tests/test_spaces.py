@@ -139,6 +139,8 @@ def test_a_space_in_yaml_is_the_one_in_python(tmp_path):
         ("a.yaml", "train.lr: {uniform: 3}", "with a list"),
         ("a.yaml", "train.lr: {loguniform: [0, 1]}", "loguniform"),
         ("a.yaml", "- 1", "is no space"),
+        ("a.yaml", "train.lr: [", "not readable as YAML: line 1"),
+        ("a.yaml", "train.lr: 2026-13-01", "not readable as YAML: month"),
         ("a.py", "SPACES = {}", "did you mean 'SPACES'"),
         ("a.py", "1/0", "ZeroDivisionError"),
         ("absent.py", None, "no such file"),

@@ -19,12 +19,12 @@ from raybert.config import UserError
 from raybert.draws import SKIPS, Draws, Optuna, Plain, as_grid, make_source
 from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished
 from raybert.ledger import Ledger, Trial
-from raybert.objectives import front, in_trials, latency, parse_objectives
+from raybert.objectives import front, in_trials, parse_objectives
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
-from raybert.results import build
+from raybert.results import build, latency_ms
 from raybert.search import write_answer
-from raybert.search_plan import Settings, check_place, describe, identity, make_search
+from raybert.search_plan import Settings, check_place, describe, make_search
 from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
 from raybert.space import make_space
@@ -81,7 +81,7 @@ def test_objectives_are_numbers_of_a_report():
     found = {o.name: o.of(report) for o in parse_objectives(words, METRICS)}
     assert found.pop("retained") == pytest.approx(0.75)
     assert list(found.values()) == [0.8, 400, 100, 400, 5.0, 1.0, 0.8]
-    assert latency(report_of(0.8, 400)) is None
+    assert latency_ms(report_of(0.8, 400)) is None
     assert [o.name for o in in_trials(parse_objectives("latency,flops,score", METRICS))] == [
         "flops",
         "score",
@@ -502,12 +502,15 @@ def test_a_folder_of_another_search_is_left_alone(toy, teacher, tmp_path, change
     search = search_of(toy, teacher, tmp_path / "s")
     assert not check_place(search)
     search.folder.mkdir()
-    held = {**identity(search), **changes}
+    held = {**search.identity, **changes}
     (search.folder / "search.yaml").write_text(yaml.safe_dump(held))
     if message is None:
         assert check_place(search)
         more = search_of(toy, teacher, tmp_path / "s", trials=99, minutes=5.0, loss="5%")
         assert check_place(more), "it may go on longer, and be judged otherwise"
+        (search.folder / "search.yaml").write_text("space: 2026-13-01")
+        with pytest.raises(UserError, match="not readable as YAML"):
+            check_place(search)
         (search.folder / "notes.txt").write_text("mine")
         message = "holds notes.txt"
     with pytest.raises(UserError, match=message):
