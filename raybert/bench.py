@@ -116,7 +116,8 @@ def flops(model: torch.nn.Module, batch: int = 1, length: int = 128) -> int:
     model.eval()
     # The counter does not know the CPU's fused attention; as plain matrix products it is counted
     # everywhere.
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
+    # Not inference mode: the counter hooks parameters that are given to a module as its input.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         # A full mask changes no count, and on the meta device nobody can look whether it is full.
         model(input_ids=ids, attention_mask=None if ids.is_meta else torch.ones_like(ids))
     model.train(training)

@@ -80,15 +80,19 @@ GROWING = {"ebert", "ma_bert"}
 WHOLE = {"lobert": (2, 6), "q8bert": (0, 3), "ebert": (2,)}
 """Toys that go through whole runs, where not all do: each that has a state of its own to resume."""
 
-RUNS = [
-    {"name": name, **toys}
-    for name in METHODS
-    for number, toys in enumerate(TOYS.get(name, [{}]))
-    if number in WHOLE.get(name, (number,))
-]
-every_run = pytest.mark.parametrize(
-    "case", RUNS, ids=[f"{c['name']}{i}" for i, c in enumerate(RUNS)]
-)
+RUNS = {
+    **{
+        f"{name}{number}": [{"name": name, **toys}]
+        for name in METHODS
+        for number, toys in enumerate(TOYS.get(name, [{}]))
+        if number in WHOLE.get(name, (number,))
+    },
+    "integers alone": [
+        {"name": "ma_bert", **TOYS["ma_bert"][0]},
+        {"name": "q8bert", "integer_only": True},
+    ],
+}
+every_run = pytest.mark.parametrize("chain", RUNS.values(), ids=RUNS)
 every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -380,8 +384,8 @@ def fit(recipe: Any) -> dict[str, Tensor]:
 
 
 @every_run
-def test_a_resumed_run_equals_the_uninterrupted(toy, teacher, tmp_path, monkeypatch, case):
-    keys = {"teacher": str(teacher), "method": [case], "train": {"epochs": 1, "save_every": 2}}
+def test_a_resumed_run_equals_the_uninterrupted(toy, teacher, tmp_path, monkeypatch, chain):
+    keys = {"teacher": str(teacher), "method": chain, "train": {"epochs": 1, "save_every": 2}}
     save, saves, stop = raybert.train.save, [], 0
 
     def interrupted(*args: Any) -> Path:
@@ -406,7 +410,7 @@ def test_a_resumed_run_equals_the_uninterrupted(toy, teacher, tmp_path, monkeypa
 
 
 @every_run
-def test_a_run_ends_in_a_model_and_a_full_report(toy, teacher, tmp_path, monkeypatch, case):
+def test_a_run_ends_in_a_model_and_a_full_report(toy, teacher, tmp_path, monkeypatch, chain):
     def rows(paths, shapes, **_):  # two child processes would take longer than the run
         fixed = {"backend": "torch", "device": "cpu", "p50_ms": 1.0, "p95_ms": 1.0, "mean_ms": 1.0}
         fixed |= {"throughput": 1.0, "repeats": 1, "threads": 1, "peak_memory_mb": 1.0}
@@ -416,7 +420,7 @@ def test_a_run_ends_in_a_model_and_a_full_report(toy, teacher, tmp_path, monkeyp
     recipe = toy(
         tmp_path / "run",
         teacher=str(teacher),
-        method=[case],
+        method=chain,
         kd={"alpha": 0.5, "cls": 1.0},
         train={"epochs": 1},
         measure={"batches": [1, 8]},
@@ -438,13 +442,16 @@ def test_a_run_ends_in_a_model_and_a_full_report(toy, teacher, tmp_path, monkeyp
     assert data["ratio"] == pytest.approx(student["score"] / data["teacher"]["score"])
     above = data["teacher"]["score"] - data["floor"]
     assert data["retained"] == pytest.approx((student["score"] - data["floor"]) / above)
-    assert data["simulated"] is method_of(case).simulated
-    assert [p["name"] for p in data["training"]["phases"]] == [
-        phase.name for phase in method_of(case).resolve(predecessor("bert").config).phases()
-    ]
+    config, methods = predecessor("bert").config, []
+    for case in chain:
+        methods.append(method_of(case).resolve(config))
+        config = methods[-1].student_config(config)
+    assert data["simulated"] is any(method.simulated for method in methods)
+    phases = [phase.name for method in methods for phase in method.phases()]
+    assert [phase["name"] for phase in data["training"]["phases"]] == phases
     assert {row["batch"] for row in data["latency"]} == {1, 8}
     for name in ("report.html", "recipe.yaml", "metrics.jsonl", "model/README.md"):
         assert (folder / name).stat().st_size > 0, name
     assert read_run(folder).report.student.score == student["score"]
-    held = raybert.load_recipe(str(folder / "recipe.yaml")).method[0]
-    assert held == held.resolve(predecessor("bert").config), "the resolved method is kept"
+    held = raybert.load_recipe(str(folder / "recipe.yaml")).method
+    assert held[0] == held[0].resolve(predecessor("bert").config), "the resolved method is kept"
