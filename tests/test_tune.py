@@ -289,7 +289,9 @@ def test_asha_remembers_trials_of_before_and_spares_the_front():
 
 def test_median_stopping_knows_no_score_of_a_failed_trial():
     scheduler = make_scheduler("median", SPACE, SCORE_BYTES[:1])
-    remember(scheduler, [Trial(n, {}, "finished", curve=[[50.0, 0.8]]) for n in range(3)])
+    remember(
+        scheduler, [Trial(n, {}, "finished", curve=[[20.0, 0.8], [50.0, 0.8]]) for n in range(3)]
+    )
     failed, poor, good = (SimpleTrial(name) for name in ("failed", "poor", "good"))
     scheduler.on_trial_result(None, failed, {"failed": "why"})
     scheduler.on_trial_complete(None, failed, {"failed": "why"})
