@@ -30,16 +30,29 @@ pytestmark = pytest.mark.distributed
 QUIET: dict[str, Any] = {"tell": lambda text: None}
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    """`raybert tune` in a process of its own that can be killed."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "raybert", "tune", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+@pytest.fixture
+def start():
+    """Starts `raybert tune` in a process of its own that can be killed, and is in the end."""
+    started: list[subprocess.Popen] = []
+
+    def begin(words: list[str]) -> subprocess.Popen:
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "raybert", "tune", *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )
+        )
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_until(true, process: subprocess.Popen, seconds: float = 240) -> None:
@@ -63,7 +76,7 @@ def ended(folder: Path) -> int:
     return sum('"state": "running"' not in file.read_text() for file in files)
 
 
-def test_a_killed_search_of_several_objectives_continues(toy, teacher, tmp_path, capsys):
+def test_a_killed_search_of_several_objectives_continues(start, toy, teacher, tmp_path, capsys):
     """Optuna for score and bytes, ASHA, one sample that diverges and some that save nothing."""
     out = tmp_path / "search"
     train = {"epochs": 4, "batch_size": 16}
@@ -136,7 +149,7 @@ def test_trials_fail_alone_and_a_search_without_any_says_why(toy, teacher, tmp_p
 
 
 @pytest.mark.long
-def test_ctrl_c_ends_with_the_best_so_far(toy, teacher, tmp_path):
+def test_ctrl_c_ends_with_the_best_so_far(start, toy, teacher, tmp_path):
     """As a terminal does it: the signal goes to every process that the command has started."""
     out = tmp_path / "search"
     recipe = toy(out, teacher=str(teacher), method=["lobert"], train={"epochs": 2})
