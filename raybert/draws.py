@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -207,6 +208,7 @@ class Draws(Searcher):
         check: looks at each sample first.
         limit: trials in all, skipped ones not counted.
         tell: hears of samples that are skipped.
+        until: `time.time()` after which no more trials start.
     """
 
     def __init__(
@@ -217,10 +219,12 @@ class Draws(Searcher):
         check: Check,
         limit: int,
         tell: Callable[[str], None],
+        until: float = float("inf"),
     ) -> None:
         super().__init__()
         self.source, self.ledger, self.recipe = source, ledger, recipe
         self.check, self.limit, self._say = check, limit, tell
+        self.until = until
         self.number = self.count = self.skipped = 0
         self.ahead: list[dict[str, Any]] = []
 
@@ -232,7 +236,7 @@ class Draws(Searcher):
         """The next trial's config; see `Searcher.suggest`."""
         if self.ahead:
             return self.ahead.pop()
-        while self.count < self.limit and self.skipped < SKIPS:
+        while self.count < self.limit and self.skipped < SKIPS and time.time() < self.until:
             known = self.ledger.get(self.number)
             if known is None:
                 known = self._draw()

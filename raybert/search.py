@@ -50,6 +50,10 @@ from raybert.tuning import Runner, machines, make_loggers
 
 Tell = Callable[[str], None]
 
+FIRST = 2 / 3
+"""Share of the minutes in which trials may start; the rest is for those under way, and for the
+finalists' seeds."""
+
 LOOKED = 64
 """Samples that are looked at to know which of the teacher's predictions trials will read."""
 
@@ -101,13 +105,13 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
     try:
         if not _is_done(search, ledger):
             _train(search, teacher, ledger, loggers, tell)
+        tell("measuring")
+        _measure(search, ledger, tell)
     except KeyboardInterrupt:
         if any(trial.state == "finished" for trial in ledger.trials):
             write_answer(_answer(search, ledger))
             tell(f"interrupted; the best so far: {search.folder / 'best.yaml'}")
         raise
-    tell("measuring")
-    _measure(search, ledger, tell)
     answer = _answer(search, ledger)
     write_answer(answer)
     return answer
@@ -149,7 +153,8 @@ def _train(
 ) -> None:
     """All that needs Ray: the trials, and the finalists' further seeds."""
     settings, recipe = search.settings, search.recipe
-    deadline = time.time() + 60 * settings.minutes if settings.minutes else float("inf")
+    began, seconds = time.time(), 60 * (settings.minutes or float("inf"))
+    repeats = settings.finalists > 0 and settings.seeds > 1
     with ray_up(dashboard=recipe.workers > 1):
         shares = _shares(search)
         tell(
@@ -173,7 +178,8 @@ def _train(
             shares,
             ledger,
             retries=settings.retries,
-            deadline=deadline,
+            deadline=began + seconds,
+            last_start=began + seconds * (FIRST if repeats else 1),
             loggers=loggers,
             tell=tell,
         )
@@ -191,6 +197,9 @@ def _train(
             return ""
 
         runner.search(source, check, settings.trials, settings.scheduler, search.space)
+        left = settings.trials - ledger.ended
+        if left > 0 and time.time() >= runner.last_start:
+            tell(f"the time for trials is over; the same command goes on with up to {left} more")
         finished = read_finished(ledger, search.folder)
         if not finished:
             raise _nothing(ledger, search.folder)
@@ -209,15 +218,15 @@ def _is_done(search: Search, ledger: Ledger) -> bool:
 
 
 def _again(search: Search, finished: list[Finished]) -> list[Trial]:
-    """The finalists' runs with further seeds."""
+    """The finalists' runs with further seeds: all with a second one before any has a third."""
     settings = search.settings
     objectives = in_trials(search.objectives)
     chosen = finalists_of(finished, objectives, search.loss, settings.finalists)
     first = search.recipe.train.seed
     return [
         Trial(entry.trial.number, entry.trial.values, seed=first + more)
-        for entry in chosen
         for more in range(1, settings.seeds)
+        for entry in chosen
     ]
 
 

@@ -59,8 +59,10 @@ def page(answer: Answer) -> str:
 
 def _cell(value: Any) -> str:
     """A number or word as the table of trials shows it."""
-    if value is None or value is False:
+    if value is None:
         return ""
-    if value is True:
-        return "yes"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)) and abs(value) >= 1e5:
+        return tables.count(value)
     return f"{value:.5g}" if isinstance(value, float) else str(value)

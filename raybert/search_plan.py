@@ -13,7 +13,7 @@ import yaml
 from raybert.config import Recipe, UserError
 from raybert.draws import ALGORITHMS, Plain, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
-from raybert.objectives import Objective, in_trials, parse_objectives
+from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
 from raybert.recipe_file import dump_recipe
 from raybert.space import Space, apply, chain_of, make_space, read_space, sample_text
@@ -53,7 +53,8 @@ class Settings:
         seeds: how many seeds each of them has in all.
         concurrent: trials at once at most; None: as many as fit.
         gpu: GPUs of a trial of one worker, such as 0.5.
-        minutes: after which nothing more is trained; None: no limit.
+        minutes: after which nothing more is trained, the teacher's own training not counted; the
+            last third is for trials under way and finalists' seeds. None: no limit.
         retries: how often a trial that crashed is tried again.
         retry_failed: of an earlier start, let failed trials run again.
         loggers: ``mlflow`` and ``wandb``, beside the TensorBoard files in each trial's folder.
@@ -194,6 +195,7 @@ def make_search(
     if settings.scheduler == "pbt":
         check_schedules(space, plans)
     objectives = parse_objectives(settings.objectives, plans[0].data.task.metrics)
+    _check_measured(objectives, recipe)
     make_source(settings.algorithm or "", space, recipe, in_trials(objectives), recipe.train.seed)
     teacher = None
     if recipe.teacher is None:
@@ -201,6 +203,21 @@ def make_search(
         place = str(teacher.folder / "model")
         recipe = recipe.model_copy(update={"model": None, "teacher": place})
     return Search(recipe, space, settings, objectives, loss, teacher, looked)
+
+
+def _check_measured(objectives: tuple[Objective, ...], recipe: Recipe) -> None:
+    """Refuse objectives that reports have a place for, and trials no number."""
+    for objective in objectives:
+        if objective.path == (LATENCY,) and not recipe.measure.batches:
+            raise UserError(
+                "latency is an objective, and measure.batches is empty, so that nothing is timed; "
+                "give measure.batches=[1], or leave latency out."
+            )
+        if objective.path[0] in ("onnx", "teacher", "floor", "floors"):
+            raise UserError(
+                f"objective {objective.name!r} tells no trial from another: trials are not "
+                "exported, and share one teacher. Use numbers of the student."
+            )
 
 
 def _look(recipe: Recipe, space: Space, count: int) -> tuple[Sample, ...]:

@@ -171,9 +171,13 @@ def parallel_plot(answer: Answer) -> tuple[str, str] | None:
         for n, key in enumerate([*keys, "score"]):
             axes.axvline(n, color="#c8ccd3", linewidth=1, zorder=0)
             ends = columns[key][1] if key in columns else [(0.0, low), (1.0, high)]
+            # To the left of the first axis there is room: chains have long names.
+            place = {"xytext": (3, 0), "ha": "left"} if n else {"xytext": (-4, 0), "ha": "right"}
             for y, value in ends:
-                axes.annotate(shown(value), (n, y), fontsize=8, xytext=(3, 0), color="#30343b",
-                              textcoords="offset points", va="center")  # fmt: skip
+                axes.annotate(shown(value), (n, y), fontsize=8, color="#30343b", va="center",
+                              textcoords="offset points", zorder=5, **place,
+                              bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none",
+                                    "pad": 0.6})  # fmt: skip
         axes.set_xticks(range(len(keys) + 1), [*keys, "score"], rotation=25, ha="right", fontsize=9)
         axes.set_yticks([])
         axes.set_xlim(-0.1, len(keys) + 0.45)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 from ray.tune.schedulers import (
@@ -36,23 +36,23 @@ PERTURB = 20
 """Population-based training: percent between looks at the population."""
 
 
-class Sparing(AsyncHyperBandScheduler):
-    """ASHA that goes by the score, and spares trials that no other beats in all objectives.
+class _Sparing(FIFOScheduler):
+    """Goes by the score, and spares trials that no other beats in all objectives.
 
     Among models of all sizes the score alone would stop the small ones, which a search is for.
 
-    Args:
-        objectives: what trials are judged by; the score alone spares none that ASHA would stop.
-        how: the scheduler's own.
+    Attributes:
+        objectives: what trials are judged by; the score alone spares none.
+        curves: what each trial has reported.
     """
 
-    def __init__(self, objectives: Sequence[Objective], **how: Any) -> None:
+    def __init__(self, **how: Any) -> None:
         super().__init__(**how)
-        self.objectives = objectives
+        self.objectives: Sequence[Objective] = ()
         self.curves: dict[str, list[dict[str, Any]]] = {}
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """ASHA's decision, unless the trial is on the front of those that came as far."""
+        """The scheduler's decision, unless the trial is on the front of those that came as far."""
         decision = super().on_trial_result(tune_controller, trial, result)
         if TIME not in result:  # it has failed
             return decision
@@ -67,6 +67,19 @@ class Sparing(AsyncHyperBandScheduler):
         rows = [result, *(point for points in rivals for point in points)]
         return self.CONTINUE if front(rows, self.objectives)[0] else decision
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """A trial that has failed has no curve to compare others with."""
+        if TIME in result:
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+class Asha(_Sparing, AsyncHyperBandScheduler):
+    """Asynchronous successive halving."""
+
+
+class Median(_Sparing, MedianStoppingRule):
+    """Stops what does worse than the median of what others did on the way."""
+
 
 def make_scheduler(name: str, space: Space, objectives: Sequence[Objective]) -> Any:
     """A Tune scheduler by its name; all go by the dev score."""
@@ -74,11 +87,17 @@ def make_scheduler(name: str, space: Space, objectives: Sequence[Objective]) -> 
     if name == "asha":
         # More than 100: a trial that has trained to its end is not stopped before its model is
         # written.
-        return Sparing(
-            objectives, **shared, max_t=101, grace_period=GRACE, reduction_factor=THINNING
-        )
+        asha = Asha(**shared, max_t=101, grace_period=GRACE, reduction_factor=THINNING)
+        asha.objectives = objectives
+        return asha
     if name == "median":
-        return MedianStoppingRule(**shared, grace_period=GRACE, min_samples_required=3)
+        # Endless: a trial is never set aside for others to start, which would cost it its place
+        # since the last checkpoint.
+        median = Median(
+            **shared, grace_period=GRACE, min_samples_required=3, min_time_slice=float("inf")
+        )
+        median.objectives = objectives
+        return median
     if name == "pbt":
         return PopulationBasedTraining(
             **shared,
@@ -156,12 +175,19 @@ def check_schedules(space: Space, plans: Sequence[Plan]) -> None:
         )
 
 
+@dataclass(eq=False)
+class _Before:
+    """A trial of before the interruption, as schedulers know trials."""
+
+    trial_id: str
+
+
 def remember(scheduler: Any, trials: Sequence[Trial]) -> None:
     """Show a scheduler the curves of trials that ended before the search was interrupted."""
-    if not isinstance(scheduler, Sparing):
+    if not isinstance(scheduler, _Sparing):
         return
     for trial in trials:
-        stub: Any = SimpleNamespace(trial_id=f"before-{trial.name}", config={})
+        stub: Any = _Before(f"before-{trial.name}")
         controller: Any = None
         scheduler.on_trial_add(controller, stub)
         for percent, score in trial.curve:

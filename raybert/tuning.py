@@ -11,6 +11,8 @@ import logging
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -168,6 +170,46 @@ class Listed(Searcher):
         """See `save`."""
 
 
+class Ending(tune.Stopper):
+    """Ends trials in order, when the time is over or on the first Ctrl-C: an interruption that went
+    through Tune would leave its actors at work on a Ray that others started.
+
+    Args:
+        deadline: `time.time()` at which it ends.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline, self.interrupted = deadline, False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial ends alone."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all end."""
+        return self.interrupted or time.time() >= self.deadline
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hears Ctrl-C, and raises it at the end; a second one does not wait."""
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
+            yield
+            return
+
+        def note(*_: object) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+
 class Runner:
     """Runs the trials of one search.
 
@@ -177,6 +219,7 @@ class Runner:
         ledger: what is known of them.
         retries: how often one that crashed is tried again.
         deadline: `time.time()` after which nothing more is trained.
+        last_start: after which no more of the search's own trials start, to leave finalists time.
         loggers: Tune callbacks beside the scribe.
         tell: gets a line for each trial.
     """
@@ -189,11 +232,13 @@ class Runner:
         *,
         retries: int,
         deadline: float,
+        last_start: float,
         loggers: Sequence[Any],
         tell: Tell,
     ) -> None:
         self.work, self.shares, self.ledger, self.tell = work, shares, ledger, tell
         self.retries, self.deadline, self.loggers = retries, deadline, loggers
+        self.last_start = last_start
 
     def search(
         self, source: Source, check: Check, limit: int, scheduler: str, space: Space
@@ -207,7 +252,7 @@ class Runner:
         if scheduler == "pbt":
             self._population(source, check, limit, space)
             return
-        draws = Draws(source, self.ledger, recipe, check, limit, self.tell)
+        draws = Draws(source, self.ledger, recipe, check, limit, self.tell, self.last_start)
         steering = make_scheduler(scheduler, space, self.work.objectives)
         remember(steering, [t for t in self.ledger.trials if t.state in ("finished", "stopped")])
         if time.time() < self.deadline and draws.has_next():
@@ -258,7 +303,7 @@ class Runner:
             tune.with_parameters(run_trial, work=self.work), self._resources()
         )
         place = self.work.folder / "ray"
-        left = self.deadline - time.time()
+        ending = Ending(self.deadline)
         tuner = tune.Tuner(
             trainable,
             param_space=axes,
@@ -269,7 +314,6 @@ class Runner:
                 # An actor of its own a trial costs the seconds of importing torch; one worker's
                 # loop leaves nothing behind in its process.
                 reuse_actors=alone,
-                time_budget_s=left if left < float("inf") else None,
                 **how,
             ),
             run_config=tune.RunConfig(
@@ -280,11 +324,14 @@ class Runner:
                 # Of a population: one that is taken over must not be gone by then.
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
                 verbose=0,
+                stop=ending,
             ),
         )
-        with _quiet():
-            tuner.fit()
-        shutil.rmtree(place, ignore_errors=True)
+        try:
+            with _quiet(), ending.listening():
+                tuner.fit()
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
     def _resources(self) -> dict[str, float]:
         """What Tune sets aside for a trial."""
@@ -302,7 +349,7 @@ def _nobody(trial: Trial) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Tune without its files and tables; an interruption is the caller's to see."""
+    """Tune without its files and tables; an interruption is `Ending`'s to see."""
     settings = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -346,7 +393,8 @@ def make_loggers(names: Sequence[str], folder: Path) -> list[Any]:
     for name in names:
         if find_spec(LOGGERS[name]) is None:
             raise UserError(
-                f"{name} is not installed: pip install {LOGGERS[name]}, or leave --log {name} out."
+                f'{name} is not installed: pip install "raybert[{name}]", or leave --log {name} '
+                "out."
             )
     found: list[Any] = []
     if "mlflow" in names:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +32,7 @@ from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
 from raybert.space import make_space
 from raybert.steering import make_scheduler, remember
+from raybert.tuning import Ending
 
 METRICS = ("accuracy", "f1")
 SCORE_BYTES = parse_objectives("score,bytes", METRICS)
@@ -39,6 +43,13 @@ AXES = {
     "kd.normalize": ray_tune.choice([True, False]),
 }
 SPACE = make_space(AXES, "toy", BASE)
+
+
+@dataclass(eq=False)
+class SimpleTrial:
+    """As much of Tune's trial as schedulers look at."""
+
+    trial_id: str
 
 
 def report_of(score: float, size: int, *, seed: int = 42, milliseconds: float | None = None):
@@ -167,6 +178,13 @@ class Refuses:
         return "it saves nothing." if share > self.above else ""
 
 
+def test_no_trial_starts_when_time_is_up(tmp_path):
+    ledger = Ledger(tmp_path)
+    draws = Draws(Plain(SPACE, 0), ledger, BASE, Refuses(1.0), 5, print, until=time.time() - 1)
+    assert not draws.has_next()
+    assert ledger.trials == []
+
+
 def drain(draws: Draws) -> list[dict]:
     found = []
     while (config := draws.suggest("x")) != Searcher.FINISHED:
@@ -257,7 +275,7 @@ def test_asha_remembers_trials_of_before_and_spares_the_front():
     def decision(objectives, score: float, size: float) -> str:
         scheduler = make_scheduler("asha", SPACE, objectives)
         remember(scheduler, before)
-        stub = SimpleNamespace(trial_id="new", config={})
+        stub = SimpleTrial("new")
         scheduler.on_trial_add(None, stub)
         result = {"percent": 25.0, "score": score, "bytes": size}
         return scheduler.on_trial_result(None, stub, result)
@@ -267,6 +285,49 @@ def test_asha_remembers_trials_of_before_and_spares_the_front():
     assert decision(only_score, 0.65, 50.0) == "STOP"
     assert decision(SCORE_BYTES, 0.65, 75.0) == "CONTINUE", "no smaller one is as good"
     assert decision(SCORE_BYTES, 0.65, 85.0) == "STOP", "a smaller one is better"
+
+
+def test_median_stopping_knows_no_score_of_a_failed_trial():
+    scheduler = make_scheduler("median", SPACE, SCORE_BYTES[:1])
+    remember(
+        scheduler, [Trial(n, {}, "finished", curve=[[20.0, 0.8], [50.0, 0.8]]) for n in range(3)]
+    )
+    failed, poor, good = (SimpleTrial(name) for name in ("failed", "poor", "good"))
+    scheduler.on_trial_result(None, failed, {"failed": "why"})
+    scheduler.on_trial_complete(None, failed, {"failed": "why"})
+    assert scheduler.on_trial_result(None, poor, {"percent": 30.0, "score": 0.7}) == "STOP"
+    assert scheduler.on_trial_result(None, good, {"percent": 30.0, "score": 0.9}) == "CONTINUE"
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C, as a terminal's foreground process hears it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_ctrl_c_asks_and_the_second_does_not_wait(ctrl_c):
+    said = []
+
+    def listen(times: int) -> None:
+        ending = Ending(float("inf"))
+        with ending.listening():
+            said.append(ending.stop_all())
+            for _ in range(times):
+                ctrl_c()
+                said.append(ending.stop_all())
+
+    listen(0)
+    assert said == [False]
+    with pytest.raises(KeyboardInterrupt):
+        listen(1)
+    assert said == [False, False, True]
+    with pytest.raises(KeyboardInterrupt):
+        listen(2)
+    assert said == [False, False, True, False, True], "the second was not waited for"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert Ending(time.time() - 1).stop_all()
 
 
 # -- the ledger ------------------------------------------------------------------------------------
@@ -443,7 +504,9 @@ def search_of(toy, teacher, out, axes=None, **settings):
 
 def test_a_search_is_described_before_it_starts(toy, teacher, tmp_path):
     axes = {**AXES, "method.lobert.share": ray_tune.choice([0.5, 0.9999])}
-    search = search_of(toy, teacher, tmp_path / "s", axes, objectives="score,latency")
+    keys = {"teacher": str(teacher), "method": ["lobert"], "measure": {"batches": [1]}}
+    settings = Settings(objectives="score,latency")
+    search = make_search(toy(tmp_path / "s", **keys), axes, settings)
     text = describe(search)
     assert "train.lr: loguniform 1e-05 to 0.001" in text
     assert "max score, min latency" in text
@@ -463,6 +526,8 @@ def test_a_search_is_described_before_it_starts(toy, teacher, tmp_path):
         ({"minutes": -1.0}, "no time to train"),
         ({"loggers": ("tensorbored",)}, "no logger 'tensorbored'"),
         ({"algorithm": "grid"}, "has no grid"),
+        ({"objectives": "score,latency"}, r"measure\.batches is empty"),
+        ({"objectives": "score,min:onnx.bytes"}, "tells no trial from another"),
         ({"scheduler": "pbt"}, "lobert settles its parameters"),
     ],
 )

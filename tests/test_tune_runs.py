@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,21 +23,36 @@ from raybert.plan import own_cores
 from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.run import compress
 from raybert.search import tune
+from raybert.trial import run_trial
 
 pytestmark = pytest.mark.distributed
 
 QUIET: dict[str, Any] = {"tell": lambda text: None}
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    """`raybert tune` in a process of its own that can be killed."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "raybert", "tune", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+@pytest.fixture
+def start():
+    """Starts `raybert tune` in a process of its own that can be killed, and is in the end."""
+    started: list[subprocess.Popen] = []
+
+    def begin(words: list[str]) -> subprocess.Popen:
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "raybert", "tune", *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )
+        )
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_until(true, process: subprocess.Popen, seconds: float = 240) -> None:
@@ -60,7 +76,7 @@ def ended(folder: Path) -> int:
     return sum('"state": "running"' not in file.read_text() for file in files)
 
 
-def test_a_killed_search_of_several_objectives_continues(toy, teacher, tmp_path, capsys):
+def test_a_killed_search_of_several_objectives_continues(start, toy, teacher, tmp_path, capsys):
     """Optuna for score and bytes, ASHA, one sample that diverges and some that save nothing."""
     out = tmp_path / "search"
     train = {"epochs": 4, "batch_size": 16}
@@ -130,6 +146,89 @@ def test_trials_fail_alone_and_a_search_without_any_says_why(toy, teacher, tmp_p
     found = json.loads((answer.folder / "trials" / "001" / "report.json").read_text())
     assert report["student"]["metrics"] == found["student"]["metrics"]
     assert report["teacher"]["metrics"] == found["teacher"]["metrics"]
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_with_the_best_so_far(start, toy, teacher, tmp_path):
+    """As a terminal does it: the signal goes to every process that the command has started."""
+    out = tmp_path / "search"
+    recipe = toy(out, teacher=str(teacher), method=["lobert"], train={"epochs": 2})
+    base, space = tmp_path / "base.yaml", tmp_path / "space.yaml"
+    base.write_text(dump_recipe(recipe))
+    # One is soon done; the other would go on for hours.
+    space.write_text("train.epochs: {grid: [1, 5000]}\n")
+    words = [str(base), "--space", str(space), "--algorithm", "grid", "--loss", "90%"]
+    process = start(words)
+    wait_until(lambda: ended(out) == 1, process)
+    os.killpg(process.pid, signal.SIGINT)
+    began = time.monotonic()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert time.monotonic() - began < 60
+    assert "interrupted; the best so far" in output
+    assert load_recipe(str(out / "best.yaml")).train.epochs == 1
+    assert "<title>trial" in (out / "report.html").read_text()
+    assert [trial.state for trial in Ledger(out).trials] == ["finished", "running"]
+    assert not (out / "ray").exists()
+
+
+@pytest.mark.long
+def test_a_trial_that_crashes_is_tried_again_and_then_reported(toy, teacher, tmp_path, monkeypatch):
+    """The first dies once and always goes on; the second always dies; the third is well."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+
+    def dies(config: dict, work: Any) -> None:
+        number = config["number"]
+        tries = len(list(marks.glob(f"{number}-*")))
+        (marks / f"{number}-{tries}").touch()
+        if number == 1 or (number == 0 and tries == 0):
+            os._exit(1)
+        run_trial(config, work)
+
+    monkeypatch.setattr("raybert.tuning.run_trial", dies)
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], train={"epochs": 1})
+    told: list[str] = []
+    settings = {"algorithm": "grid", "finalists": 0, "retries": 1, "tell": told.append}
+    answer = tune(recipe, {"train.lr": ray_tune.grid_search([1e-3, 2e-3, 3e-3])}, **settings)
+    assert [trial.state for trial in answer.trials] == ["finished", "failed", "finished"]
+    assert {p.name for p in marks.iterdir()} == {"0-0", "0-1", "1-0", "1-1", "2-0"}
+    assert any(text.startswith("trial 001 failed: ") for text in told), told
+    assert answer.trials[1].reason in (answer.folder / "report.html").read_text()
+
+
+@pytest.mark.long
+def test_median_stopping_ends_what_does_worse_than_most(toy, teacher, tmp_path):
+    """A failed trial, which has no score, is among those that the others are compared with."""
+    recipe = toy(
+        tmp_path / "s",
+        teacher=str(teacher),
+        method=[{"name": "lobert", "attention_rank": 2, "ffn_rank": 2}],
+        train={"epochs": 4, "eval_every": 3, "clip": 0.0},
+    )
+    rates = [8e-3, 1e30, 6e-3, 7e-3, 1e-7, 5e-3]
+    settings = {"algorithm": "grid", "scheduler": "median", "objectives": "score"}
+    settings |= {"finalists": 0, "concurrent": 1, **QUIET}
+    answer = tune(recipe, {"train.lr": ray_tune.grid_search(rates)}, **settings)
+    states = {trial.values["train.lr"]: trial.state for trial in answer.trials}
+    assert states[1e30] == "failed"
+    assert states[1e-7] == "stopped"
+    assert [states[rate] for rate in (8e-3, 6e-3, 7e-3)] == ["finished"] * 3
+    assert answer.trials[4].curve[-1][0] < 100
+
+
+@pytest.mark.long
+def test_minutes_leave_time_for_finalists(toy, teacher, tmp_path):
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], train={"epochs": 1})
+    axes = {"train.lr": ray_tune.loguniform(1e-4, 1e-2)}
+    told: list[str] = []
+    settings = {"algorithm": "random", "trials": 500, "finalists": 1, "seeds": 2, "minutes": 1.0}
+    began = time.monotonic()
+    answer = tune(recipe, axes, **settings, tell=told.append)
+    assert time.monotonic() - began < 120
+    assert 1 <= len(answer.trials) < 500
+    assert answer.winner.score.n == 2, "there was time for a second seed"
+    assert any("the time for trials is over" in text for text in told)
 
 
 @pytest.mark.long

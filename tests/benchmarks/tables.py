@@ -37,6 +37,7 @@ TRAINING = ("step_time", "tokens", "distillation_step", "cached_step", "memory")
 TRAINING += ("lobert_factorise",)
 LATENCY = ("onnx_latency", "theseus_latency", "lobert_latency", "q8bert_latency")
 LATENCY += ("ebert_latency", "ma_bert_latency")
+SEARCHING = ("tune_overhead", "tune_grid")
 ACCURACY = ("post_training", "lobert_data_aware")
 COLUMNS = ["Task", "Method", "Metric", "Teacher", "Student", "Floor", "Retained", "Ratio"]
 COLUMNS += ["Size", "FLOPs", "PyTorch 1 / 8", "ONNX 1 / 8", "Seeds", "Trained for"]
@@ -158,6 +159,67 @@ def benchmarks(names: Sequence[str]) -> str:
     return "\n\n".join([table, " ".join(dict.fromkeys(notes))]).rstrip()
 
 
+# -- searches --------------------------------------------------------------------------------------
+
+
+def search_row(search: dict[str, Any], key: str) -> list[str]:
+    """One search's winner, or what was set by hand beside it."""
+    found = search[key]
+    teacher, student = found["teacher"], found["student"]
+    states, mine = search["states"], key == "found"
+    ended = sum(count for state, count in states.items() if state in ("finished", "stopped"))
+    faster = [spread(found["speedup"].get(f"torch {shape}")) for shape in SHAPES]
+    settings = "found" if search["within"] else "found (beyond the loss)"
+    return [
+        search["name"],
+        f"{settings if mine else 'by hand'}: {escape_markdown(found['chain'])}",
+        escape_markdown(found["metric"]),
+        score(spread(teacher["score"])),
+        score(spread(student["score"])),
+        percent(spread(found["retained"])),
+        f"{megabytes(student['bytes']['mean'])} of {megabytes(teacher['bytes']['mean'])}",
+        f"{count(student['flops']['mean'])} of {count(teacher['flops']['mean'])}",
+        " / ".join(times(v.mean) for v in faster if v) or MISSING,
+        str(found["n"]),
+        f"{ended} ({states.get('stopped', 0)} stopped early)" if mine else "",
+        f"{search['core_hours']:.2g}" if mine else "",
+    ]
+
+
+def searches_table(searches: Sequence[dict[str, Any]]) -> str:
+    """What searches found beside what was set by hand, two rows each."""
+    head = ["Search", "Settings", "Metric", "Teacher", "Student", "Retained", "Size", "FLOPs"]
+    head += ["PyTorch 1 / 8", "Seeds", "Trials", "Core-hours"]
+    return markdown_table(
+        head, [search_row(search, key) for search in searches for key in ("by_hand", "found")]
+    )
+
+
+def searches() -> str:
+    """The table of searches, where its numbers come from, and the commands."""
+    result = load("tune_quality")
+    if result is None:
+        return "_Not measured yet: `python tests/benchmarks/tune_quality.py --data glue/MRPC`_"
+    notes, commands = [], []
+    for search in result["searches"]:
+        for group in (search["by_hand"], search["found"]):
+            for hardware in group["hardware"]:
+                notes.append(
+                    f"{group['date']}: {machine(hardware)}; raybert {group['raybert'][0]}."
+                )
+        commands += [f"# {search['name']}: by hand, the search, and what it found"]
+        commands += [search["by_hand"]["command"], search["command"], search["found"]["command"]]
+    return "\n\n".join(
+        [
+            searches_table(result["searches"]),
+            " ".join(dict.fromkeys(notes)),
+            "<details><summary>Commands</summary>",
+            "\n".join(["```bash", f"# {result['command']}", *commands, "```"]),
+            "</details>",
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "bits": lambda: quality("bits"),
@@ -165,6 +227,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": lambda: benchmarks(TRAINING),
     "latency": lambda: benchmarks(LATENCY),
     "accuracy": lambda: benchmarks(ACCURACY),
+    "searches": searches,
+    "searching": lambda: benchmarks(SEARCHING),
 }
 
 
