@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from raybert import tables
 from raybert.bench import hardware
 from raybert.folders import write_whole
 from raybert.pages import render
