@@ -67,7 +67,7 @@ def plain(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A recipe's value as it is written there, numbers to three figures."""
+    """A recipe's value as it is written there, numbers to four figures."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)
