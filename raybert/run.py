@@ -246,7 +246,7 @@ def run_here(job: Job, hooks: Hooks) -> dict[str, Any]:
 
     device = _device_here(job.recipe)
     with alone():
-        init_distributed(device)
+        init_distributed(device, job.recipe.resources.timeout)
         return run(job, World(0, 1, device), hooks, job.recipe.resources.cpus)
 
 
@@ -275,11 +275,14 @@ def run_group(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     recipe = job.recipe
+    waits = round(60 * recipe.resources.timeout)
+    # Of a process that does not even answer; one that does is noticed by those who wait for it.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(waits))
     config = {"job": job, "threads": cpus, "checkpoints": checkpoints, "terminal": on_terminal()}
     trainer = TorchTrainer(
         _worker,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=waits),
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers,
             use_gpu=gpu,
@@ -531,7 +534,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     _quiet_worker()
     context, device = get_context(), get_device()
     rank, size = context.get_world_rank(), context.get_world_size()
-    init_distributed(device)
+    init_distributed(device, config["job"].recipe.resources.timeout)
     world = World(rank, size, device)
     try:
         world.agreed(lambda: _check_shared(config["job"].recipe))
