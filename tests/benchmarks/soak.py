@@ -153,10 +153,10 @@ def main() -> None:
     figures = [
         Figure("processes more, a job", growth("processes"), "", 0.05),
         Figure("placement groups left in the end", seen[-1]["groups"], "", 0),
-        Figure("resident memory of the cluster's processes more, a job", growth("resident"), "MiB", 5),
+        Figure("the cluster's resident memory more, a job", growth("resident"), "MiB", 5),
         Figure("Ray's temporary folder more, a job", growth("disk"), "MiB", 2),
         Figure("shared memory more, a job", growth("shared"), "MiB", 0.1),
-    ]  # fmt: skip
+    ]
     publish(args, f"{args.jobs} short jobs on one cluster", figures, {"after": seen})
 
 
