@@ -179,6 +179,8 @@ def whole_state(engine: Any) -> dict[str, Any]:
         groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
         if part not in zero.optimizer.state:  # no step was made yet
             continue
+        # DeepSpeed itself does so after the first group's first step, when others have none yet.
+        utils.lazy_init_hp_params_optimizer_state(params, part, zero.optimizer.state)
         for number, param in zip(numbers, params, strict=True):
             moments = {key: utils.safe_get_full_optimizer_state(param, key) for key in MOMENTS}
             state[number] = {"step": zero.optimizer.state[part]["step"], **moments}
@@ -192,7 +194,6 @@ def load_whole_state(engine: Any, whole: dict[str, Any]) -> None:
         engine.optimizer.load_state_dict(whole)
         return
     utils, zero = import_deepspeed().utils, engine.optimizer
-    known = []
     for (group, part, params), saved in zip(_zero_groups(zero), whole["param_groups"], strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})
         states = [whole["state"].get(number) for number in saved["params"]]
@@ -202,11 +203,10 @@ def load_whole_state(engine: Any, whole: dict[str, Any]) -> None:
             steps = max(state["step"] for _, state in there).to(part.device, copy=True)
             zeros = {key: torch.zeros_like(part) for key in MOMENTS}
             zero.optimizer.state[part] = {"step": steps, **zeros}
-            known += there
-    zero._lazy_init_hp_params_optimizer_state()
-    for param, state in known:
-        for key in MOMENTS:
-            utils.safe_set_full_optimizer_state(param, state[key].to(param.device), key)
+            utils.lazy_init_hp_params_optimizer_state(params, part, zero.optimizer.state)
+        for param, state in there:
+            for key in MOMENTS:
+                utils.safe_set_full_optimizer_state(param, state[key].to(param.device), key)
     zero.refresh_fp32_params()
 
 

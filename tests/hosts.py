@@ -101,10 +101,10 @@ def private(scratch: Path) -> None:
         call("mount", "-t", "tmpfs", "tmpfs", "/mnt")
         OUTSIDE.mkdir()
         call("mount", "--rbind", "/", str(OUTSIDE))
+    needed = {ROOT, scratch, Path(sys.prefix), Path(sys.executable).resolve().parents[1]}
     hidden = ["/tmp", str(Path.home()), "/run", "/dev/shm"]
     for place in hidden:
         call("mount", "-t", "tmpfs", "tmpfs", place)
-    needed = {ROOT, scratch, Path(sys.prefix), Path(sys.executable).resolve().parents[1]}
     for path in needed:
         if any(path.is_relative_to(place) for place in hidden):
             path.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,9 @@ def build_wheel(scratch: Path) -> None:
     (scratch / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "constraints.txt", scratch / "tests")
     options = ["--no-deps", "--no-build-isolation", "--no-index", "-q"]
-    call(sys.executable, "-m", "pip", "wheel", *options, "-w", str(scratch / "dist"), str(source))
+    words = ["-m", "pip", "wheel", *options, "-w", str(scratch / "dist"), str(source)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @contextlib.contextmanager
