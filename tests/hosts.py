@@ -25,7 +25,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,8 +34,12 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = str(ROOT / "tests" / "hosts.py")
 SUBMIT = ROOT / "clusters" / "submit.py"
 STORAGE = Path("/mnt/raybert")
+SCRATCH = Path("/mnt/scratch")
+"""What the hosts and the outside tell each other; in memory, as all of /mnt."""
+
 BEGAN = time.monotonic()
 OUTSIDE = Path("/mnt/outside")
 """The machine's own files, seen from within."""
@@ -47,7 +50,12 @@ TOOLS = ("unshare", "nsenter", "ip", "mount")
 FOR_LAUNCHER = ("ssh", "sshd", "rsync")
 SMALL = "--object-store-memory=100000000"
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
-ON_HOSTS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+ON_HOSTS = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # else other programs of this machine come first
+}
 """What processes on the hosts find in the environment, beside what the launcher file says."""
 
 BORROWED = ("--no-deps", "--no-index", "--force-reinstall", "--root-user-action=ignore")
@@ -95,14 +103,15 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - BEGAN:.0f} s] {text}", flush=True)
 
 
-def private(scratch: Path) -> None:
+def private() -> None:
     """Hide the machine's temporary folders behind empty ones, but for what is needed of them."""
+    needed = {ROOT, Path(sys.prefix), Path(sys.executable).resolve().parents[1]}
+    hidden = ["/tmp", str(Path.home()), "/run", "/dev/shm"]
     if not OUTSIDE.exists():
         call("mount", "-t", "tmpfs", "tmpfs", "/mnt")
-        OUTSIDE.mkdir()
+        for folder in (OUTSIDE, STORAGE, SCRATCH):
+            folder.mkdir()
         call("mount", "--rbind", "/", str(OUTSIDE))
-    needed = {ROOT, scratch, Path(sys.prefix), Path(sys.executable).resolve().parents[1]}
-    hidden = ["/tmp", str(Path.home()), "/run", "/dev/shm"]
     for place in hidden:
         call("mount", "-t", "tmpfs", "tmpfs", place)
     for path in needed:
@@ -115,12 +124,12 @@ def private(scratch: Path) -> None:
 # -- a host ----------------------------------------------------------------------------------------
 
 
-def boot(name: str, address: str, scratch: Path) -> None:
+def boot(name: str, address: str) -> None:
     """What a host's first process does: settle in, start sshd, and bury orphans for ever."""
     socket.sethostname(name)
-    private(scratch)
+    private()
     # As Debian has it: a machine's own name is on loopback, where no other machine finds it.
-    names = scratch / f"names-{name}"
+    names = SCRATCH / f"names-{name}"
     names.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
     call("mount", "--bind", str(names), "/etc/hosts")
     call("ip", "link", "set", "lo", "up")
@@ -128,10 +137,10 @@ def boot(name: str, address: str, scratch: Path) -> None:
     call("ip", "address", "add", f"{address}/24", "dev", "eth0")
     call("ip", "link", "set", "eth0", "up")
     call("ip", "route", "add", "default", "via", f"{NETWORK}.1")
-    install(scratch)
-    if (scratch / "sshd_config").exists():
-        call(str(found("sshd")), "-f", str(scratch / "sshd_config"))
-    (scratch / f"up-{name}").touch()
+    install()
+    if (SCRATCH / "sshd_config").exists():
+        call(str(found("sshd")), "-f", str(SCRATCH / "sshd_config"))
+    (SCRATCH / f"up-{name}").touch()
     while True:
         try:
             os.wait()
@@ -139,7 +148,7 @@ def boot(name: str, address: str, scratch: Path) -> None:
             time.sleep(0.2)
 
 
-def install(scratch: Path) -> None:
+def install() -> None:
     """A virtual environment where the launcher file has one: it borrows all packages from this one
     but raybert itself, whose wheel is put in it."""
     venv = Path.home() / "raybert" / "venv"
@@ -149,31 +158,31 @@ def install(scratch: Path) -> None:
     ray = venv / "bin" / "ray"
     ray.write_text(f"#!{venv}/bin/python\nfrom ray.scripts.scripts import main\n\nmain()\n")
     ray.chmod(0o755)
-    if not (scratch / "sshd_config").exists():
-        (wheel,) = (scratch / "dist").glob("*.whl")
+    if not (SCRATCH / "sshd_config").exists():
+        (wheel,) = (SCRATCH / "dist").glob("*.whl")
         call(str(venv / "bin" / "python"), "-m", "pip", "install", "-q", *BORROWED, str(wheel))
 
 
 class Host:
     """One of them; it is gone when its first process is killed."""
 
-    def __init__(self, name: str, address: str, scratch: Path) -> None:
-        self.name, self.address, self.scratch = name, address, scratch
-        words = ["boot", "--name", name, "--address", address, "--scratch", str(scratch)]
-        self.process = subprocess.Popen([*unshared(), sys.executable, __file__, *words])
+    def __init__(self, name: str, address: str) -> None:
+        self.name, self.address = name, address
+        words = ["boot", "--name", name, "--address", address]
+        self.process = subprocess.Popen([*unshared(), sys.executable, PROGRAM, *words])
         pid, own = str(self.process.pid), os.readlink("/proc/self/ns/net")
         wait("namespaces", lambda: os.readlink(f"/proc/{pid}/ns/net") != own)
         peer = ["peer", "name", "eth0", "netns", pid]
         call("ip", "link", "add", f"to-{name}", "type", "veth", *peer)
         call("ip", "link", "set", f"to-{name}", "master", "hosts", "up")
-        wait(name, (scratch / f"up-{name}").exists)
+        wait(name, (SCRATCH / f"up-{name}").exists)
 
     def run(self, *words: str) -> None:
         """A command on this host, as its user would type it."""
         path = f"{Path.home()}/raybert/venv/bin:{os.environ['PATH']}"
         (first,) = psutil.Process(self.process.pid).children()
         enter = ["nsenter", "-t", str(first.pid), "-m", "-u", "-i", "-n", "-p"]
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.scratch / "token")}
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(SCRATCH / "token")}
         env = {**os.environ, **ON_HOSTS, **token, "PATH": path}
         env["RAYBERT_CACHE"] = str(STORAGE / "cache")
         subprocess.run([*enter, *words], check=True, env=env, stdout=subprocess.DEVNULL)
@@ -192,7 +201,7 @@ class Host:
         call("ip", "link", "set", f"to-{self.name}", "down")
         self.process.kill()
         self.process.wait()
-        (self.scratch / f"up-{self.name}").unlink()
+        (SCRATCH / f"up-{self.name}").unlink()
 
 
 # -- outside ---------------------------------------------------------------------------------------
@@ -201,23 +210,22 @@ class Host:
 class Outside:
     """Where the user sits: on the hosts' network, with the shared storage mounted."""
 
-    def __init__(self, scratch: Path, shared: Path) -> None:
-        self.scratch, self.hosts, self.made = scratch, {}, 0
+    def __init__(self, shared: Path) -> None:
+        self.hosts, self.made = {}, 0
         socket.sethostname("outside")
-        build_wheel(scratch)
-        private(scratch)
-        STORAGE.mkdir()
+        private()
+        build_wheel()
         call("mount", "--bind", f"{OUTSIDE}{shared}", str(STORAGE))
         call("ip", "link", "set", "lo", "up")
         call("ip", "link", "add", "hosts", "type", "bridge")
         call("ip", "address", "add", f"{NETWORK}.1/24", "dev", "hosts")
         call("ip", "link", "set", "hosts", "up")
         self.ray("get-auth-token", "--generate", stdout=subprocess.DEVNULL)
-        shutil.copy(Path.home() / ".ray" / "auth_token", scratch / "token")
+        shutil.copy(Path.home() / ".ray" / "auth_token", SCRATCH / "token")
 
     def ray(self, *words: str, **keys: Any) -> None:
         """A command of Ray's, here."""
-        subprocess.run([*RAY, *words], check=True, env=self.env(), cwd=self.scratch, **keys)
+        subprocess.run([*RAY, *words], check=True, env=self.env(), cwd=SCRATCH, **keys)
 
     def env(self) -> dict[str, str]:
         """Of commands here: the token itself is in the home folder."""
@@ -227,7 +235,7 @@ class Outside:
         """A new machine: the head, or a worker with an address that none has had."""
         self.made += name != "head"
         address = HEAD if name == "head" else f"{NETWORK}.{10 + self.made}"
-        host = Host(name or f"worker{self.made}", address, self.scratch)
+        host = Host(name or f"worker{self.made}", address)
         self.hosts[host.name] = host
         say(f"{host.name} is up, {host.address}")
         return host
@@ -243,17 +251,17 @@ class Outside:
         return {name for name, host in self.hosts.items() if host.processes("RayTrainWorker")}
 
 
-def build_wheel(scratch: Path) -> None:
+def build_wheel() -> None:
     """The repository's wheel in ``dist``, as the launcher file asks for."""
-    source = scratch / "source"  # a copy, because setuptools writes beside what it builds from
+    source = SCRATCH / "source"  # a copy, because setuptools writes beside what it builds from
     for part in ("raybert", "tune_spaces"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, source)
-    (scratch / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "constraints.txt", scratch / "tests")
+    (SCRATCH / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "constraints.txt", SCRATCH / "tests")
     options = ["--no-deps", "--no-build-isolation", "--no-index", "-q"]
-    words = ["-m", "pip", "wheel", *options, "-w", str(scratch / "dist"), str(source)]
+    words = ["-m", "pip", "wheel", *options, "-w", str(SCRATCH / "dist"), str(source)]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -279,20 +287,19 @@ def start_worker(host: Host) -> None:
 @contextlib.contextmanager
 def launched(outside: Outside) -> Iterator[str]:
     """The same by `ray up`, over SSH; the address where `ray dashboard` forwards the head's."""
-    scratch = outside.scratch
     key = Path.home() / ".ssh" / "id_ed25519"
     key.parent.mkdir(mode=0o700)
-    for path in (key, scratch / "host_key"):
+    for path in (key, SCRATCH / "host_key"):
         call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path))
     variables = " ".join(f"{name}={value}" for name, value in ON_HOSTS.items())
-    (scratch / "sshd_config").write_text(
-        f"HostKey {scratch}/host_key\nAuthorizedKeysFile {scratch}/authorized\nStrictModes no\n"
+    (SCRATCH / "sshd_config").write_text(
+        f"HostKey {SCRATCH}/host_key\nAuthorizedKeysFile {SCRATCH}/authorized\nStrictModes no\n"
         f"PasswordAuthentication no\nSetEnv {variables}\nPidFile none\n"
     )
-    shutil.copy(key.with_suffix(".pub"), scratch / "authorized")
+    shutil.copy(key.with_suffix(".pub"), SCRATCH / "authorized")
     for name in ("head", "", ""):
         outside.add(name)
-    file = scratch / "on-premises.yaml"
+    file = SCRATCH / "on-premises.yaml"
     file.write_text(yaml.safe_dump(with_hosts(outside)))
     outside.ray("up", "-y", "--no-config-cache", str(file))
     forwarder = subprocess.Popen([*RAY, "dashboard", str(file)], env=outside.env())
@@ -415,19 +422,18 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, help="every host's /mnt/raybert")
     parser.add_argument("--recipe", type=Path)
     parser.add_argument("--start", choices=("ray-up", "ray-start"), default="ray-start")
-    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.what == "boot":
-        boot(args.name, args.address, args.scratch)
-    if args.scratch is None:
-        with tempfile.TemporaryDirectory(prefix="raybert-hosts-") as scratch:
-            words = [*sys.argv[1:], "--scratch", scratch]
-            sys.exit(subprocess.run([*unshared(), sys.executable, __file__, *words]).returncode)
-    recipe = args.scratch / args.recipe.name
-    shutil.copy(args.recipe, recipe)
-    outside = Outside(args.scratch, args.shared.absolute())
+        boot(args.name, args.address)
+    if not args.inside:
+        words = [*unshared(), sys.executable, PROGRAM, *sys.argv[1:], "--inside"]
+        os.execvp(words[0], words)
+    outside = Outside(args.shared.absolute())
+    recipe = SCRATCH / args.recipe.name
+    shutil.copy(f"{OUTSIDE}{args.recipe.absolute()}", recipe)
     with (launched if args.start == "ray-up" else started)(outside) as address:
         say(f"the cluster is up, {address}")
         (one_job if args.what == "job" else faults)(outside, recipe, address)

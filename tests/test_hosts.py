@@ -40,7 +40,7 @@ def recipe_on(shared: Path, toy: Any, **keys: Any) -> Path:
         shared / "runs" / "job",
         teacher=str(shared / "teacher"),
         data=data,
-        kd={"alpha": 0.5},
+        kd={"alpha": 0.5, "predictions": "live"},
         workers=2,
         resources={"cpus": 1, "wait": 5, "max_failures": 5},
         **keys,
