@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 Fit = Callable[[Plan, "Job"], dict[str, Any]]
 """Carries a job out; returns what `raybert.train.run` does."""
 
+PREEMPTIONS = 100
+"""How often machines may be taken away by their cloud, which is no failure of the run's."""
+
 logger = logging.getLogger("raybert")
 
 
@@ -272,7 +275,9 @@ def run_group(
         What `raybert.train.run` does.
     """
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from raybert.network import Groups
 
     recipe = job.recipe
     waits = round(60 * recipe.resources.timeout)
@@ -282,7 +287,7 @@ def run_group(
     trainer = TorchTrainer(
         _worker,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=waits),
+        torch_config=Groups(backend="nccl" if gpu else "gloo", timeout_s=waits),
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers,
             use_gpu=gpu,
@@ -293,8 +298,12 @@ def run_group(
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
+        # What goes wrong outside the loop, as with the network, is not tried again.
+        tries = (
+            1 if isinstance(error, ray.train.ControllerError) else recipe.resources.max_failures + 1
+        )
         raise UserError(
-            f"training failed {recipe.resources.max_failures + 1} times: {last_line(error)}. "
+            f"training failed{f' {tries} times' if tries > 1 else ''}: {last_line(error)}. "
             "What was saved is kept; when the cause is mended, the same command continues."
         ) from error
     finally:
@@ -317,7 +326,9 @@ def _run_config(recipe: Recipe, callbacks: Sequence[Any]) -> Any:
         name=f"fit-{time.time_ns()}",
         storage_path=str(recipe.folder / "ray"),
         failure_config=FailureConfig(
-            max_failures=recipe.resources.max_failures, controller_failure_limit=3
+            max_failures=recipe.resources.max_failures,
+            controller_failure_limit=3,
+            max_preemption_failures=PREEMPTIONS,
         ),
         callbacks=list(callbacks),
     )

@@ -15,10 +15,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py"}
 """The rooms of `raybert tune` that are written in Ray Tune's words."""
 
-ONLY_HERE = {"ray": {"run.py", *SEARCH}, "deepspeed": {"engine.py"}}
+ONLY_HERE = {"ray": {"run.py", "network.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
-    {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
+    {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress", "network"},
     {"config", "losses", "demo_task", "metrics_log", "factorise", "attention", "int8"},
     {"ledger", "shares", "folders", "yaml_file", "surgery", "tasks", "readers", "timer"},
     {"lowrank", "fake_quant", "gates"},
