@@ -183,7 +183,8 @@ def whole_state(engine: Any) -> dict[str, Any]:
         utils.lazy_init_hp_params_optimizer_state(params, part, zero.optimizer.state)
         for number, param in zip(numbers, params, strict=True):
             moments = {key: utils.safe_get_full_optimizer_state(param, key) for key in MOMENTS}
-            state[number] = {"step": zero.optimizer.state[part]["step"], **moments}
+            # A count of its own each: one tensor for all would be loaded as one, and count for all.
+            state[number] = {"step": zero.optimizer.state[part]["step"].clone(), **moments}
     return {"state": state, "param_groups": groups}
 
 

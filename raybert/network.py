@@ -1,4 +1,4 @@
-"""The network that workers without GPUs talk over: that of the address by which Ray knows a machine.
+"""The network that workers without GPUs use: that of the address by which Ray knows a machine.
 
 gloo listens where a machine's own name leads. On Debian and Ubuntu that is loopback (127.0.1.1 in
 /etc/hosts), where workers on other machines find nobody.

@@ -311,7 +311,8 @@ def step(engine, seed):
 
 def flat(engine):
     state = whole_state(engine)["state"]
-    moments = [state[i][key].flatten() for i in sorted(state) for key in ("exp_avg", "exp_avg_sq")]
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    moments = [state[i][key].flatten() for i in sorted(state) for key in keys]
     return torch.cat([p.detach().flatten() for p in engine.module.parameters()] + moments)
 
 
