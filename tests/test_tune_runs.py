@@ -207,7 +207,7 @@ def test_median_stopping_ends_what_does_worse_than_most(toy, teacher, tmp_path):
         train={"epochs": 4, "eval_every": 3, "clip": 0.0},
     )
     rates = [8e-3, 1e30, 6e-3, 7e-3, 0.3]
-    settings = {"algorithm": "grid", "scheduler": "median", "objectives": "score"}
+    settings: dict[str, Any] = {"algorithm": "grid", "scheduler": "median", "objectives": "score"}
     settings |= {"finalists": 0, "concurrent": 1, **QUIET}
     answer = tune(recipe, {"train.lr": ray_tune.grid_search(rates)}, **settings)
     states = {trial.values["train.lr"]: trial.state for trial in answer.trials}
