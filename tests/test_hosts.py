@@ -74,7 +74,7 @@ def test_two_hosts_distil_a_job_submitted_from_outside(shared, toy, start):
 def test_lost_hosts_change_nothing(shared, toy):
     # Large embeddings, so that writing a checkpoint takes long enough to be interrupted.
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     student = BertModel(BertConfig(vocab_size=250_000, num_hidden_layers=1, **sizes))
     student.save_pretrained(shared / "student")
     make_tokenizer().save_pretrained(shared / "student")

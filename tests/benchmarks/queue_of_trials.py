@@ -9,6 +9,7 @@ this machine; all claim more CPUs than there are.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import threading
 import time
@@ -72,7 +73,7 @@ def measure(args: Any, folder: Path) -> dict[str, Any]:
     try:
         for _ in range(args.nodes - 1):
             cluster.add_node(num_cpus=args.slots, object_store_memory=80 * MIB)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         tuning.run_trial = trial
         slots = args.nodes * args.slots
         work = Work(recipe, folder, objectives, 1, 0.0, False, tuple(space.axes), {}, None)
@@ -83,6 +84,7 @@ def measure(args: Any, folder: Path) -> dict[str, Any]:
             ledger,
             retries=0,
             deadline=float("inf"),
+            last_start=float("inf"),
             loggers=[],
             tell=lambda text: None,
         )
