@@ -127,6 +127,12 @@ def test_a_launched_cluster_keeps_runs_on_storage_that_all_see_and_returns_what_
     assert all(kind["min_workers"] == 0 for kind in workers.values())
 
 
+def test_machines_on_premises_are_all_kept_up():
+    # Ray's autoscaler takes one that is down to have no CPU, and never starts it on demand.
+    config = launched("on-premises")
+    assert config["min_workers"] == config["max_workers"] == len(config["provider"]["worker_ips"])
+
+
 @pytest.mark.parametrize(
     ("name", "spot"),
     [("aws", "InstanceMarketOptions"), ("gcp", "preemptible"), ("azure", "Spot")],
