@@ -305,6 +305,9 @@ def launched(outside: Outside) -> Iterator[str]:
     forwarder = subprocess.Popen([*RAY, "dashboard", str(file)], env=outside.env())
     try:
         wait("the dashboard", lambda: reachable(8265))
+        # The head logs in to start them, one after the other.
+        there = outside.hosts.values()
+        wait("the workers", lambda: all(host.processes("raylet") for host in there), 900)
         yield "http://127.0.0.1:8265"
     finally:
         forwarder.terminate()
