@@ -53,6 +53,8 @@ class _Sparing(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """The scheduler's decision, unless the trial is on the front of those that came as far."""
+        if result.get(TIME) == 0:  # what it starts as, it does not end as
+            return self.CONTINUE
         decision = super().on_trial_result(tune_controller, trial, result)
         if TIME not in result:  # it has failed
             return decision

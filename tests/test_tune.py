@@ -295,6 +295,7 @@ def test_median_stopping_knows_no_score_of_a_failed_trial():
     failed, poor, good = (SimpleTrial(name) for name in ("failed", "poor", "good"))
     scheduler.on_trial_result(None, failed, {"failed": "why"})
     scheduler.on_trial_complete(None, failed, {"failed": "why"})
+    assert scheduler.on_trial_result(None, poor, {"percent": 0.0, "score": 0.9}) == "CONTINUE"
     assert scheduler.on_trial_result(None, poor, {"percent": 30.0, "score": 0.7}) == "STOP"
     assert scheduler.on_trial_result(None, good, {"percent": 30.0, "score": 0.9}) == "CONTINUE"
 
