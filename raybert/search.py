@@ -237,7 +237,7 @@ def _nothing(ledger: Ledger, folder: Path) -> UserError:
     counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "none drawn"
     return UserError(
         f"no trial has finished ({counted}), so there is no answer"
-        f"{f'; the first reason: {reasons[0]}' if reasons else ''} The trials are in {folder}; the "
+        f"{f'; the first reason: {reasons[0]}' if reasons else '.'} The trials are in {folder}; the "
         "same command goes on with those that were cut short."
     )
 
