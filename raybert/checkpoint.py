@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raybert.config import UserError
+from raybert.engine import load_whole_state, scaler_of, whole_state
 
 logger = logging.getLogger("raybert")
 
@@ -197,14 +198,16 @@ def bring_back_best(checkpoint: Path, best: Path) -> None:
 
 
 def _write(partial: Path, engine: Any, position: Position, world: World, stage: int) -> None:
-    if stage:
+    if stage == 3:
         engine.save_checkpoint(str(partial), tag="zero", save_latest=False)
-    elif world.rank == 0:
-        save_file(_copies(engine.module), partial / "model.safetensors")
-        torch.save(engine.optimizer.state_dict(), partial / "optimizer.pt")
-    scaler = engine.torch_autocast_z0_gradscaler if not stage else None
-    if scaler is not None and world.rank == 0:
-        torch.save(scaler.state_dict(), partial / "scaler.pt")
+    else:
+        # Whole, by the first worker: other workers, at another stage, can go on from it.
+        state, scaler = whole_state(engine), scaler_of(engine)
+        if world.rank == 0:
+            save_file(_copies(engine.module), partial / "model.safetensors")
+            torch.save(state, partial / "optimizer.pt")
+            if scaler is not None:
+                torch.save(scaler.state_dict(), partial / "scaler.pt")
     rng = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(world.device)
@@ -295,10 +298,12 @@ def restore(path: Path, engine: Any, world: World, stage: int) -> Position:
     """Put the engine and the random state back to where a checkpoint left them.
 
     Raises:
-        UserError: the checkpoint was written under ZeRO by another number of workers or stage.
+        UserError: the checkpoint is of ZeRO 3 and this run is not, the other way round, or either
+            with another number of workers.
     """
     position, workers, saved_stage = read_position(path)
-    if saved_stage != stage or (stage and workers != world.size):
+    apart = 3 in (stage, saved_stage)
+    if apart and (saved_stage != stage or workers != world.size):
         raise UserError(
             f"{path} was written by {workers} workers at ZeRO stage {saved_stage}; this run has "
             f"{world.size} at stage {stage}. Continue with workers={workers} "
@@ -306,18 +311,18 @@ def restore(path: Path, engine: Any, world: World, stage: int) -> Position:
         )
     # Rates are the recipe's: a trial that takes over another's checkpoint goes on at its own.
     own = [{key: group[key] for key in OWN_RATES} for group in engine.optimizer.param_groups]
-    if stage:
+    if apart:
         loaded, _ = engine.load_checkpoint(str(path), tag="zero")
         if loaded is None:
             raise UserError(f"DeepSpeed could not load {path}; remove that folder and start again.")
     else:
         load_weights(engine.module, path / "model.safetensors")
-        engine.optimizer.load_state_dict(
-            torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        load_whole_state(
+            engine, torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         )
-        if engine.torch_autocast_z0_gradscaler is not None and (path / "scaler.pt").is_file():
-            scale = torch.load(path / "scaler.pt", weights_only=True)
-            engine.torch_autocast_z0_gradscaler.load_state_dict(scale)
+        scaler = scaler_of(engine)
+        if scaler is not None and (path / "scaler.pt").is_file():
+            scaler.load_state_dict(torch.load(path / "scaler.pt", weights_only=True))
     for group, rates in zip(engine.optimizer.param_groups, own, strict=True):
         group.update(rates)
     engine.global_steps = position.step

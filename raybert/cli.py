@@ -62,11 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_homes(args: argparse.Namespace) -> None:
-    """Refuse a path in the home folder of nobody, which the shell leaves as it is."""
-    from raybert.config import UserError
+    """Refuse a path in the home folder of nobody, which the shell leaves as it is, and a URI."""
+    from raybert.config import UserError, is_uri, no_uri
 
     for value in vars(args).values():
         for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and is_uri(text):
+                raise UserError(f"{no_uri(text)}.")
             if isinstance(text, str) and text.startswith("~"):
                 try:
                     Path(text).expanduser()

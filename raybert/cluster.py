@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("raybert")
 
+PREEMPTIONS = 100
+"""How often machines may be taken away by their cloud, which is no failure of the run's."""
+
 
 # -- the connection --------------------------------------------------------------------------------
 
@@ -175,14 +178,19 @@ def run_group(
         What `raybert.train.run` does.
     """
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from raybert.network import Groups
 
     recipe = job.recipe
+    waits = round(60 * recipe.resources.timeout)
+    # Of a process that does not even answer; one that does is noticed by those who wait for it.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(waits))
     config = {"job": job, "threads": cpus, "checkpoints": checkpoints, "terminal": on_terminal()}
     trainer = TorchTrainer(
         _worker,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=Groups(backend="nccl" if gpu else "gloo", timeout_s=waits),
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers,
             use_gpu=gpu,
@@ -193,8 +201,11 @@ def run_group(
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
+        # What goes wrong outside the loop, as with the network, is not tried again.
+        outside = isinstance(error, ray.train.ControllerError)
+        tries = 1 if outside else recipe.resources.max_failures + 1
         raise UserError(
-            f"training failed {recipe.resources.max_failures + 1} times: {last_line(error)}. "
+            f"training failed{f' {tries} times' if tries > 1 else ''}: {last_line(error)}. "
             "What was saved is kept; when the cause is mended, the same command continues."
         ) from error
     finally:
@@ -211,7 +222,9 @@ def _run_config(recipe: Recipe, callbacks: Sequence[Any]) -> Any:
         name=f"fit-{time.time_ns()}",
         storage_path=str(recipe.folder / "ray"),
         failure_config=FailureConfig(
-            max_failures=recipe.resources.max_failures, controller_failure_limit=3
+            max_failures=recipe.resources.max_failures,
+            controller_failure_limit=3,
+            max_preemption_failures=PREEMPTIONS,
         ),
         callbacks=list(callbacks),
     )
@@ -229,7 +242,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     _quiet_worker()
     context, device = get_context(), get_device()
     rank, size = context.get_world_rank(), context.get_world_size()
-    init_distributed(device)
+    init_distributed(device, config["job"].recipe.resources.timeout)
     world = World(rank, size, device)
     try:
         world.agreed(lambda: _check_shared(config["job"].recipe))

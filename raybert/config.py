@@ -46,12 +46,27 @@ class UserError(Exception):
     """
 
 
+def is_uri(text: str) -> bool:
+    """Whether a text names storage as ``s3://bucket/run`` does."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
+def no_uri(text: str) -> str:
+    """Why it cannot be used, and what to do."""
+    return (
+        f"{text!r} is a URI, and raybert reads and writes files: mount that storage (NFS, a bucket "
+        "through mountpoint-s3 or gcsfuse) and give the path"
+    )
+
+
 def _checked_place(text: str) -> str:
     """A path, or a name that stands where one may."""
     try:
         text.encode()
         if "\0" in text:
             raise ValueError(f"{text!r} holds a character that no path has")
+        if is_uri(text):
+            raise ValueError(no_uri(text))
         Path(text).expanduser()
     except UnicodeEncodeError:
         raise ValueError(f"{text!r} is not UTF-8 text") from None
@@ -354,6 +369,10 @@ class ResourcesConfig(Section):
     )
     max_failures: NonNegativeInt = Field(
         default=3, description="How often dead workers are replaced before giving up."
+    )
+    timeout: PositiveFloat = Field(
+        default=10.0,
+        description="Minutes that workers wait for one that hangs before all are restarted.",
     )
     wait: NonNegativeFloat = Field(
         default=0.0,

@@ -38,8 +38,8 @@ def demo_comparison(out: Path, workers: int) -> Comparison:
     """The teacher's recipe, and one for each chain of methods."""
     place = str(out / "teacher")
     shared = {"task": "demo", "workers": workers, "data": {"max_length": LENGTH}}
+    shared |= {"measure": {"length": LENGTH, "seconds": 0.5}}
     student = {"teacher": place, "train": TRAINING, "kd": TAUGHT, "export": "onnx"}
-    student |= {"measure": {"length": LENGTH, "seconds": 0.5}}
     model = demo_encoder()
     teacher = recipe_from({**shared, "model": model, "train": TEACHER_TRAINING, "out": place})
     students = []

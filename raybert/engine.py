@@ -9,13 +9,18 @@ import os
 import random
 import socket
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from raybert.config import Recipe, UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's, by their names in its state."""
 
 
 def precision_for(precision: str, device: torch.device) -> str:
@@ -106,12 +111,19 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def init_distributed(device: torch.device) -> None:
+def init_distributed(device: torch.device, timeout: float) -> None:
     """Set torch.distributed up for DeepSpeed, from the environment's RANK, WORLD_SIZE and so on.
 
     Once a process: DeepSpeed holds on to the groups that it finds first.
+
+    Args:
+        device: that this process computes on.
+        timeout: minutes after which a worker that waits for another one fails.
     """
     deepspeed = import_deepspeed()
+    # DeepSpeed trains in groups of its own, which it makes with torch's defaults.
+    waits = timedelta(minutes=timeout)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = waits
     if device.type == "cpu":
         # Said outright, because on a machine with GPUs DeepSpeed would move the model to one.
         from deepspeed.accelerator import set_accelerator
@@ -121,7 +133,7 @@ def init_distributed(device: torch.device) -> None:
         # An extension for inference only, whose compilation takes a minute and a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=waits)
 
 
 @contextlib.contextmanager
@@ -148,6 +160,68 @@ def set_rate(engine: Any, share: float) -> None:
     """Give every parameter group its peak learning rate times ``share``."""
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
+
+
+def whole_state(engine: Any) -> dict[str, Any]:
+    """AdamW's state as a plain optimiser's ``state_dict``, whatever workers and ZeRO stage (to 2)
+    keep parts of it; all workers call this.
+
+    Parameters are numbered as `make_engine` was given them, group after group.
+    """
+    if not engine.zero_optimization_stage():
+        return engine.optimizer.state_dict()
+    utils, zero = import_deepspeed().utils, engine.optimizer
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    groups, first = [], 0
+    for group, part, params in _zero_groups(zero):
+        numbers = list(range(first, first + len(params)))
+        first += len(params)
+        groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
+        if part not in zero.optimizer.state:  # no step was made yet
+            continue
+        # DeepSpeed itself does so after the first group's first step, when others have none yet.
+        utils.lazy_init_hp_params_optimizer_state(params, part, zero.optimizer.state)
+        for number, param in zip(numbers, params, strict=True):
+            moments = {key: utils.safe_get_full_optimizer_state(param, key) for key in MOMENTS}
+            # A count of its own each: one tensor for all would be loaded as one, and count for all.
+            state[number] = {"step": zero.optimizer.state[part]["step"].clone(), **moments}
+    return {"state": state, "param_groups": groups}
+
+
+def load_whole_state(engine: Any, whole: dict[str, Any]) -> None:
+    """Give each worker its part of what `whole_state` returned, and of the model's weights, which
+    are there already."""
+    if not engine.zero_optimization_stage():
+        engine.optimizer.load_state_dict(whole)
+        return
+    utils, zero = import_deepspeed().utils, engine.optimizer
+    for (group, part, params), saved in zip(_zero_groups(zero), whole["param_groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
+        states = [whole["state"].get(number) for number in saved["params"]]
+        there = [(p, s) for p, s in zip(params, states, strict=True) if s]
+        if there:
+            # One count for the part; parameters that no step reached have none of their own.
+            steps = max(state["step"] for _, state in there).to(part.device, copy=True)
+            zeros = {key: torch.zeros_like(part) for key in MOMENTS}
+            zero.optimizer.state[part] = {"step": steps, **zeros}
+            utils.lazy_init_hp_params_optimizer_state(params, part, zero.optimizer.state)
+        for param, state in there:
+            for key in MOMENTS:
+                utils.safe_set_full_optimizer_state(param, state[key].to(param.device), key)
+    zero.refresh_fp32_params()
+
+
+def _zero_groups(zero: Any) -> Iterator[tuple[dict[str, Any], torch.Tensor, list[nn.Parameter]]]:
+    """Of ZeRO 1 and 2: each optimiser group, this worker's part of it, and its parameters."""
+    parts, params = zero.single_partition_of_fp32_groups, zero.bit16_groups
+    return zip(zero.optimizer.param_groups, parts, params, strict=True)
+
+
+def scaler_of(engine: Any) -> Any:
+    """The loss scaler of fp16; ``None`` with other numbers."""
+    if engine.zero_optimization_stage():
+        return engine.optimizer.torch_autocast_gradscaler
+    return engine.torch_autocast_z0_gradscaler
 
 
 @contextlib.contextmanager

@@ -158,9 +158,11 @@ def check_folder(recipe: Recipe) -> bool:
             "Choose another out=."
         ) from None
     here = yaml.safe_load(dump_recipe(recipe))
-    for key in FREE_TO_DIFFER:
-        there.pop(key, None)
-        here.pop(key, None)
+    for one in (there, here):
+        for key in FREE_TO_DIFFER:
+            one.pop(key, None)
+        if isinstance(one.get("train"), dict):
+            one["train"].pop("zero", None)  # a checkpoint knows whether it can be continued
     differing = _differences(there, here)
     if differing:
         raise UserError(

@@ -245,7 +245,7 @@ def run_here(job: Job, hooks: Hooks) -> dict[str, Any]:
 
     device = _device_here(job.recipe)
     with alone():
-        init_distributed(device)
+        init_distributed(device, job.recipe.resources.timeout)
         return run(job, World(0, 1, device), hooks, job.recipe.resources.cpus)
 
 

@@ -20,10 +20,10 @@ IMPORTANCE = (
 )
 
 LATENCY = (
-    "Sizes and FLOPs are those of the finished models. Latency is timed after the search, one "
-    "model at a time, with nothing else running, for the finalists (and, where it is an objective, "
-    "for all that no other beats in score and FLOPs): trials that run side by side would slow each "
-    "other's clocks."
+    "Sizes and FLOPs are those of the finished models. Latency is timed after the search, all of "
+    "them in turns with the teacher and nothing else running, for the finalists (and, where it is "
+    "an objective, for all that no other beats in score and FLOPs): trials that run side by side "
+    "would slow each other's clocks."
 )
 
 

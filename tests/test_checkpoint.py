@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from conftest import one_and_two
 from safetensors.torch import load_file
 from torch import nn
 
@@ -47,6 +49,9 @@ class Engine:
             ]
         )
         self.global_steps = 0
+
+    def zero_optimization_stage(self) -> int:
+        return 0
 
     def step(self) -> float:
         """One step on random rows, dropout included: it depends on weights, moments and RNG."""
@@ -259,9 +264,11 @@ def test_a_full_disk_before_any_checkpoint_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("workers", "zero", "size", "stage"), [(2, 1, 4, 1), (1, 0, 1, 2), (2, 2, 2, 1), (2, 2, 2, 0)]
+    ("workers", "zero", "size", "stage"), [(2, 3, 4, 3), (2, 3, 2, 2), (1, 0, 1, 3)]
 )
-def test_zero_needs_the_workers_and_the_stage_it_was_saved_by(tmp_path, workers, zero, size, stage):
+def test_zero_3_needs_the_workers_and_the_stage_it_was_saved_by(
+    tmp_path, workers, zero, size, stage
+):
     _, (path,) = saved(tmp_path, 1)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "workers": workers, "zero": zero}))
@@ -272,6 +279,88 @@ def test_zero_needs_the_workers_and_the_stage_it_was_saved_by(tmp_path, workers,
     assert f"workers={workers} train.zero={zero}" in str(error.value)
 
 
+ANY_STAGE = """
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from raybert.checkpoint import Position, World, find_last_good, restore, save
+from raybert.config import TrainConfig
+from raybert.engine import alone, init_distributed, make_engine, whole_state
+
+cpu = torch.device("cpu")
+world = World(rank, workers, cpu)
+
+
+def engine_of(stage):
+    torch.manual_seed(stage)  # each begins with weights of its own
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    matrices, plain = ([p for p in model.parameters() if p.dim() == d] for d in (2, 1))
+    groups = [
+        {"params": matrices, "lr": 0.1, "peak_lr": 0.1, "weight_decay": 0.01},
+        {"params": plain, "lr": 0.1, "peak_lr": 0.1, "weight_decay": 0.0},
+    ]
+    train = TrainConfig(zero=stage, batch_size=4)
+    return make_engine(model, groups, SimpleNamespace(train=train, workers=workers), "fp32")
+
+
+def step(engine, seed):
+    torch.manual_seed(seed)  # every worker has the same rows, so any number makes the same step
+    engine.backward(engine(torch.randn(4, 5)).square().mean())
+    engine.step()
+
+
+def flat(engine):
+    state = whole_state(engine)["state"]
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    moments = [state[i][key].flatten() for i in sorted(state) for key in keys]
+    return torch.cat([p.detach().flatten() for p in engine.module.parameters()] + moments)
+
+
+with alone() if workers == 1 else contextlib.nullcontext():
+    init_distributed(cpu, 1.0)
+    for writes, reads in STAGES:
+        place = Path(folder) / f"{workers}-{writes}"
+        if reads is None:
+            engine = engine_of(writes)
+            for seed in range(3):
+                step(engine, seed)
+            save(place, engine, Position(step=3), world, writes)
+            found.append(flat(engine))
+            step(engine, 3)
+        else:
+            engine = engine_of(reads)
+            other, _ = find_last_good(Path(folder) / f"{3 - workers}-{writes}")
+            restore(other, engine, world, reads)
+            found.append(flat(engine))
+            step(engine, 3)
+        found.append(flat(engine))
+        engine.destroy()
+"""
+
+
+def any_stage(folder: Path, stages: list[tuple[int, int | None]]) -> list[Any]:
+    code = f"import contextlib, os\n\nSTAGES, found = {stages}, []\n"
+    code += 'os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}\n'
+    code += 'os.environ |= {"WORLD_SIZE": str(workers)}\n'
+    return one_and_two(code + ANY_STAGE, folder)
+
+
+def test_other_workers_at_another_stage_go_on_from_a_checkpoint(tmp_path):
+    """One worker's checkpoints are continued by two, and two workers' by one."""
+    one, first, _ = any_stage(tmp_path, [(0, None), (1, None), (2, None)])
+    (tmp_path / "meet").unlink(missing_ok=True)
+    onward, first_on, second_on = any_stage(tmp_path, [(0, 2), (1, 0), (2, 1)])
+    for place in range(0, 6, 2):
+        before, after = place, place + 1
+        # What is restored is what was saved, bit for bit; the step made next is the same.
+        assert torch.equal(onward[before], first[before])
+        assert torch.equal(first_on[before], one[before])
+        assert torch.equal(first_on[before], second_on[before])
+        torch.testing.assert_close(onward[after], first[after], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(first_on[after], one[after], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(onward[after], onward[before])
+
+
 def test_without_zero_other_workers_may_go_on(tmp_path):
     engine, (path,) = saved(tmp_path, 2)
     other = Engine(seed=5)
@@ -280,7 +369,7 @@ def test_without_zero_other_workers_may_go_on(tmp_path):
     assert_same(other.state(), engine.state())
 
 
-def test_zero_leaves_the_engine_to_save_and_load_itself(tmp_path):
+def test_zero_3_leaves_the_engine_to_save_and_load_itself(tmp_path):
     calls = []
     engine = Engine()
     zero = SimpleNamespace(
@@ -296,10 +385,10 @@ def test_zero_leaves_the_engine_to_save_and_load_itself(tmp_path):
         ),
         global_steps=0,
     )
-    path = save(tmp_path, zero, Position(step=4), ALONE, 2)
+    path = save(tmp_path, zero, Position(step=4), ALONE, 3)
     assert not (path / "model.safetensors").exists()
     assert "zero.pt" in json.loads((path / MANIFEST).read_text())
-    assert restore(path, zero, ALONE, 2).step == 4
+    assert restore(path, zero, ALONE, 3).step == 4
     assert calls == [("save", {"tag": "zero", "save_latest": False}), ("load", path.name)]
     assert zero.global_steps == 4
 

@@ -205,6 +205,28 @@ def test_places_that_cannot_be_are_refused(text):
         recipe_from({section: {name: value}} if section else {name: value})
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compress", "out=s3://bucket/run"],
+        ["compress", "data=gs://bucket/glue"],
+        ["compress", "data.cache=abfs://cache@account/raybert"],
+        ["finetune", "model=hdfs://name/model"],
+        ["evaluate", "s3://bucket/run"],
+        ["predict-teacher", "--out", "s3://bucket/said", "teacher=x"],
+    ],
+)
+def test_storage_by_its_uri_is_refused_before_a_folder_is_made_of_it(
+    words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "is a URI" in told
+    assert "mount that storage" in told
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("text", [".inf", "-.inf", ".nan"])
 @pytest.mark.parametrize("key", ["epochs", "lr", "clip"])
 def test_numbers_without_a_value_are_refused(key, text):

@@ -15,11 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py"}
 """The rooms of `raybert tune` that are written in Ray Tune's words."""
 
-ONLY_HERE = {"ray": {"cluster.py", *SEARCH}, "deepspeed": {"engine.py"}}
+ONLY_HERE = {"ray": {"cluster.py", "network.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
     {"arguments", "templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
-    {"config", "losses", "demo_task", "factorise", "attention", "int8"},
+    {"config", "losses", "demo_task", "factorise", "attention", "int8", "network"},
     {"ledger", "shares", "folders", "yaml_file", "surgery", "tasks", "readers", "timer"},
     {"lowrank", "fake_quant", "gates", "metrics_log"},
     {"skipping", "power_norm", "softmax_net", "onnx_int8"},

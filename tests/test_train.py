@@ -163,6 +163,17 @@ def test_two_workers_train_like_one(toy, teacher, tmp_path, zero):
     assert one["training"]["tokens"] <= two["training"]["tokens"]
 
 
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The two workers that a run has started."""
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "RayTrainWorker" in child.name() + " ".join(child.cmdline())
+    ]
+    assert len(workers) == 2
+    return workers
+
+
 @pytest.mark.distributed
 def test_a_worker_that_dies_is_replaced(toy, tmp_path):
     keys = {"epochs": 12, "save_every": 4, "dropout": 0.0}
@@ -170,18 +181,50 @@ def test_a_worker_that_dies_is_replaced(toy, tmp_path):
     recipe = toy(tmp_path / "hit", workers=2, train=keys)
     process = start(recipe, "finetune")
     wait_for(recipe.folder / "checkpoints" / "phase0-step0000008", process)
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "RayTrainWorker" in child.name() + " ".join(child.cmdline())
-    ]
-    assert len(workers) == 2
-    workers[1].kill()
+    workers_of(process)[1].kill()
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     assert lines(recipe.folder, "train")[-1]["step"] == 72
     one, two = (lines(run, "eval")[-1] for run in (whole, recipe.folder))
     assert one["accuracy"] == pytest.approx(two["accuracy"], abs=0.05)
+
+
+@pytest.mark.distributed
+@pytest.mark.long
+def test_a_worker_that_hangs_is_replaced(toy, tmp_path):
+    keys: dict[str, Any] = {"workers": 2, "resources": {"timeout": 0.25, "cpus": 1}}
+    keys["train"] = {"epochs": 12, "save_every": 4, "zero": 1}
+    through(toy(tmp_path / "whole", **keys), "finetune")
+    recipe = toy(tmp_path / "hung", **keys)
+    process = start(recipe, "finetune")
+    wait_for(recipe.folder / "checkpoints" / "phase0-step0000008", process)
+    hung = workers_of(process)[1]
+    hung.suspend()
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert not hung.is_running()
+    assert_same(weights(tmp_path / "whole"), weights(recipe.folder))
+
+
+@pytest.mark.distributed
+@pytest.mark.long
+def test_one_worker_without_zero_continues_what_two_began_with_it(toy, tmp_path):
+    keys = {"epochs": 12, "save_every": 4, "dropout": 0.0, "precision": "fp32", "keep": "last"}
+    whole = toy(tmp_path / "whole", train=keys)
+    through(whole, "finetune")
+    recipe = toy(tmp_path / "moved", workers=2, train={**keys, "zero": 2})
+    process = start(recipe, "finetune")
+    wait_for(recipe.folder / "checkpoints" / "phase0-step0000008", process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert not (recipe.folder / "report.json").exists()
+    assert "continuing" in through(toy(recipe.folder, train=keys), "finetune")
+    one, two = (lines(run.folder, "train") for run in (whole, recipe))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], rel=0.05)
+    moved = weights(recipe.folder)
+    for name, tensor in weights(whole.folder).items():
+        torch.testing.assert_close(moved[name], tensor, rtol=0.01, atol=1e-3)
 
 
 @pytest.mark.distributed

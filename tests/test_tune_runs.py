@@ -189,7 +189,8 @@ def test_a_trial_that_crashes_is_tried_again_and_then_reported(toy, teacher, tmp
     monkeypatch.setattr("raybert.tuning.run_trial", dies)
     recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], train={"epochs": 1})
     told: list[str] = []
-    settings = {"algorithm": "grid", "finalists": 0, "retries": 1, "tell": told.append}
+    settings: dict[str, Any] = {"algorithm": "grid", "finalists": 0, "retries": 1}
+    settings["tell"] = told.append
     answer = tune(recipe, {"train.lr": ray_tune.grid_search([1e-3, 2e-3, 3e-3])}, **settings)
     assert [trial.state for trial in answer.trials] == ["finished", "failed", "finished"]
     assert {p.name for p in marks.iterdir()} == {"0-0", "0-1", "1-0", "1-1", "2-0"}
@@ -207,7 +208,7 @@ def test_median_stopping_ends_what_does_worse_than_most(toy, teacher, tmp_path):
         train={"epochs": 4, "eval_every": 3, "clip": 0.0},
     )
     rates = [8e-3, 1e30, 6e-3, 7e-3, 0.3]
-    settings = {"algorithm": "grid", "scheduler": "median", "objectives": "score"}
+    settings: dict[str, Any] = {"algorithm": "grid", "scheduler": "median", "objectives": "score"}
     settings |= {"finalists": 0, "concurrent": 1, **QUIET}
     answer = tune(recipe, {"train.lr": ray_tune.grid_search(rates)}, **settings)
     states = {trial.values["train.lr"]: trial.state for trial in answer.trials}
@@ -222,7 +223,12 @@ def test_minutes_leave_time_for_finalists(toy, teacher, tmp_path):
     recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], train={"epochs": 1})
     axes = {"train.lr": ray_tune.loguniform(1e-4, 1e-2)}
     told: list[str] = []
+<<<<<<< HEAD
     settings = {"algorithm": "random", "trials": 500, "finalists": 1, "seeds": 2, "minutes": 2.0}
+=======
+    settings: dict[str, Any] = {"algorithm": "random", "trials": 500, "minutes": 1.0}
+    settings |= {"finalists": 1, "seeds": 2}
+>>>>>>> main
     began = time.monotonic()
     answer = tune(recipe, axes, **settings, tell=told.append)
     assert time.monotonic() - began < 240

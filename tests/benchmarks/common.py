@@ -277,7 +277,7 @@ def single_worker() -> Iterator[Path]:
     from raybert.engine import alone, init_distributed
 
     with alone(), tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
-        init_distributed(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
+        init_distributed(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), 10.0)
         yield Path(folder)
         dist.destroy_process_group()
 
