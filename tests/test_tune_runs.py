@@ -223,12 +223,8 @@ def test_minutes_leave_time_for_finalists(toy, teacher, tmp_path):
     recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], train={"epochs": 1})
     axes = {"train.lr": ray_tune.loguniform(1e-4, 1e-2)}
     told: list[str] = []
-<<<<<<< HEAD
-    settings = {"algorithm": "random", "trials": 500, "finalists": 1, "seeds": 2, "minutes": 2.0}
-=======
-    settings: dict[str, Any] = {"algorithm": "random", "trials": 500, "minutes": 1.0}
+    settings: dict[str, Any] = {"algorithm": "random", "trials": 500, "minutes": 2.0}
     settings |= {"finalists": 1, "seeds": 2}
->>>>>>> main
     began = time.monotonic()
     answer = tune(recipe, axes, **settings, tell=told.append)
     assert time.monotonic() - began < 240
