@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import shutil
@@ -118,9 +120,10 @@ def encoder_name(recipe: Recipe) -> str:
 def _measure(recipe: Recipe, final: Path, teacher: Path | None, timed: bool) -> dict[str, Any]:
     """Size and FLOPs, and, timed, latency of a student beside its teacher."""
     length = min(recipe.measure.length, longest_input(read_config(str(final))))
-    folders = {"student": final} | ({"teacher": teacher} if teacher else {})
     if teacher is None or not recipe.measure.batches or not timed:
-        models = {key: count(folder, length) for key, folder in folders.items()}
+        models = {"student": count(final, length)}
+        if teacher is not None:
+            models["teacher"] = copy.deepcopy(_count_teacher(teacher, length, _stamp(teacher)))
         return {"models": models, "latency": [], "speedup": [], "hardware": hardware()}
     shapes = [(batch, length) for batch in recipe.measure.batches]
     seconds = recipe.measure.seconds
@@ -128,6 +131,17 @@ def _measure(recipe: Recipe, final: Path, teacher: Path | None, timed: bool) -> 
     for sizes in result["models"].values():
         sizes.pop("path")
     return result
+
+
+@functools.lru_cache(maxsize=8)
+def _count_teacher(folder: Path, length: int, stamp: float) -> dict[str, Any]:
+    """`count` of a teacher, once for the many students that a search makes in one process."""
+    return count(folder, length)
+
+
+def _stamp(folder: Path) -> float:
+    """When a model folder was last written to."""
+    return max(file.stat().st_mtime for file in folder.rglob("*"))
 
 
 def _place_model(final: Path, recipe: Recipe, card: str) -> None:

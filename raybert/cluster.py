@@ -74,17 +74,19 @@ def _connect(options: dict[str, Any]) -> None:
     """Start Ray, or connect to the cluster that RAY_ADDRESS names.
 
     Raises:
-        UserError: there is none, or it does not let this process in.
+        UserError: there is none, it does not let this process in, or Ray does not start.
     """
     import ray
-    from ray.exceptions import RayError
 
     address, ended = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
+    except Exception as error:  # Ray's own, when it does not start in time, has no other class
         if address is None:
-            raise
+            raise UserError(
+                f"Ray did not start on this machine: {last_line(error)}. When the machine has less "
+                "to do, the same command goes on; nothing was lost."
+            ) from error
         raise UserError(
             f"no Ray cluster can be used at RAY_ADDRESS={address}: {last_line(error)}. Start one, "
             "or mend the address; one that asks for a token wants RAY_AUTH_MODE=token and its "

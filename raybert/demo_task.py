@@ -9,6 +9,8 @@ model reaches 100 %.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 SIZES = {"train": 1600, "dev": 480, "test": 480}
@@ -97,12 +99,17 @@ def demo_rows(split: str, seed: int = 0) -> dict[str, list[str]]:
     Returns:
         Columns ``text`` and ``label`` (a name of ``LABELS``), equally long.
     """
+    return {key: list(values) for key, values in _splits(seed)[split].items()}
+
+
+@functools.cache
+def _splits(seed: int) -> dict[str, dict[str, list[str]]]:
+    """All splits, drawn from one stream: what an earlier one holds, a later one skips."""
     draw = np.random.default_rng([seed, 2024])
     seen: set[str] = set()
-    columns: dict[str, list[str]] = {}
-    # Every split is drawn from one stream: what an earlier one holds, a later one skips.
+    splits: dict[str, dict[str, list[str]]] = {}
     for name, size in SIZES.items():
-        columns = {"text": [], "label": []}
+        columns: dict[str, list[str]] = {"text": [], "label": []}
         while len(columns["text"]) < size:
             good = len(columns["text"]) % 2 == 1
             text = _sentence(draw, good)
@@ -113,7 +120,5 @@ def demo_rows(split: str, seed: int = 0) -> dict[str, list[str]]:
             columns["text"].append(text)
             columns["label"].append(LABELS[good != flipped])
         order = draw.permutation(size)
-        columns = {key: [values[i] for i in order] for key, values in columns.items()}
-        if name == split:
-            return columns
-    raise KeyError(split)
+        splits[name] = {key: [values[i] for i in order] for key, values in columns.items()}
+    return splits

@@ -127,7 +127,8 @@ def finalists_of(
     within = [f for f in by_score if f.reports[0].student.score >= least]
     within = [f for f in within if f.number(cost) is not None]
     cheapest = sorted(within, key=lambda f: f.number(cost) or 0.0)
-    chosen = [*cheapest[: count - 1], by_score[0], *cheapest[count - 1 :], *by_score]
+    first = max(1, count - 1)  # a single finalist is the one that would win
+    chosen = [*cheapest[:first], by_score[0], *cheapest[first:], *by_score]
     return list({f.trial.number: f for f in chosen}.values())[:count]
 
 

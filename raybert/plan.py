@@ -3,7 +3,9 @@ memory."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,7 +210,7 @@ def make_plan(recipe: Recipe) -> Plan:
     phases = _steps(recipe, config, len(data.splits["train"]))
     saved = _takes_saved(recipe, data, phases)
     length = min(recipe.measure.length, longest_input(_finished_config(chain, config)))
-    before = _predict(config, data, [], length)
+    before = _predict_start(config, data, length)
     after = _predict(config, data, chain, length)
     memory = _memory(recipe, config, before, after)
     _check_memory(memory, recipe)
@@ -428,6 +430,18 @@ def _finished_config(chain: list[Any], config: Any) -> Any:
     for method in chain:
         config = method.student_config(config)
     return config
+
+
+_STARTS: dict[str, dict[str, Any]] = {}
+"""What was counted of models to start from: the many samples of a search share one."""
+
+
+def _predict_start(config: Any, data: TaskData, length: int) -> dict[str, Any]:
+    """`_predict` of the model to start from, once a process."""
+    key = json.dumps([config.to_dict(), data.task.kind, length], sort_keys=True, default=str)
+    if key not in _STARTS:
+        _STARTS[key] = _predict(config, data, [], length)
+    return copy.deepcopy(_STARTS[key])
 
 
 def _predict(config: Any, data: TaskData, chain: list[Any], length: int) -> dict[str, Any]:

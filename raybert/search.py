@@ -235,10 +235,10 @@ def _nothing(ledger: Ledger, folder: Path) -> UserError:
     states = [trial.state for trial in ledger.trials]
     reasons = [trial.reason for trial in ledger.trials if trial.reason]
     counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "none drawn"
+    why = f"; the first reason: {reasons[0]}" if reasons else "."
     return UserError(
-        f"no trial has finished ({counted}), so there is no answer"
-        f"{f'; the first reason: {reasons[0]}' if reasons else ''} The trials are in {folder}; the "
-        "same command goes on with those that were cut short."
+        f"no trial has finished ({counted}), so there is no answer{why} The trials are in "
+        f"{folder}; the same command goes on with those that were cut short."
     )
 
 

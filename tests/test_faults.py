@@ -135,7 +135,8 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(UserError, match=r"RAY_ADDRESS=192\.0\.2\.1:6379.*RAY_AUTH_MODE=token"):
         cluster_room._connect({})
     monkeypatch.delenv("RAY_ADDRESS")
-    with pytest.raises(ConnectionError):  # Ray on this machine: nothing that an address could mend
+    # Ray on this machine: nothing that an address could mend.
+    with pytest.raises(UserError, match="did not start on this machine: ray client connection"):
         cluster_room._connect({})
 
 

@@ -374,6 +374,8 @@ def test_the_smallest_whose_mean_is_within_the_loss_wins():
     loss = parse_loss("0.05")
     chosen = finalists_of([lucky, steady, best, small], SCORE_BYTES, loss, 3)
     assert [entry.trial.number for entry in chosen] == [0, 1, 2]
+    alone = finalists_of([steady, best, small], SCORE_BYTES, loss, 1)
+    assert alone == [choose([steady, best, small], SCORE_BYTES, loss)[0]] == [steady]
     assert choose(chosen, SCORE_BYTES, loss) == (steady, True)
     assert choose([lucky, small], SCORE_BYTES, loss) == (lucky, False)
     only_score = parse_objectives("score", METRICS)
