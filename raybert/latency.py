@@ -8,6 +8,9 @@ neighbours) falls on all alike.
 
 Parent and child speak one JSON object a line. A child whose standard input closes exits at once, so
 that none outlives its parent, however that one ended.
+
+PyTorch and transformers take longer to load than most models. On Linux one process loads them, and
+forks a child for each model.
 """
 
 from __future__ import annotations
@@ -15,14 +18,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import IO, Any, Literal, Protocol, get_args
 
 from raybert.config import UserError
 
@@ -88,8 +92,10 @@ def latency(
     threads = threads or _default_threads()
     rows = []
     with ExitStack() as stack:
+        shared = backend == "torch" and sys.platform == "linux" and len(models) > 1
+        server = stack.enter_context(ForkServer(threads)) if shared else None
         children = {
-            name: stack.enter_context(Child(name, path, backend, threads, device))
+            name: stack.enter_context(Child(name, path, backend, threads, device, server))
             for name, path in models.items()
         }
         devices = {name: child.ready() for name, child in children.items()}
@@ -224,13 +230,64 @@ def _statistics(ms: list[float], batch: int) -> dict[str, Any]:
     }
 
 
-class Child:
-    """One model in a process of its own, seen from the parent.
+class ForkServer:
+    """A process that has loaded PyTorch and transformers, and forks itself when asked (Linux).
 
     A context manager: entering starts the process, leaving ends it.
     """
 
-    def __init__(self, name: str, path: Path, backend: str, threads: int, device: str | None):
+    def __init__(self, threads: int):
+        self._env = _environment(threads)
+
+    def __enter__(self) -> ForkServer:
+        self._socket, other = socket.socketpair()
+        with other:
+            number = other.fileno()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "raybert.timer", str(number)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[number],
+                env=self._env,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+        self.process.kill()
+        self.process.wait()
+
+    def fork(self, stdin: int, stdout: int, stderr: int) -> None:
+        """Have a child with these file descriptors; a server that died shows by what they give."""
+        with suppress(OSError):
+            socket.send_fds(self._socket, [b"."], [stdin, stdout, stderr])
+
+
+class Child:
+    """One model in a process of its own, seen from the parent.
+
+    A context manager: entering starts the process, leaving ends it.
+
+    Args:
+        name: what errors call it.
+        path: model folder, or ``.onnx`` file.
+        backend: ``torch`` or ``onnx``.
+        threads: CPU threads.
+        device: of ``torch``.
+        server: forks the process, where there is one; ``process`` is then nothing.
+    """
+
+    process: subprocess.Popen[Any] | None = None
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        backend: str,
+        threads: int,
+        device: str | None,
+        server: ForkServer | None = None,
+    ):
         self.name, self.path = name, Path(path)
         self._job = {
             "path": str(self.path.absolute()),
@@ -238,20 +295,24 @@ class Child:
             "threads": threads,
             "device": device,
         }
-        # The pools read these when the libraries load, before any call could set them.
-        count = str(threads)
-        self._env = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+        self._server = server
 
     def __enter__(self) -> Child:
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "raybert.timer"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=self._env,
-        )
+        asked, self._asks = _pipe()
+        self._answers, answered = _pipe()
+        ends: tuple[IO[str], ...] = asked, answered, self._log
+        with asked, answered:
+            if self._server:
+                self._server.fork(*(end.fileno() for end in ends))
+            else:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "raybert.timer"],
+                    stdin=asked,
+                    stdout=answered,
+                    stderr=self._log,
+                    env=_environment(self._job["threads"]),
+                )
         try:
             self._send(self._job)
         except UserError:
@@ -260,9 +321,12 @@ class Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self._log.close()
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+        for end in (self._asks, self._answers, self._log):
+            with suppress(BrokenPipeError):  # what was never sent
+                end.close()
 
     def ready(self) -> str:
         """Wait until the model is loaded; the device it is on."""
@@ -274,16 +338,14 @@ class Child:
         return self._receive()
 
     def _send(self, message: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
+            self._asks.write(json.dumps(message) + "\n")
+            self._asks.flush()
         except BrokenPipeError:
             raise self._died() from None
 
     def _receive(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             raise self._died()
         answer = json.loads(line)
@@ -295,11 +357,17 @@ class Child:
         return answer
 
     def _died(self) -> UserError:
-        code = self.process.wait()
         self._log.seek(0)
         last = " ".join(self._log.read().split())[-500:]
-        why = (
-            "was killed, perhaps for want of memory" if code == -9 else f"ended with status {code}"
-        )
-        said = f" Its last words: {last}" if last else ""
-        return UserError(f"{self.name}: the process timing {self.path} {why}.{said}")
+        said = f" Its last words: {last}" if last else " Perhaps it was killed for want of memory."
+        return UserError(f"{self.name}: the process timing {self.path} ended.{said}")
+
+
+def _pipe() -> tuple[IO[str], IO[str]]:
+    read, write = os.pipe()
+    return os.fdopen(read), os.fdopen(write, "w")
+
+
+def _environment(threads: int) -> dict[str, str]:
+    # The pools read these when the libraries load, before any call could set them.
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

@@ -2,6 +2,9 @@
 
 Started as ``python -m raybert.timer``, it reads one JSON object a line and answers each with one.
 When its standard input closes it exits at once, whatever it is doing.
+
+With the number of a socket (``python -m raybert.timer 5``) it loads the libraries and becomes a
+child each time that the socket brings standard input, output and error for one.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import json
 import os
 import queue
 import random
+import signal
+import socket
 import sys
 import threading
 import time
@@ -180,8 +185,8 @@ def _serve(inbox: queue.Queue[dict[str, Any]], answer: Any) -> None:
         answer({"ms": times, "peak_memory_mb": model.peak_memory_mb()})
 
 
-def main() -> None:
-    """The child: load one model, then run a block whenever the parent says so."""
+def _child() -> None:
+    """Load one model, then run a block whenever the parent says so."""
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     # What libraries print must not end up between the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -198,6 +203,34 @@ def main() -> None:
         answer({"error": str(error)})
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
+
+
+def _fork(asks: socket.socket) -> None:
+    """Fork until the socket closes; returns in the children, and not in the server."""
+    import raybert.methods
+    import raybert.models  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets children that ended
+    while True:
+        message, descriptors, *_ = socket.recv_fds(asks, 1, 3)
+        if not message:
+            os._exit(0)
+        child = os.fork() == 0
+        for place, descriptor in enumerate(descriptors):
+            if child:
+                os.dup2(descriptor, place)
+            os.close(descriptor)
+        if child:
+            asks.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return
+
+
+def main() -> None:
+    """A child; or, given a socket, what forks into children."""
+    if len(sys.argv) > 1:
+        _fork(socket.socket(fileno=int(sys.argv[1])))
+    _child()
 
 
 if __name__ == "__main__":

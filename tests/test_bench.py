@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from raybert import latency as latency_module
 from raybert import timer
 from raybert.bench import bench, disk_bytes, flops, format_bench, hardware, parameters
 from raybert.config import UserError
-from raybert.latency import ROUNDS, Child, alternate, latency, speedups
+from raybert.latency import ROUNDS, Child, ForkServer, alternate, latency, speedups
 from raybert.timer import token_ids
 
 HIDDEN, INNER, VOCAB, POSITIONS = 32, 64, 101, 64
@@ -254,18 +255,43 @@ def test_too_long_a_row_names_the_limit(folders: dict[str, Path]) -> None:
 
 def test_killed_child_is_a_user_error(graph: Path) -> None:
     with Child("graph", graph, "onnx", 1, None) as child:
+        assert child.process is not None
         os.kill(child.process.pid, signal.SIGKILL)
-        with pytest.raises(UserError, match="was killed"):
+        with pytest.raises(UserError, match="Perhaps it was killed"):
             child.ready()
     assert not psutil.Process().children()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every model loads the libraries")
+def test_forked_children_end_with_their_parent_and_their_server(folders: dict[str, Path]) -> None:
+    me = psutil.Process()
+    path = folders["flat"]
+    with ForkServer(1) as server, Child("flat", path, "torch", 1, "cpu", server) as first:
+        assert first.ready() == "cpu"
+        (forked,) = me.children(recursive=True)[1:]
+        with Child("flat", path, "torch", 1, "cpu", server) as second:
+            assert second.ready() == "cpu"
+            assert len(second.turn(1, 4, repeats=2, warmup=0)["ms"]) == 2
+        assert len(first.turn(1, 4, repeats=3, warmup=0)["ms"]) == 3, "the other's end is its own"
+        os.kill(forked.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match="ended"):
+            first.turn(1, 4, repeats=1, warmup=0)
+        server.process.kill()
+        server.process.wait()
+        with (
+            pytest.raises(UserError, match="gone: the process timing"),
+            Child("gone", path, "torch", 1, "cpu", server) as third,
+        ):
+            third.ready()
+    assert not me.children(recursive=True)
+
+
 def test_child_ends_with_its_parent(graph: Path) -> None:
     with Child("graph", graph, "onnx", 1, None) as child:
-        assert child.process.stdin is not None
-        child.process.stdin.close()  # what the system does when a parent dies
+        assert child.process is not None
+        child.ready()
+        child._asks.close()  # what the system does when a parent dies
         assert child.process.wait(timeout=60) == 0
-        child.process.stdin = None
 
 
 def test_bad_arguments_start_no_process(folders: dict[str, Path]) -> None:
