@@ -4,7 +4,7 @@ A finished PowerNorm is ``h' = s * (h + f(h)) + t``. Writing the stream of hidde
 basis, ``h = D u + c`` with a diagonal D, turns that into ``u' = u + f / D`` with ``D' = s D`` and
 ``c' = s c + t``: the residual connection is a plain addition, D and c go into the matrices that
 read the stream, 1 / D into those that write to it, and the norm is gone. Only the last one is left,
-for whatever head reads the model.
+for whatever head reads the model. Where a norm has a bound, cutting off is what is left of it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,22 @@ class Affine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
         return torch.addcmul(self.shift, x, self.scale)
+
+
+class Within(nn.Module):
+    """Cuts each channel off at constants [H]."""
+
+    least: Tensor
+    most: Tensor
+
+    def __init__(self, one: Tensor, other: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("least", torch.minimum(one, other))
+        self.register_buffer("most", torch.maximum(one, other))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H] -> [B, T, H]."""
+        return x.clamp(self.least, self.most)
 
 
 @torch.no_grad()
@@ -110,8 +126,12 @@ class _Stream:
         factor, offset = scale * self.factor, scale * self.offset + shift
         far = ((factor.abs() > LARGEST) | (factor.abs() < 1 / LARGEST)).any()
         if far or not self.names:
-            setattr(parent, name.rpartition(".")[2], Affine(factor.float(), offset.float()))
-            self.factor, self.offset = self.ones, 0 * self.ones
+            kept: list[nn.Module] = [Affine(factor.float(), offset.float())]
+            factor, offset = self.ones, 0 * self.ones
         else:
-            setattr(parent, name.rpartition(".")[2], nn.Identity())
-            self.factor, self.offset = factor, offset
+            kept = []
+        if norm.bound is not None:
+            ends = [(sign * norm.bound.double() - offset) / factor for sign in (-1, 1)]
+            kept.append(Within(*(end.float() for end in ends)))
+        setattr(parent, name.rpartition(".")[2], nn.Sequential(*kept))
+        self.factor, self.offset = factor, offset

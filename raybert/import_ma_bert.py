@@ -143,7 +143,7 @@ def _network(config: Any, length: int, shared: bool) -> Any:
             f"{longest_input(config)}: they do not belong together."
         )
     network = HEADS["mlm"].from_config(config)
-    method = MABERT(length=length, shared=shared).resolve(config)
+    method = MABERT(length=length, shared=shared, bounded=False).resolve(config)
     for phase in method.phases():
         phase.prepare(network)
         phase.finish(network)

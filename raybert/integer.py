@@ -163,7 +163,9 @@ class FakeQuantNorm(AffineNorm):
     """
 
     def __init__(self, norm: PowerNorm) -> None:
-        super().__init__(norm.weight, norm.bias, norm.eps, norm.running_phi)
+        # Integers have one grid for all channels, which ends at what was seen within the bounds.
+        bound = None if norm.bound is None else norm.bound.max()
+        super().__init__(norm.weight, norm.bias, norm.eps, norm.running_phi, bound)
         self.input_range, self.output_range = Range(8, True), Range(8, True)
         self.active = True
 
@@ -172,7 +174,7 @@ class FakeQuantNorm(AffineNorm):
         factor, shift = self.affine()
         step = self.input_range.scale(x)
         if self.training and not self.active:
-            out = torch.addcmul(shift, x, factor)
+            out = self.bounded(torch.addcmul(shift, x, factor))
             self.output_range.observe(out)
             return out
         rows = row_scales(factor.unsqueeze(1), 8, True)  # [H]
@@ -180,7 +182,8 @@ class FakeQuantNorm(AffineNorm):
         weight = weight_levels(factor.unsqueeze(1), rows, 8).flatten()
         bias = nearest(shift, scale, -BIAS_LIMIT, BIAS_LIMIT)
         out = (self.input_range.levels(x, step) * weight + bias) * scale
-        return self.output_range.snap(out)
+        end = self.output_range.scale(self.bounded(out))
+        return self.output_range.levels(out, end) * end
 
     def finished(self) -> Int8Norm:
         """The norm of integers."""

@@ -305,9 +305,19 @@ def write_probe(model: PreTrainedModel, folder: Path, batch: dict[str, torch.Ten
         model: in evaluation mode.
         folder: the model folder.
         batch: input_ids, attention_mask and, where the model takes them, token_type_ids, [B, T].
+
+    Raises:
+        UserError: an output is no number.
     """
     inputs = {key: values.cpu().contiguous() for key, values in model_inputs(batch).items()}
-    save_file({**inputs, "expected": _probe_output(model, inputs)}, folder / PROBE)
+    expected = _probe_output(model, inputs)
+    if not expected.isfinite().all():
+        raise UserError(
+            "the trained model gives outputs that are no numbers, so its training has diverged "
+            "though its losses were numbers. Begin anew, under another out=, with a lower "
+            "train.lr or a method's own lr."
+        )
+    save_file({**inputs, "expected": expected}, folder / PROBE)
 
 
 def verify_probe(model: PreTrainedModel, folder: Path) -> None:

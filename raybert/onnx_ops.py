@@ -128,15 +128,20 @@ def _clamp(t: Translation, node: Node) -> None:
     source = _node(node.args[0])
     wanted = node.meta["val"].dtype
     kind = np.dtype(str(wanted).removeprefix("torch."))
+    given = [argument(node, place, name) for place, name in ((1, "min"), (2, "max"))]
+    name = _typed(t, source, t.name(source), wanted)
+    if any(isinstance(bound, Node) and dims_of(bound.meta["val"]) for bound in given):
+        for op, bound in zip(("Max", "Min"), given, strict=True):  # Clip takes scalars alone
+            name = t.graph.add(op, [name, t.name(_node(bound))])
+        t.set(node, name, t.stored(source))
+        return
     bounds = []
-    for place, name in ((1, "min"), (2, "max")):
-        bound = argument(node, place, name)
+    for bound in given:
         if isinstance(bound, Node):
             bounds.append(t.graph.shaped(t.name(bound), ()))
         else:
             bounds.append("" if bound is None else t.graph.constant(bound, kind))
-    name = t.graph.add("Clip", [_typed(t, source, t.name(source), wanted), *bounds])
-    t.set(node, name, t.stored(source))
+    t.set(node, t.graph.add("Clip", [name, *bounds]), t.stored(source))
 
 
 def _reduce(op: str) -> Handler:

@@ -5,6 +5,9 @@ Each channel is divided by a running average of its root mean square; gradients 
 approximate backward step with running statistics of their own. In evaluation, and wherever nothing
 is observed, it is ``scale * x + shift`` with constants.
 
+Unlike LayerNorm's, such an output has no bound: a token far from the rest stays as far, and grows
+from layer to layer where others are multiplied with it. A bound cuts it off.
+
 Statistics are of real tokens alone, of all workers, and of all forward passes of an optimiser step.
 """
 
@@ -77,25 +80,39 @@ class _Divide(torch.autograd.Function):
 class AffineNorm(nn.Module):
     """A norm that in evaluation is an affine map of each channel, by a running second moment.
 
-    Buffer: ``running_phi`` [H], that moment.
+    Buffers: ``running_phi`` [H], that moment; ``bound`` [H] or [], where there is one: the largest
+    size of what comes out.
     """
 
     running_phi: Tensor
+    bound: Tensor | None
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter, eps: float, running_phi: Tensor
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter,
+        eps: float,
+        running_phi: Tensor,
+        bound: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = weight, bias, eps
         self.register_buffer("running_phi", running_phi)
+        self.register_buffer("bound", bound)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """The scale and shift [H] that this is in evaluation."""
         return self.weight * torch.rsqrt(self.running_phi + self.eps), self.bias
 
+    def bounded(self, x: Tensor) -> Tensor:
+        """x of any shape, cut off at the bound."""
+        return x if self.bound is None else x.clamp(-self.bound, self.bound)
+
 
 class PowerNorm(AffineNorm):
     """Normalises the channels of [B, T, H]; takes a LayerNorm's place and adopts its parameters.
+
+    With ``bounded`` each channel has a bound, infinite until it is set.
 
     Buffers: ``running_phi`` [H], the running second moment psi^2; ``nu`` [H], the running statistic
     of the gradients; ``updates``, how often both were moved.
@@ -108,9 +125,10 @@ class PowerNorm(AffineNorm):
     seen_gz: Tensor
     seen_zz: Tensor
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
+    def __init__(self, norm: nn.LayerNorm, *, bounded: bool = False) -> None:
         zeros = torch.zeros_like(norm.weight, dtype=torch.float32).detach()
-        super().__init__(norm.weight, norm.bias, norm.eps, torch.ones_like(zeros))
+        bound = torch.full_like(zeros, torch.inf) if bounded else None
+        super().__init__(norm.weight, norm.bias, norm.eps, torch.ones_like(zeros), bound)
         self.register_buffer("nu", zeros)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long, device=zeros.device))
         self.real: RealTokens | None = None
@@ -159,11 +177,11 @@ class PowerNorm(AffineNorm):
         """[B, T, H] -> [B, T, H]."""
         if self.real is None or not self.training:
             scale, shift = self.affine()
-            return torch.addcmul(shift, x, scale)
+            return self.bounded(torch.addcmul(shift, x, scale))
         x = x.float()  # sums of squares leave half precision's range
         psi, real = self._observed(x)
         z: Any = _Divide.apply(x, psi, real, self)
-        return z * self.weight + self.bias
+        return self.bounded(z * self.weight + self.bias)
 
     @torch.no_grad()
     def _observed(self, x: Tensor) -> tuple[Tensor, Tensor]:

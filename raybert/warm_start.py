@@ -2,9 +2,10 @@
 
 The paper starts from random networks, and from LayerNorms' weights under other statistics, and
 leaves the rest to a large corpus. Here one pass through the new structure fits each softmax net to
-the model's own attention and each norm to the model's own LayerNorm. A part is fitted on what the
-parts below it make of the rows: attention is of third degree in its inputs, so that errors which
-nothing normalises away would grow from layer to layer.
+the model's own attention and each norm to the model's own LayerNorm, and then each layer, whole, to
+what the model's own layer gives: what the new parts cannot do, the other weights make up for. A
+part is fitted on what the parts below it make of the rows: attention is of third degree in its
+inputs, so that errors which nothing normalises away would grow from layer to layer.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ HELD_OUT = 6
 
 BATCH = 1024
 RATE = 1e-3
+
+ROWS = 32
+"""Rows of a step in a layer's fit."""
+
+LAYER_RATE = 3e-4
 
 
 class Queries(NamedTuple):
@@ -85,15 +91,8 @@ class Sample:
         draw = torch.Generator().manual_seed(0)
         tokens = self.real.nonzero()  # [n, 2]
         self.tokens = _drawn(tokens, TOKENS, draw)
-        # The same for every head, and several heads of one token.
-        queries = _drawn(tokens, QUERIES, draw)
-        own = torch.randint(heads, (len(queries),), generator=draw).to(tokens.device)
-        every = [
-            torch.cat([queries, queries.new_full((len(queries), 1), h)], 1) for h in range(heads)
-        ]
-        much = len(queries) * heads > QUERIES
-        chosen = torch.cat([queries, own.unsqueeze(1)], 1) if much else torch.cat(every)
-        self.queries = _drawn(chosen, QUERIES, draw)  # [n, 3]: row, token, head
+        every = [F.pad(tokens, (0, 1), value=head) for head in range(heads)]
+        self.queries = _drawn(torch.cat(every), QUERIES, draw)  # [n, 3]: row, token, head
 
     def through(self, model: nn.Module) -> None:
         """Run the rows through a model's encoder."""
@@ -119,16 +118,18 @@ def _drawn(rows: Tensor, most: int, draw: torch.Generator) -> Tensor:
 
 
 class Recorded(NamedTuple):
-    """What a model does on a sample: queries by layer, and norms' outputs [n, H] by name."""
+    """What a model does on a sample: queries by layer, norms' outputs [n, H] by name, and layers'
+    outputs [B, T, H]."""
 
     queries: list[Queries]
     norms: dict[str, Tensor]
+    layers: list[Tensor]
 
 
 @torch.no_grad()
 def record(model: nn.Module, sample: Sample) -> Recorded:
     """Run a model with softmax and LayerNorm, in evaluation mode, and note what both give."""
-    found = Recorded([], {})
+    found = Recorded([], {}, [])
 
     def attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -140,8 +141,15 @@ def record(model: nn.Module, sample: Sample) -> Recorded:
 
         return hook
 
-    layers = [self_attention(layer) for layer in encoder_layers(model)]
-    handles = [m.register_forward_pre_hook(attention, with_kwargs=True) for m in layers]
+    def layer_output(_module: nn.Module, _args: tuple, out: Any) -> None:
+        found.layers.append(_hidden(out))
+
+    layers: list[Any] = list(encoder_layers(model))
+    handles = [
+        self_attention(layer).register_forward_pre_hook(attention, with_kwargs=True)
+        for layer in layers
+    ]
+    handles += [layer.register_forward_hook(layer_output) for layer in layers]
     norms = layer_norms(model).items()
     handles += [norm.register_forward_hook(norm_of(name)) for name, norm in norms]
     try:
@@ -159,35 +167,63 @@ class Fit:
         sample: the rows.
         recorded: of the model that the structure was made of.
         steps: of Adam, for each net.
+        layer_steps: of Adam, for each layer.
     """
 
-    def __init__(self, sample: Sample, recorded: Recorded, steps: int) -> None:
-        self.sample, self.recorded, self.steps = sample, recorded, steps
+    def __init__(self, sample: Sample, recorded: Recorded, steps: int, layer_steps: int) -> None:
+        self.sample, self.recorded = sample, recorded
+        self.steps, self.layer_steps = steps, layer_steps
         self.nets: list[tuple[float, float]] = []
         """For each layer the relative errors, with a random net and with its own."""
         self.norms: dict[str, tuple[float, float]] = {}
         """For each norm the relative errors, with the LayerNorm's weights and with its own."""
+        self.layers: list[tuple[float, float]] = []
+        """For each layer the relative errors of its outputs, of fitted parts and fitted whole."""
 
     def run(self, model: nn.Module) -> None:
         """Fill the parts of a model that `raybert.methods.ma_bert.exchange` has gone through."""
-        layers: list[Any] = [self_attention(layer) for layer in encoder_layers(model)]
-        shared = bool(layers[0].shared)
+        layers: list[Any] = list(encoder_layers(model))
+        first: Any = self_attention(layers[0])
+        shared = bool(first.shared)
         if shared:
             fitted = joined(layer.fitted() for layer in self.recorded.queries)
-            put(layers[0].net, fit_net(fitted, self.steps, 0))
-        handles = [
-            module.register_forward_pre_hook(self._attention(index, shared), with_kwargs=True)
-            for index, module in enumerate(layers)
-        ]
-        for name, module in model.named_modules():
-            if isinstance(module, PowerNorm):
-                handles.append(module.register_forward_pre_hook(self._norm(name)))
+            put(first.net, fit_net(fitted, self.steps, 0))
+        handles = self._norms(model, layers)
+        for index, layer in enumerate(layers):
+            parts = self._norms(model, [layer], inside=True)
+            hook = self._attention(index, shared)
+            parts.append(self_attention(layer).register_forward_pre_hook(hook, with_kwargs=True))
+            whole = self._layer(index, parts)
+            handles += [*parts, layer.register_forward_hook(whole, with_kwargs=True)]
         try:
             with torch.no_grad():
                 self.sample.through(model)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _norms(self, model: nn.Module, layers: list[Any], inside: bool = False) -> list[Any]:
+        """Hooks that fit the norms inside, or outside, of layers."""
+        names = {module: name for name, module in model.named_modules()}
+        within = {module for layer in layers for module in layer.modules()}
+        return [
+            module.register_forward_pre_hook(self._norm(name))
+            for module, name in names.items()
+            if isinstance(module, PowerNorm) and (module in within) == inside
+        ]
+
+    def _layer(self, index: int, parts: list[Any]) -> Callable:
+        def hook(layer: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+            for part in parts:  # they are fitted
+                part.remove()
+            if not self.layer_steps:
+                return out
+            fit = LayerFit(self.sample, layer, args, kwargs, self.recorded.layers[index])
+            new, errors = fit.run(self.layer_steps, index)
+            self.layers.append(errors)
+            return (new, *out[1:]) if isinstance(out, tuple) else new
+
+        return hook
 
     def _attention(self, index: int, shared: bool) -> Callable:
         def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -208,10 +244,92 @@ class Fit:
             wanted = self.recorded.norms[name]
             values, errors = fit_norm(self.sample.picked(args[0]), wanted, module)
             module.running_phi.copy_(values["running_phi"])
+            if module.bound is not None:
+                module.bound.copy_(wanted.abs().amax(0))
             put(module, {key: values[key] for key in ("weight", "bias")})
             self.norms[name] = errors
 
         return hook
+
+
+def _hidden(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+class LayerFit:
+    """Fits a layer of the new structure to outputs of the model's own, by Adam on their distance.
+
+    Args:
+        sample: the rows.
+        layer: with its parts fitted, in evaluation mode.
+        args, kwargs: what it was called with on all rows.
+        wanted: what it is to give [B, T, H].
+    """
+
+    def __init__(
+        self, sample: Sample, layer: nn.Module, args: tuple, kwargs: dict[str, Any], wanted: Tensor
+    ) -> None:
+        self.real, self.layer, self.wanted = sample.real.unsqueeze(-1), layer, wanted
+        self.args, self.kwargs = args, kwargs
+
+    def run(self, steps: int, seed: int) -> tuple[Tensor, tuple[float, float]]:
+        """The fitted layer's outputs [B, T, H], and the relative errors before and after."""
+        parameters = list(self.layer.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=LAYER_RATE, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
+        draw = torch.Generator().manual_seed(seed)
+        held_out = max(1, len(self.real) // HELD_OUT)
+        before = self._error(slice(0, held_out))
+        with torch.enable_grad():
+            for _ in range(steps):
+                rows = torch.randint(
+                    held_out, max(len(self.real), held_out + 1), (ROWS,), generator=draw
+                )
+                rows = rows.clamp(max=len(self.real) - 1).to(self.real.device)
+                loss = self._distance(rows).square().sum() / self.real[rows].sum()
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+        optimizer.zero_grad()
+        out = self._moments_anew()
+        return out, (before, self._error(slice(0, held_out)))
+
+    def _through(self, rows: Any) -> Tensor:
+        def part(value: Any) -> Any:
+            of_rows = torch.is_tensor(value) and value.dim() > 1 and len(value) == len(self.real)
+            return value[rows] if of_rows else value
+
+        kwargs = {name: part(value) for name, value in self.kwargs.items()}
+        return _hidden(self.layer.forward(*map(part, self.args), **kwargs))
+
+    def _distance(self, rows: Any) -> Tensor:
+        """[b, T, H], 0 for padding."""
+        return (self._through(rows) - self.wanted[rows]) * self.real[rows]
+
+    def _error(self, rows: slice) -> float:
+        with torch.no_grad():
+            size = (self.wanted[rows] * self.real[rows]).norm()
+            return (self._distance(rows).norm() / size).item()
+
+    def _moments_anew(self) -> Tensor:
+        """Let norms' moments be those of what they see now, and their maps the same as before."""
+        norms = [module for module in self.layer.modules() if isinstance(module, PowerNorm)]
+        real = self.real.squeeze(-1)
+
+        def take(norm: PowerNorm, args: tuple) -> None:
+            phi = args[0][real].square().mean(0)
+            norm.weight.mul_(torch.sqrt((phi + norm.eps) / (norm.running_phi + norm.eps)))
+            norm.running_phi.copy_(phi)
+
+        handles: list[Any] = [norm.register_forward_pre_hook(take) for norm in norms]
+        try:
+            with torch.no_grad():
+                return self._through(slice(None))
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def put(module: nn.Module, values: Values) -> None:

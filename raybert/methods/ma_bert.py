@@ -64,10 +64,21 @@ class MABERT(MethodConfig):
         "before training; otherwise nets are random and norms take the LayerNorms' weights.",
     )
     calibration_rows: PositiveInt = Field(
-        default=128, description="Training rows that they are fitted on."
+        default=256, description="Training rows that they are fitted on."
     )
     fit_steps: NonNegativeInt = Field(
         default=400, description="Steps of Adam in the fit of each softmax net."
+    )
+    layer_steps: NonNegativeInt = Field(
+        default=100,
+        description="Steps of Adam, of 32 of these rows, in the fit of each whole layer to the "
+        "model's own, which makes up for what the new parts cannot do.",
+    )
+    bounded: bool | None = Field(
+        default=None,
+        description="Cut each channel of a norm off at the largest value that its LayerNorm gives "
+        "there on the calibration rows, beyond the paper: otherwise tokens far from the rest, "
+        "which only LayerNorm holds back, grow from layer to layer; nothing: if `warm_start`.",
     )
     alpha: Share = Field(
         default=0.9, description="Weight of the past in PowerNorm's running statistics."
@@ -77,10 +88,11 @@ class MABERT(MethodConfig):
         description="Updates for which a PowerNorm uses each batch's own moments, and a plain "
         "average of them so far; nothing: by `warmup_share`.",
     )
-    warmup_share: Share = Field(
-        default=1.0,
-        description="The same as a share of the phase's steps, where it is not given; all of them, "
-        "as in the authors' settings, keeps rows that running moments do not bound from growing.",
+    warmup_share: Share | None = Field(
+        default=None,
+        description="The same as a share of the phase's steps, where it is not given; nothing: all "
+        "of them, as in the authors' settings, or none where the moments are known already, from "
+        "the warm start or from training before.",
     )
     continues: bool = Field(
         default=False,
@@ -128,7 +140,14 @@ class MABERT(MethodConfig):
                 )
         own = next((entry for entry in before if entry["name"] == self.name), None)
         if own is None:
-            return self.model_copy(update={"length": self.length or LENGTH, "continues": False})
+            bounded = self.warm_start if self.bounded is None else self.bounded
+            if bounded and not self.warm_start:
+                raise UserError(
+                    "ma_bert.bounded needs ma_bert.warm_start: the bounds are what the LayerNorms "
+                    "give on its calibration rows. Leave one of the two settings out."
+                )
+            settled = {"length": self.length or LENGTH, "bounded": bounded, "continues": False}
+            return self.model_copy(update=settled)
         if self.length not in (None, own["length"]) or self.shared not in (False, own["shared"]):
             raise UserError(
                 f"ma_bert cannot follow ma_bert with another length or other sharing: the model's "
@@ -136,8 +155,8 @@ class MABERT(MethodConfig):
                 f"{', one for all layers' if own['shared'] else ''}. Say "
                 f"data.max_length={own['length']}, and leave method.ma_bert.length and shared out."
             )
-        same = {"length": own["length"], "shared": own["shared"], "continues": True}
-        return self.model_copy(update=same)
+        same = {key: own.get(key) for key in ("length", "shared", "bounded")}
+        return self.model_copy(update={**same, "continues": True})
 
     @property
     def longest(self) -> int | None:
@@ -188,14 +207,14 @@ class Transfer(Phase):
         if method.continues:
             return {}
         new = copy.deepcopy(model)
-        exchange(new, self.length, shared=method.shared)
+        self._exchange(new)
         facts = {}
         if method.warm_start:
             facts = self._fit(model, new, batches)
         else:
             for seed, net in enumerate(softmax_nets(new)):
                 put(net, random_net(self.length, seed))
-        self.values = new_parts(new)
+        self.values = new_parts(new, whole=method.warm_start and method.layer_steps > 0)
         return facts
 
     def _fit(self, model: Any, new: nn.Module, batches: list[dict[str, Tensor]]) -> Any:
@@ -205,21 +224,26 @@ class Transfer(Phase):
                 "say method.ma_bert.warm_start=false."
             )
         sample = Sample(batches, self.length, model.config.num_attention_heads)
-        fit = Fit(sample, record(model, sample), self.method.fit_steps)
+        steps = self.method.fit_steps, self.method.layer_steps
+        fit = Fit(sample, record(model, sample), *steps)
         fit.run(new)
-        nets = {f"layer {index}": pair for index, pair in enumerate(fit.nets)}
+        nets, layers = (
+            {f"layer {index}": pair for index, pair in enumerate(pairs)}
+            for pairs in (fit.nets, fit.layers)
+        )
         return {
             f"relative error of {what} {when} the fit": {
                 name: pair[column] for name, pair in rows.items()
             }
-            for what, rows in (("softmax nets", nets), ("norms", fit.norms))
+            for what, rows in (("softmax nets", nets), ("norms", fit.norms), ("layers", layers))
+            if rows
             for column, when in enumerate(("before", "after"))
         }
 
     def prepare(self, model: nn.Module) -> None:
         """Put nets, ReLU and PowerNorms in place, and let the norms take statistics."""
         if not self.method.continues:
-            exchange(model, self.length, shared=self.method.shared)
+            self._exchange(model)
             if self.values:
                 unknown = model.load_state_dict(self.values, strict=False).unexpected_keys
                 assert not unknown
@@ -227,6 +251,10 @@ class Transfer(Phase):
         for norm in power_norms(model):
             norm.observe(self.real)
         self.handle = backbone(model).register_forward_pre_hook(self._note_mask, with_kwargs=True)
+
+    def _exchange(self, model: nn.Module) -> None:
+        method = self.method
+        exchange(model, self.length, shared=method.shared, bounded=bool(method.bounded))
 
     def _note_mask(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # Each family's head passes the mask by name.
@@ -238,10 +266,11 @@ class Transfer(Phase):
             return
         self.step = at.step
         method = self.method
+        share = method.warmup_share
+        if share is None:
+            share = float(not (method.warm_start or method.continues))
         for norm in power_norms(model):
-            norm.warmup = (
-                round(method.warmup_share * at.total) if method.warmup is None else method.warmup
-            )
+            norm.warmup = round(share * at.total) if method.warmup is None else method.warmup
             norm.update(method.alpha)
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
@@ -256,7 +285,7 @@ class Transfer(Phase):
         self.handle.remove()
 
 
-def exchange(model: nn.Module, length: int, *, shared: bool) -> None:
+def exchange(model: nn.Module, length: int, *, shared: bool, bounded: bool = False) -> None:
     """The structure: softmax nets of zeros, ReLU, and PowerNorms with the LayerNorms' weights."""
     layers: Any = encoder_layers(model)
     like = next(model.parameters())
@@ -273,7 +302,11 @@ def exchange(model: nn.Module, length: int, *, shared: bool) -> None:
         swap(layer, lambda _, module, old=old: module is old, make)
         set_activation(layer, nn.ReLU())
     chosen = set(layer_norms(model))
-    swap(model, lambda name, _: name in chosen, lambda _, norm: PowerNorm(norm))  # type: ignore[arg-type]
+
+    def normed(_name: str, norm: Any) -> PowerNorm:
+        return PowerNorm(norm, bounded=bounded)
+
+    swap(model, lambda name, _: name in chosen, normed)
 
 
 def power_norms(model: nn.Module) -> list[PowerNorm]:
@@ -286,11 +319,14 @@ def softmax_nets(model: nn.Module) -> list[SoftmaxNet]:
     return [module for module in model.modules() if isinstance(module, SoftmaxNet)]
 
 
-def new_parts(model: nn.Module) -> Values:
-    """Parameters and buffers of nets and norms, by their names in the model."""
+def new_parts(model: nn.Module, *, whole: bool) -> Values:
+    """Parameters and buffers of nets and norms, or of whole layers too, by their names in the
+    model."""
+    kinds = (SoftmaxNet, PowerNorm)
+    layers = set(encoder_layers(model)) if whole else set()
     return {
         f"{name}.{key}": value.detach()
         for name, module in model.named_modules()
-        if isinstance(module, (SoftmaxNet, PowerNorm))
+        if isinstance(module, kinds) or module in layers
         for key, value in module.state_dict().items()
     }

@@ -58,7 +58,7 @@ TOYS: dict[str, list[dict[str, Any]]] = {
         {"remove": True, "frozen_epochs": 1, "gate_start": 0.0, "gate_lr": 0.1},
     ],
     "ma_bert": [
-        {"fit_steps": 4, "length": 32},
+        {"fit_steps": 4, "layer_steps": 2, "length": 32},
         {"length": 32, "shared": True, "warm_start": False, "warmup": 2},
     ],
     "q8bert": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import raybert
 from raybert.cli import main
 from raybert.compressed import longest_input
 from raybert.config import KDConfig, UserError
-from raybert.fold import Affine, folded
+from raybert.fold import Affine, Within, folded
 from raybert.import_ma_bert import import_ma_bert
 from raybert.int8 import check_trainable
 from raybert.methods.ma_bert import MABERT, exchange, power_norms, softmax_nets
@@ -29,12 +30,12 @@ from raybert.power_norm import PowerNorm, RealTokens
 from raybert.recipe_file import recipe_from
 from raybert.run import compress
 from raybert.softmax_net import MatrixAttention, SoftmaxNet, real_tokens
-from raybert.surgery import encoder_layers, self_attention
+from raybert.surgery import encoder_layers, model_inputs, self_attention
 from raybert.warm_start import Queries, fit_net, net_error, put, random_net
 
 FAMILIES = ("bert", "roberta", "distilbert")
 every_family = pytest.mark.parametrize("family", FAMILIES)
-CASE = {"name": "ma_bert", "length": 24, "fit_steps": 4}
+CASE = {"name": "ma_bert", "length": 24, "fit_steps": 4, "layer_steps": 2}
 FORBIDDEN = {"Softmax", "Gelu", "Erf", "Exp", "Sqrt", "Div", "LayerNormalization", "Attention"}
 
 
@@ -276,18 +277,34 @@ def test_a_student_without_softmax_distils_its_nets_outputs():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_fit_comes_closer_to_the_model_than_no_fit(shared):
-    model = predecessor("bert")
+    model, many = predecessor("bert"), padded(predecessor("bert"), 12, 24)
+    calibration = [many, padded(model, 11, 23), padded(model, 10, 22)]
     phase = MABERT(length=24, fit_steps=60, shared=shared).phases()[0]
-    facts = phase.initialise(model, [rows("classification")])
-    for what, count in (("softmax nets", 4), ("norms", 9)):
+    facts = phase.initialise(model, calibration)
+    for what, count in (("softmax nets", 4), ("norms", 9), ("layers", 4)):
         before, after = (
             facts[f"relative error of {what} {when} the fit"] for when in ("before", "after")
         )
         assert len(before) == len(after) == count
         assert all(after[name] < before[name] for name in after)
         assert all(0 < error < 1 for error in after.values())
-    phase.prepare(model)
-    assert len(softmax_nets(model)) == (1 if shared else 4)
+    own, inputs = copy.deepcopy(model), model_inputs(many)
+    with torch.no_grad():
+        wanted = own(**inputs, output_hidden_states=True).hidden_states[-1]
+    distances = []
+    for steps in (0, 60):
+        other = copy.deepcopy(model)
+        phase = MABERT(length=24, fit_steps=60, layer_steps=steps, shared=shared).phases()[0]
+        facts = phase.initialise(other, calibration)
+        assert ("relative error of layers after the fit" in facts) == (steps > 0)
+        phase.prepare(other)
+        assert len(softmax_nets(other)) == (1 if shared else 4)
+        with torch.no_grad():
+            found = other.eval()(**inputs, output_hidden_states=True).hidden_states[-1]
+        real = inputs["attention_mask"].bool()
+        distances.append((found - wanted)[real].norm().item())
+    assert distances[1] < 0.8 * distances[0]
+    assert all(torch.equal(a, b) for a, b in zip(own.parameters(), model.parameters(), strict=True))
 
 
 def test_a_net_that_exists_is_found_again():
@@ -322,8 +339,57 @@ def test_folded_equals_unfolded(family):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
     assert not power_norms(other)
     assert sum(isinstance(module, Affine) for module in other.modules()) == 1
+    assert sum(isinstance(module, Within) for module in other.modules()) == len(power_norms(model))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), "the model itself is left alone"
+
+
+def test_bounds_hold_whatever_comes_and_in_the_graph_too():
+    model = shaken(finished([CASE], "bert", "classification").model)
+    inputs = padded(model, 3, 24)
+    free = outputs(model)
+    for norm in power_norms(model):
+        norm.get_buffer("bound").uniform_(0.2, 0.9)
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    for norm, state in zip(power_norms(model)[::2], states, strict=True):
+        largest = state[inputs["attention_mask"].bool()].abs().amax(0)
+        assert (largest <= norm.get_buffer("bound")).all()
+        assert (largest == norm.get_buffer("bound")).any(), "and it is reached"
+    assert not torch.allclose(outputs(model)[0], free[0], atol=1e-2)
+    other = folded(model)
+    for one, two in zip(outputs(model), outputs(other), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    graph = to_onnx(model)
+    assert operators(graph).count("Min") == len(power_norms(model))
+    for shape in ((2, 9), (1, 1), (3, 24)):
+        assert difference(model, graph, padded(model, *shape)) < 1e-4
+
+
+def test_bounds_are_what_the_calibration_rows_reach_and_stay_with_the_model(tmp_path):
+    run = finished([CASE], "bert", "classification")
+    bounds = [norm.get_buffer("bound") for norm in power_norms(run.model)]
+    assert all(bound.shape == (32,) and bound.isfinite().all() for bound in bounds)
+    entry = run.model.config.compression[0]
+    assert entry["bounded"] is True
+    config = copy.deepcopy(run.model.config)
+    assert MABERT(bounded=False).resolve(config).bounded is True, "training on, they are there"
+    alone = finished([{**CASE, "warm_start": False}], "bert", "classification").model
+    assert all(norm.bound is None for norm in power_norms(alone))
+    with pytest.raises(UserError, match=r"ma_bert\.bounded needs ma_bert\.warm_start"):
+        MABERT(bounded=True, warm_start=False).resolve(predecessor("bert").config)
+    del config.compression[0]["bounded"]  # a model of an earlier version
+    assert not MABERT().resolve(config).bounded
+
+
+def test_moments_that_are_known_need_no_warm_up():
+    cases: list[tuple[dict[str, Any], int]] = [({}, 0), ({"warm_start": False}, 50)]
+    for given, wanted in [*cases, ({"warmup_share": 0.5}, 25)]:
+        phase = MABERT(**given).resolve(predecessor("bert").config).phases()[0]
+        model = predecessor("bert")
+        phase.prepare(model)
+        phase.on_step(model, At(0, 50, 0, 0))
+        assert {norm.warmup for norm in power_norms(model)} == {wanted}
 
 
 def test_a_norm_that_would_stretch_the_basis_too_far_is_kept():
@@ -531,7 +597,8 @@ def upstream(model: Any, family: str, shared: bool) -> dict[str, torch.Tensor]:
     ("family", "shared"), [("bert", False), ("bert", True), ("distilbert", False)]
 )
 def test_the_authors_checkpoints_are_imported(tmp_path, family, shared, capsys):
-    model = shaken(finished([{**CASE, "shared": shared}], family, "mlm").model)
+    case = {**CASE, "shared": shared, "bounded": False}
+    model = shaken(finished([case], family, "mlm").model)
     base = tmp_path / "base"
     predecessor(family, "mlm").save_pretrained(base)
     make_tokenizer().save_pretrained(base)
@@ -554,7 +621,7 @@ def test_checkpoints_that_do_not_fit_are_listed(tmp_path):
     base = tmp_path / "base"
     predecessor("bert", "mlm").save_pretrained(base)
     make_tokenizer().save_pretrained(base)
-    good = upstream(finished([CASE], "bert", "mlm").model, "bert", False)
+    good = upstream(finished([{**CASE, "bounded": False}], "bert", "mlm").model, "bert", False)
     file = tmp_path / "ckpt.pt"
 
     def refused(state: Any) -> str:
