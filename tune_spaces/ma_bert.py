@@ -11,7 +11,7 @@ from ray import tune
 SPACE = {
     "method.ma_bert.shared": tune.choice([False, True]),
     "method.ma_bert.alpha": tune.uniform(0.8, 0.99),
-    "method.ma_bert.warmup_share": tune.uniform(0.2, 1.0),
+    "method.ma_bert.layer_steps": tune.choice([50, 100, 200]),
     "train.lr": tune.loguniform(1e-5, 5e-4),
     "kd.alpha": tune.uniform(0.3, 0.95),
     "kd.temperature": tune.loguniform(2.0, 20.0),
