@@ -18,7 +18,7 @@ THESEUS = {"name": "theseus", "initialise": "spaced", "epochs": 2}
 LOBERT = {"name": "lobert", "share": 0.5, "data_aware": True, "epochs": 0.4}
 Q8BERT = {"name": "q8bert", "lr": 2e-5, "epochs": 0.25}
 EBERT = {"name": "ebert", "target_flops_ratio": 0.5, "epochs": 0.7}
-MA_BERT = {"name": "ma_bert", "epochs": 0.3, "fit_steps": 150, "layer_steps": 60}
+MA_BERT = {"name": "ma_bert", "epochs": 0.3, "fit_steps": 80, "layer_steps": 30}
 TAUGHT = {"alpha": 0.5, "cls": 10.0}  # what can be saved: the teacher runs once for all of them
 
 CHAINS = ([THESEUS], [LOBERT], [EBERT], [MA_BERT], [Q8BERT], [THESEUS, LOBERT, Q8BERT])

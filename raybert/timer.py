@@ -169,6 +169,10 @@ def _listen(inbox: queue.Queue[dict[str, Any]]) -> None:
 def _serve(inbox: queue.Queue[dict[str, Any]], answer: Any) -> None:
     job = inbox.get()
     model = BACKENDS[job["backend"]](job)
+    # What is there now stays: looking through all the libraries' objects at every turn took longer
+    # than the turn.
+    gc.collect()
+    gc.freeze()
     answer({"device": model.device})
     while True:
         ask = inbox.get()
@@ -210,6 +214,8 @@ def _fork(asks: socket.socket) -> None:
     import raybert.methods
     import raybert.models  # noqa: F401
 
+    gc.collect()
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets children that ended
     while True:
         message, descriptors, *_ = socket.recv_fds(asks, 1, 3)
