@@ -63,6 +63,7 @@ def train_steps(
     batch_size: int,
     accumulation: int,
     world_size: int,
+    most: int | None = None,
     seed: int,
     epoch: int,
 ) -> list[list[list[np.ndarray]]]:
@@ -76,12 +77,16 @@ def train_steps(
     Args:
         lengths: tokens of each row, [N].
         batch_size: rows of an optimiser step over all workers and forward passes.
+        world_size: workers that share each step.
+        most: workers there may be at other times, for whom there must be as many steps; nothing:
+            always the same.
 
     Returns:
         For each step, for each of its ``accumulation`` forward passes, for each worker: positions
         of its rows. Their counts differ by one at most.
     """
-    steps_per_epoch(len(lengths), batch_size, accumulation, world_size)
+    most = max(world_size, most or 0)
+    steps_per_epoch(len(lengths), batch_size, accumulation, most)
     draw = np.random.default_rng([seed, epoch])
     order = draw.permutation(len(lengths))
     whole = len(order) - len(order) % batch_size
@@ -94,7 +99,7 @@ def train_steps(
     if len(rest):
         batches.append(rest[np.argsort(lengths[rest], kind="stable")])
     steps = [batches[i] for i in draw.permutation(len(batches))]
-    chunks = accumulation * world_size
+    chunks = accumulation * most
     return [_share(rows, accumulation, world_size) for rows in steps if len(rows) >= chunks]
 
 

@@ -31,7 +31,6 @@ logger = logging.getLogger("raybert")
 PREEMPTIONS = 100
 """How often machines may be taken away by their cloud, which is no failure of the run's."""
 
-
 # -- the connection --------------------------------------------------------------------------------
 
 
@@ -110,13 +109,13 @@ def _workers_of(recipe: Recipe) -> tuple[int, bool]:
     cpus = recipe.resources.cpus or max(1, total // recipe.workers)
     if wait:
         # What is not there yet cannot be counted: a GPU has to be asked for.
-        gpu = recipe.resources.gpu if recipe.resources.gpu is not None else gpus >= recipe.workers
+        gpu = recipe.resources.gpu if recipe.resources.gpu is not None else gpus >= recipe.fewest
         _wait_for_machines(recipe, {"CPU": cpus, **({"GPU": 1} if gpu else {})})
         return cpus, gpu
-    if cpus * recipe.workers > total or (recipe.resources.gpu and gpus < recipe.workers):
+    if cpus * recipe.fewest > total or (recipe.resources.gpu and gpus < recipe.fewest):
         what = f"{cpus} CPUs{' and a GPU' if recipe.resources.gpu else ''}"
         raise UserError(
-            f"{recipe.workers} workers of {what} do not fit the cluster, which has {total} CPUs "
+            f"{recipe.fewest} workers of {what} do not fit the cluster, which has {total} CPUs "
             f"and {gpus} GPUs. Use fewer workers or resources.cpus; if it starts machines on "
             "demand, give it minutes to do so: resources.wait=15."
         )
@@ -124,18 +123,19 @@ def _workers_of(recipe: Recipe) -> tuple[int, bool]:
 
 
 def _wait_for_machines(recipe: Recipe, each: dict[str, int]) -> None:
-    """Ask for room for every worker, and wait until the cluster has it."""
+    """Ask for room for all workers that it takes, and wait until the cluster has it."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     minutes = recipe.resources.wait
-    # Ray Train's own patience, for when a machine that was taken away has to be replaced.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(max(60, 60 * minutes)))
-    group = placement_group([dict(each) for _ in range(recipe.workers)])
+    if recipe.fewest == recipe.workers:
+        # Ray Train's own patience, for when a machine that was taken away has to be replaced.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(max(60, 60 * minutes)))
+    group = placement_group([dict(each) for _ in range(recipe.fewest)])
     try:
         if not group.wait(60 * minutes):
             asked = " and ".join(f"{count} {what}" for what, count in each.items())
             raise UserError(
-                f"the cluster did not have {recipe.workers} workers of {asked} within {minutes:g} "
+                f"the cluster did not have {recipe.fewest} workers of {asked} within {minutes:g} "
                 "minutes. Look at `ray status`; use fewer workers, or a larger resources.wait."
             )
     finally:
@@ -144,12 +144,12 @@ def _wait_for_machines(recipe: Recipe, each: dict[str, int]) -> None:
 
 def takes_gpu(recipe: Recipe, gpus: int) -> bool:
     """Whether each worker gets a GPU: as the recipe says, else when there are enough."""
-    if recipe.resources.gpu and gpus < recipe.workers:
+    if recipe.resources.gpu and gpus < recipe.fewest:
         raise UserError(
-            f"{recipe.workers} workers want a GPU each; there are {gpus}. Use fewer workers, or "
+            f"{recipe.fewest} workers want a GPU each; there are {gpus}. Use fewer workers, or "
             "resources.gpu=false."
         )
-    return gpus >= recipe.workers if recipe.resources.gpu is None else recipe.resources.gpu
+    return gpus >= recipe.fewest if recipe.resources.gpu is None else recipe.resources.gpu
 
 
 def last_line(error: BaseException) -> str:
@@ -183,6 +183,7 @@ def run_group(
     from raybert.network import Groups
 
     recipe = job.recipe
+    fixed = recipe.fewest == recipe.workers
     waits = round(60 * recipe.resources.timeout)
     # Of a process that does not even answer; one that does is noticed by those who wait for it.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(waits))
@@ -192,7 +193,8 @@ def run_group(
         train_loop_config=config,
         torch_config=Groups(backend="nccl" if gpu else "gloo", timeout_s=waits),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=recipe.workers,
+            num_workers=recipe.workers if fixed else (recipe.fewest, recipe.workers),
+            elastic_resize_monitor_interval_s=60 * recipe.resources.resize_every,
             use_gpu=gpu,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
         ),
@@ -223,7 +225,8 @@ def _run_config(recipe: Recipe, callbacks: Sequence[Any]) -> Any:
         storage_path=str(recipe.folder / "ray"),
         failure_config=FailureConfig(
             max_failures=recipe.resources.max_failures,
-            controller_failure_limit=3,
+            # A range of workers: machines that are gone are counted on until Ray has noticed.
+            controller_failure_limit=3 if recipe.fewest == recipe.workers else 20,
             max_preemption_failures=PREEMPTIONS,
         ),
         callbacks=list(callbacks),
@@ -331,7 +334,9 @@ def predict_on_ray(request: Request, recipe: Recipe, shards: list[int]) -> dict[
         actor: Any = ray.remote(
             num_cpus=cpus, num_gpus=int(gpu), max_restarts=tries, max_task_retries=tries
         )(_Maker)
-        count = min(recipe.workers, len(shards))
+        # One that the cluster has no room for would be given shards all the same.
+        room = int(ray.cluster_resources().get("CPU", 0)) // cpus
+        count = min(max(recipe.fewest, min(recipe.workers, room)), len(shards))
         pool = ActorPool([actor.remote(request, gpu, cpus) for _ in range(count)])
         try:
             for shard, file, error in pool.map_unordered(lambda a, s: a.write.remote(s), shards):

@@ -24,6 +24,7 @@ from pydantic import (
     PositiveInt,
     SerializeAsAny,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -142,6 +143,10 @@ class MethodConfig(Section):
             The method as it goes on, and as it is saved with the model.
         """
         return self
+
+    def advice(self, recipe: Any, model_config: Any) -> list[str]:
+        """What the user should know before training, of settings that work against the method."""
+        return []
 
     def remarks(self) -> list[str]:
         """What the reports should note of the finished model."""
@@ -367,6 +372,17 @@ class ResourcesConfig(Section):
     gpu: bool | None = Field(
         default=None, description="One GPU a worker; nothing: when there are enough."
     )
+    min_workers: PositiveInt | None = Field(
+        default=None,
+        description="Workers that are enough to begin, or to go on, while the others' machines are "
+        "missing; nothing: all of them. `workers=1-4` is short for 4 and 1 here.",
+    )
+    resize_every: PositiveFloat = Field(
+        default=1.0,
+        description="Minutes between looks at whether more of a range of workers can run. All "
+        "begin again at the last checkpoint then, so it also is the least time between two such "
+        "restarts.",
+    )
     max_failures: NonNegativeInt = Field(
         default=3, description="How often dead workers are replaced before giving up."
     )
@@ -395,6 +411,20 @@ class MeasureConfig(Section):
     )
 
 
+Workers = Annotated[
+    PositiveInt,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": r"^[1-9]\d*-[1-9]\d*$"},
+            ]
+        }
+    ),
+]
+"""How many; a range such as ``1-4`` is taken apart before it is looked at."""
+
+
 class Recipe(Section):
     """One run. ``method`` empty: fine-tune ``model``; otherwise compress ``teacher``."""
 
@@ -419,7 +449,11 @@ class Recipe(Section):
     export: Literal["onnx"] | None = Field(
         default=None, description="onnx: also write the finished model for plain ONNX Runtime."
     )
-    workers: PositiveInt = Field(default=1, description="Processes that train side by side.")
+    workers: Workers = Field(
+        default=1,
+        description="Processes that train side by side; 1-4: as many of them as there are "
+        "machines for, at any time.",
+    )
     resources: ResourcesConfig = ResourcesConfig()
     name: str | None = Field(
         default=None, description="The run's name; nothing: from the task and the methods."
@@ -447,6 +481,32 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _take_range_apart(cls, data: Any) -> Any:
+        """``workers: 1-4`` is 4 of which 1 is enough."""
+        if not (isinstance(data, dict) and isinstance(data.get("workers"), str)):
+            return data
+        ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", data["workers"])
+        if ends is None:
+            return data
+        resources = data.get("resources") or {}
+        if isinstance(resources, ResourcesConfig):
+            resources = resources.model_dump()
+        if not isinstance(resources, dict):
+            return data
+        fewest = {"min_workers": int(ends[1])}
+        return {**data, "workers": int(ends[2]), "resources": {**resources, **fewest}}
+
+    @model_validator(mode="after")
+    def _range_is_one(self) -> Recipe:
+        if self.fewest > self.workers:
+            raise ValueError(
+                f"workers={self.workers} are fewer than resources.min_workers="
+                f"{self.resources.min_workers}; a range is written workers=1-4"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
     def _fill_name_and_out(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
@@ -464,6 +524,11 @@ class Recipe(Section):
                 )
         filled["out"] = str(filled.get("out") or Path("runs") / str(filled["name"]))
         return filled
+
+    @property
+    def fewest(self) -> int:
+        """Workers that are enough to train."""
+        return self.resources.min_workers or self.workers
 
     @property
     def folder(self) -> Path:

@@ -45,7 +45,10 @@ def demo_comparison(out: Path, workers: int) -> Comparison:
     students = []
     for chain in CHAINS:
         folder = out / "-".join(method["name"] for method in chain)
-        students.append(recipe_from({**shared, **student, "method": chain, "out": str(folder)}))
+        keys = {**shared, **student, "method": chain, "out": str(folder)}
+        if MA_BERT in chain:
+            keys["train"] = {**TRAINING, "dropout": 0}
+        students.append(recipe_from(keys))
     return Comparison(out, teacher, tuple(students))
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 from raybert.config import Recipe, UserError
+from raybert.workers import workers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by their names in its state."""
@@ -66,7 +67,8 @@ def make_engine(
     # torch's own AdamW, fused: it needs no compiler, and took 0.84 of the default one's step.
     optimizer = torch.optim.AdamW(groups, fused=True)
     train = recipe.train
-    chunk = max(1, train.batch_size // (train.accumulation * recipe.workers))
+    size = workers()
+    chunk = max(1, train.batch_size // (train.accumulation * size))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": chunk,
         "gradient_accumulation_steps": train.accumulation,
@@ -80,7 +82,7 @@ def make_engine(
             "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision],
         }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    if recipe.workers == 1 and not train.zero:
+    if size == 1 and not train.zero:
         # Nobody to average with: flattening and copying all gradients took a seventh of a step.
         engine.enable_backward_allreduce = False
     return engine

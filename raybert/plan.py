@@ -219,6 +219,7 @@ def make_plan(recipe: Recipe) -> Plan:
         for entry, (_, steps) in zip(phases_of(recipe, config), phases, strict=True)
         for text in entry.phase.warnings(steps)
     ]
+    notes += [text for method in chain for text in method.advice(recipe, config)]
     needs_teacher = bool(recipe.method) and recipe.teacher is None
     first = make_plan(teacher_recipe(recipe)) if needs_teacher else None
     return Plan(recipe, data, source, first, phases, before, after, memory, notes, saved)
@@ -356,16 +357,16 @@ def check_resources(recipe: Recipe) -> None:
     if "RAY_ADDRESS" in os.environ:
         return
     cores = own_cores()
-    needed = recipe.workers * (recipe.resources.cpus or 1)
+    needed = recipe.fewest * (recipe.resources.cpus or 1)
     if needed > cores:
         raise UserError(
-            f"{recipe.workers} workers of {recipe.resources.cpus or 1} CPUs need {needed} cores; "
+            f"{recipe.fewest} workers of {recipe.resources.cpus or 1} CPUs need {needed} cores; "
             f"this machine has {cores}. Use workers={cores // (recipe.resources.cpus or 1)}, or "
             "set RAY_ADDRESS to a cluster."
         )
     gpus = torch.cuda.device_count()
-    if recipe.resources.gpu and recipe.workers > gpus:
-        raise UserError(f"{recipe.workers} workers want a GPU each; this machine has {gpus}.")
+    if recipe.resources.gpu and recipe.fewest > gpus:
+        raise UserError(f"{recipe.fewest} workers want a GPU each; this machine has {gpus}.")
     device = torch.device("cuda" if gpus and recipe.resources.gpu is not False else "cpu")
     precision_for(train.precision, device)
 
@@ -461,7 +462,7 @@ def _memory(recipe: Recipe, config: Any, before: dict, after: dict) -> int:
     trained = max(before["parameters"]["total"], after["parameters"]["total"])
     beside = recipe.method or (recipe.teacher and recipe.kd.active)
     weights = 16 * trained + (4 * before["parameters"]["total"] if beside else 0)
-    rows = -(-train.batch_size // (recipe.workers * train.accumulation))
+    rows = -(-train.batch_size // (recipe.fewest * train.accumulation))
     a_token = config.num_hidden_layers * 22 * config.hidden_size
     if recipe.kd.attention:
         a_token += config.num_hidden_layers * 4 * config.num_attention_heads * length
@@ -473,7 +474,7 @@ def _memory(recipe: Recipe, config: Any, before: dict, after: dict) -> int:
 def _check_memory(memory: int, recipe: Recipe) -> None:
     if "RAY_ADDRESS" in os.environ:
         return
-    workers = recipe.workers
+    workers = recipe.fewest
     free = psutil.virtual_memory().available
     if torch.cuda.device_count() >= workers and recipe.resources.gpu is not False:
         free = torch.cuda.mem_get_info()[0] * torch.cuda.device_count()
@@ -484,6 +485,11 @@ def _check_memory(memory: int, recipe: Recipe) -> None:
             "train.zero 1 "
             "or 2 on several workers."
         )
+
+
+def _workers(recipe: Recipe) -> str:
+    fewest, most = recipe.fewest, recipe.workers
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def _teacher_line(plan: Plan) -> str:
@@ -503,7 +509,7 @@ def describe(plan: Plan) -> str:
         f"start     {plan.start}",
         f"teacher   {_teacher_line(plan)}",
         "phases    " + ", ".join(f"{name} ({steps} steps)" for name, steps in plan.phases),
-        f"workers   {recipe.workers}; about {plan.memory / 2**30:.1f} GiB each",
+        f"workers   {_workers(recipe)}; about {plan.memory / 2**30:.1f} GiB each",
     ]
     for title, key in (("before", plan.before), ("after", plan.after)):
         if title == "after" and not recipe.method:

@@ -179,6 +179,11 @@ def make_search(
     settings = (settings or Settings()).checked()
     loss = parse_loss(settings.loss)
     recipe = resolve_paths(recipe)
+    if recipe.fewest < recipe.workers:
+        raise UserError(
+            f"a search shares machines out among trials of one size; use workers={recipe.workers} "
+            f"or workers={recipe.fewest}, not a range."
+        )
     if isinstance(space, Mapping):
         space = make_space(space, "given", recipe)
     elif not isinstance(space, Space):

@@ -134,10 +134,14 @@ class Trainer:
         checkpoint, passed_over = world.on_first(lambda: find_last_good(self.folder))
         precisions = set(world.gather(self.precision))
         self.precision = precisions.pop() if len(precisions) == 1 else "fp32"
+        workers = self.recipe.workers
         if checkpoint is not None:
-            self.position = read_position(checkpoint)[0]
+            self.position, workers, _ = read_position(checkpoint)
         for text in passed_over:
             self._note(text)
+        if world.size != workers:
+            step = self.position.steps
+            self._note(f"{world.size} worker(s) from step {step} on, not {workers}")
         self.log.rewind(self.position.log_lines)
         first = self.position.phase
         model, phases = world.agreed(lambda: self._build(first))
@@ -426,6 +430,7 @@ class Trainer:
                 batch_size=train.batch_size,
                 accumulation=train.accumulation,
                 world_size=self.world.size,
+                most=self.recipe.workers,
                 seed=train.seed,
                 epoch=epoch,
             )[max(0, start - epoch * each) : total - epoch * each]
@@ -442,7 +447,7 @@ class Trainer:
     def _steps_per_epoch(self) -> int:
         train = self.recipe.train
         return steps_per_epoch(
-            len(self.lengths), train.batch_size, train.accumulation, self.world.size
+            len(self.lengths), train.batch_size, train.accumulation, self.recipe.workers
         )
 
     def rate(self, step: int, total: int) -> float:

@@ -2,6 +2,7 @@
 
     python tests/hosts.py job --shared FOLDER --recipe FILE [--start ray-up]
     python tests/hosts.py faults --shared FOLDER --recipe FILE
+    python tests/hosts.py elastic --shared FOLDER --recipe FILE
 
 A host is a set of Linux namespaces: an address on a bridge; processes, /tmp, home and shared memory
 of its own; FOLDER is every host's /mnt/raybert, as NFS would have it. All of it, the bridge too,
@@ -12,7 +13,8 @@ util-linux; `ray up` also sshd and rsync.
 `job` submits the recipe from outside, with two workers, and sees that they ran on two hosts; with
 `--start ray-up` the cluster is that of the on-premises launcher file, started over SSH as its first
 lines say; else `ray start` is called on each host. `faults` does the recipe twice, to runs/whole
-and runs/hit, and takes hosts away from the second.
+and runs/hit, and takes hosts away from the second. `elastic` takes one away from a run that does
+with one worker as well as with two, and later brings another.
 """
 
 from __future__ import annotations
@@ -385,6 +387,30 @@ def faults(outside: Outside, recipe: Path, address: str) -> None:
     say(f"continued from step {before}: done")
 
 
+def elastic(outside: Outside, recipe: Path, address: str) -> None:
+    """One or two workers: with one when a host is lost, with two when another has come."""
+    run = STORAGE / "runs" / "elastic"
+    more = ("workers=1-2", "resources.resize_every=0.2", f"out={run}")
+    job = outside.submit(address, recipe, *more)
+    saved(run, 1, job)
+    assert len(outside.busy()) == 2
+    victim = a_busy_host(outside)
+    outside.hosts.pop(victim.name).lose()
+    say(f"lost {victim.name}")
+    step = newest(run)
+    saved(run, step + 1, job)
+    assert len(outside.busy()) == 1
+    say(f"one worker goes on from step {step}")
+    start_worker(outside.add())
+    wait("two workers", lambda: len(outside.busy()) == 2 or job.poll() is not None, 300)
+    assert job.poll() is None, "the job ended before another host came"
+    step = newest(run)
+    saved(run, step + 1, job)
+    say(f"two workers go on from step {step}")
+    assert job.wait() == 0
+    say("done")
+
+
 def lose_a_worker(outside: Outside, victim: Host, when: str) -> None:
     """Take a host away, and bring a new one."""
     outside.hosts.pop(victim.name).lose()
@@ -426,7 +452,7 @@ def newest(run: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Several hosts on one machine.")
-    parser.add_argument("what", choices=("job", "faults", "boot"))
+    parser.add_argument("what", choices=("job", "faults", "elastic", "boot"))
     parser.add_argument("--shared", type=Path, help="every host's /mnt/raybert")
     parser.add_argument("--recipe", type=Path)
     parser.add_argument("--start", choices=("ray-up", "ray-start"), default="ray-start")
@@ -444,7 +470,8 @@ def main() -> None:
     shutil.copy(f"{OUTSIDE}{args.recipe.absolute()}", recipe)
     with (launched if args.start == "ray-up" else started)(outside) as address:
         say(f"the cluster is up, {address}")
-        (one_job if args.what == "job" else faults)(outside, recipe, address)
+        tried = {"job": one_job, "faults": faults, "elastic": elastic}
+        tried[args.what](outside, recipe, address)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,14 @@ def test_global_batches_do_not_depend_on_the_workers() -> None:
     assert [rows_of(step) for step in plan(lengths, accumulation=3)] == one
 
 
+def test_a_range_of_workers_has_the_same_steps_whatever_its_number() -> None:
+    lengths = lengths_of(203)  # the last step's 3 rows are too few for four workers
+    most = [rows_of(step) for step in plan(lengths, world_size=4)]
+    assert len(most) == 25
+    for world in (1, 2, 3):
+        assert [rows_of(step) for step in plan(lengths, world_size=world, most=4)] == most
+
+
 def test_epochs_differ_and_repeat() -> None:
     lengths = lengths_of(200)
     first = [rows_of(step) for step in plan(lengths)]

@@ -256,6 +256,11 @@ def too_many_workers(t: Bench) -> BadInput:
     return "finetune", t.words("workers=999", "train.batch_size=999"), ["999 workers", "cores"]
 
 
+def too_many_workers_at_least(t: Bench) -> BadInput:
+    words = t.words("workers=998-999", "train.batch_size=999")
+    return "finetune", words, ["998 workers", "cores"]
+
+
 def batch_smaller_than_workers(t: Bench) -> BadInput:
     words = t.words("train.batch_size=2", "train.accumulation=4")
     return "finetune", words, ["train.batch_size 2", "use at least 4"]
@@ -381,6 +386,7 @@ BAD_INPUT: list[Callable[[Bench], BadInput]] = [
     cut_weights,
     unfinished_run,
     too_many_workers,
+    too_many_workers_at_least,
     batch_smaller_than_workers,
     zero_3_with_a_method,
     too_long,

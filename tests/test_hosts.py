@@ -71,15 +71,19 @@ def test_two_hosts_distil_a_job_submitted_from_outside(shared, toy, start):
     assert (run / "model" / "model.safetensors").is_file()
 
 
-def test_lost_hosts_change_nothing(shared, toy):
+def slow_student(shared: Path) -> str:
     # Large embeddings, so that writing a checkpoint takes long enough to be interrupted.
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     student = BertModel(BertConfig(vocab_size=250_000, num_hidden_layers=1, **sizes))
     student.save_pretrained(shared / "student")
     make_tokenizer().save_pretrained(shared / "student")
+    return str(shared / "student")
+
+
+def test_lost_hosts_change_nothing(shared, toy):
     train = {"epochs": 20, "save_every": 5, "zero": 2}
-    recipe = recipe_on(shared, toy, model=str(shared / "student"), train=train)
+    recipe = recipe_on(shared, toy, model=slow_student(shared), train=train)
     on_hosts("faults", shared, recipe)
     whole, hit = (shared / "runs" / name for name in ("whole", "hit"))
     one, two = (load_file(run / "model" / "model.safetensors") for run in (whole, hit))
@@ -89,3 +93,13 @@ def test_lost_hosts_change_nothing(shared, toy):
     one, two = (json.loads((run / "report.json").read_text()) for run in (whole, hit))
     assert one["student"]["metrics"] == two["student"]["metrics"]
     assert one["training"]["steps"] == two["training"]["steps"] == 120
+
+
+def test_a_range_of_workers_shrinks_and_grows(shared, toy):
+    train = {"epochs": 60, "save_every": 5, "zero": 2}
+    on_hosts("elastic", shared, recipe_on(shared, toy, model=slow_student(shared), train=train))
+    report = json.loads((shared / "runs" / "elastic" / "report.json").read_text())
+    assert report["training"]["steps"] == 360
+    for change in ("1 worker(s) from step", "2 worker(s) from step"):
+        assert any(note.startswith(change) for note in report["notes"]), report["notes"]
+    assert report["student"]["score"] > report["floor"]

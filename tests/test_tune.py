@@ -540,6 +540,12 @@ def test_settings_that_make_no_sense_are_refused(toy, teacher, tmp_path, keys, m
     assert not (tmp_path / "s").exists()
 
 
+def test_a_range_of_workers_is_refused(toy, teacher, tmp_path):
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], workers="1-2")
+    with pytest.raises(UserError, match="workers=2 or workers=1, not a range"):
+        make_search(recipe, AXES)
+
+
 def test_a_population_must_be_of_one_structure(toy, teacher, tmp_path):
     recipe = toy(tmp_path / "s", teacher=str(teacher), method=["theseus"])
     axes = {"method.theseus.layers": ray_tune.choice([1, 2]), "train.lr": 1e-3}

@@ -124,6 +124,18 @@ class MABERT(MethodConfig):
             )
         return self.model_copy(update={"length": self.length or longest})
 
+    def advice(self, recipe: Any, model_config: Any) -> list[str]:
+        rate = recipe.train.dropout
+        if rate is None:
+            own = ("hidden_dropout_prob", "dropout")  # BERT's and RoBERTa's name, DistilBERT's
+            rate = next((getattr(model_config, n) for n in own if hasattr(model_config, n)), 0.0)
+        if not rate:
+            return []
+        return [
+            f"dropout of {rate:g} makes outliers, which MA-BERT's norms do not hold back as "
+            "LayerNorm does: train.dropout=0 trains better"
+        ]
+
     def resolve(self, model_config: Any) -> MABERT:
         """Settle N; take over the structure of a model that is an MA-BERT already.
 

@@ -485,6 +485,13 @@ def test_rows_longer_than_the_nets_are_refused_before_training(toy, teacher, tmp
         make_plan(resolve_paths(toy(tmp_path / "c", **{**keys, "method": ["ma_bert"]})))
 
 
+@pytest.mark.parametrize(("dropout", "advised"), [(None, True), (0.2, True), (0.0, False)])
+def test_dropout_is_advised_against(toy, teacher, tmp_path, dropout, advised):
+    keys = {"teacher": str(teacher), "method": ["ma_bert"], "train": {"dropout": dropout}}
+    notes = make_plan(resolve_paths(toy(tmp_path / "run", **keys))).notes
+    assert any("train.dropout=0 trains better" in note for note in notes) == advised
+
+
 @pytest.mark.parametrize("before", ["q8bert", "ebert"])
 def test_models_that_it_cannot_follow_are_named(before):
     config = predecessor("bert").config
