@@ -48,14 +48,14 @@ def test_a_range_of_workers_is_the_most_and_the_fewest():
     assert (recipe.workers, recipe.fewest, recipe.resources.cpus) == (4, 2, 3)
     assert recipe_from(yaml.safe_load(dump_recipe(recipe))) == recipe
     assert load_recipe(None, ["workers=4"]).fewest == 4
-    jsonschema.validate({"workers": "2-4"}, recipe_schema())
+    jsonschema.validate({"workers": "2-4"}, json.loads(recipe_schema()))
     with pytest.raises(UserError, match=r"workers=2 are fewer than resources\.min_workers=4"):
         load_recipe(None, ["workers=4-2"])
     for wrong in ("0-2", "1-", "two", "1-2-3"):
         with pytest.raises(UserError, match="workers"):
             load_recipe(None, [f"workers={wrong}"])
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({"workers": wrong}, recipe_schema())
+            jsonschema.validate({"workers": wrong}, json.loads(recipe_schema()))
 
 
 def test_a_recipe_is_frozen():
