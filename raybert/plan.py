@@ -499,6 +499,19 @@ def _teacher_line(plan: Plan) -> str:
     return f"fine-tuned first ({plan.teacher.phases[0][1]} steps){how}"
 
 
+def _teacher_flops(plan: Plan) -> float:
+    """Of its forward pass over a row of `measure.length` tokens, where it runs beside the student;
+    else 0."""
+    recipe = plan.recipe
+    if plan.saved or not (recipe.kd.active and (recipe.teacher or plan.teacher)):
+        return 0.0
+    if recipe.teacher is None:  # it will be what the student starts as
+        return plan.before["flops"]
+    config = read_config(recipe.teacher)
+    length = min(recipe.measure.length, longest_input(config))
+    return _predict_start(config, plan.data, length)["flops"]
+
+
 def describe(plan: Plan) -> str:
     """The plan as a few lines of text, for `--dry-run`."""
     recipe, task = plan.recipe, plan.data.task
@@ -522,6 +535,8 @@ def describe(plan: Plan) -> str:
         )
     trained = max(plan.before["parameters"]["total"], plan.after["parameters"]["total"])
     teacher = read_config(recipe.teacher or plan.start) if plan.saved else None
-    lines += load_of(recipe, plan.data, trained, teacher).lines()
+    each = max(plan.before["flops"], plan.after["flops"]), _teacher_flops(plan)
+    steps = sum(count for _, count in plan.phases)
+    lines += load_of(recipe, plan.data, trained, each, steps, teacher).lines()
     lines += [f"note      {text}" for text in plan.notes]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""What a run moves: over the network, from and to storage. Counted from shapes, for `--dry-run`.
+"""What a run computes and moves, over the network, from and to storage. Counted from shapes, for
+`--dry-run`.
 
 Gradients and weights are counted at 4 bytes a parameter, all of them trained: the most that it can
 be. (Mixed precision halves what ZeRO moves of matrices.)
@@ -14,6 +15,9 @@ from raybert.data import TaskData, steps_per_epoch
 
 WORD = 4
 """Bytes of a weight, a gradient or one of Adam's moments: raybert keeps them in float32."""
+
+PACE = 1e14
+"""FLOPs a second that a device is taken to sustain: what a good kernel gets of an A100 in bf16."""
 
 TOKEN = 5
 """Bytes of a token on disk: an int32 for its id, an int8 for its type."""
@@ -60,11 +64,27 @@ def prediction_bytes(rows: int, outputs: float, layers: int, hidden: int) -> int
     return round(rows * (4 * outputs + 2 * layers * hidden + 8))
 
 
+def step_flops(student: float, teacher: float, rows: float) -> float:
+    """FLOPs of one optimiser step over all workers.
+
+    A backward pass counts as two forward passes: one for the gradients of what came in, one for
+    those of the weights.
+
+    Args:
+        student: of a row's forward pass.
+        teacher: likewise; 0 where it does not run beside the student.
+        rows: of the step.
+    """
+    return rows * (3 * student + teacher)
+
+
 @dataclass(frozen=True)
 class Load:
-    """What a run moves.
+    """What a run computes and moves.
 
     Attributes:
+        flops: of one step, all workers together.
+        steps: of all phases.
         workers: training processes.
         zero: the run's ZeRO stage.
         network: bytes that each worker sends a step, by ZeRO stage.
@@ -74,6 +94,8 @@ class Load:
         predictions: bytes of the teacher's saved predictions; 0 where none are kept.
     """
 
+    flops: float
+    steps: int
     workers: int
     zero: int
     network: dict[int, int]
@@ -84,7 +106,12 @@ class Load:
 
     def lines(self) -> list[str]:
         """The same in words."""
-        told = []
+        total = self.flops * self.steps
+        hours = total / PACE / 3600
+        told = [
+            f"compute   {_operations(self.flops)} a step, {_operations(total)} in all: "
+            f"{hours:.3g} device-hours at {_operations(PACE)} a second"
+        ]
         if self.workers > 1:
             stages = ", ".join(f"{amount(b)} at ZeRO {s}" for s, b in self.network.items())
             told.append(f"network   each worker sends, a step: {stages}; here ZeRO {self.zero}")
@@ -98,13 +125,24 @@ class Load:
         return told
 
 
-def load_of(recipe: Recipe, data: TaskData, parameters: int, teacher: Any) -> Load:
-    """What a recipe's run moves.
+def load_of(
+    recipe: Recipe,
+    data: TaskData,
+    parameters: int,
+    flops: tuple[float, float],
+    steps: int,
+    teacher: Any,
+) -> Load:
+    """What a recipe's run computes and moves.
 
     Args:
         recipe: resolved.
         data: its rows.
         parameters: the most that a phase trains.
+        flops: of a row of `measure.length` tokens: the most that a phase's student does, and those
+            of the teacher beside it. They are taken to grow with the tokens; attention's part,
+            small at these lengths, grows faster.
+        steps: of all phases.
         teacher: the Hugging Face config of the teacher whose predictions are saved, if they are.
     """
     train, lengths = recipe.train, data.lengths("train")
@@ -114,11 +152,14 @@ def load_of(recipe: Recipe, data: TaskData, parameters: int, teacher: Any) -> Lo
         outputs = 2 * lengths.mean() if data.task.kind == "qa" else data.task.num_labels
         layers = teacher.num_hidden_layers if recipe.kd.cls else 0
         kept = prediction_bytes(len(lengths), outputs, layers, teacher.hidden_size)
+    rows, shorter = min(train.batch_size, len(lengths)), lengths.mean() / recipe.measure.length
     return Load(
+        flops=step_flops(flops[0] * shorter, flops[1] * shorter, rows),
+        steps=steps,
         workers=recipe.workers,
         zero=train.zero,
         network=network_bytes(parameters, recipe.workers, train.accumulation),
-        read=round(TOKEN * lengths.mean() * min(train.batch_size, len(lengths))),
+        read=round(TOKEN * lengths.mean() * rows),
         checkpoint=checkpoint_bytes(parameters),
         save_every=each if train.save_every == "epoch" else train.save_every,
         predictions=kept,
@@ -127,7 +168,15 @@ def load_of(recipe: Recipe, data: TaskData, parameters: int, teacher: Any) -> Lo
 
 def amount(count: float) -> str:
     """Bytes in the unit that suits them: ``17.4 MB`` of 10^6."""
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    return _in_units(count, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}, "bytes")
+
+
+def _operations(count: float) -> str:
+    return _in_units(count, {"EFLOP": 1e18, "PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9}, "FLOP")
+
+
+def _in_units(count: float, units: dict[str, float], plain: str) -> str:
+    for unit, size in units.items():
         if count >= size:
             return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} bytes"
+    return f"{count:.0f} {plain}"

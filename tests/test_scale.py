@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from raybert.scale import Load, amount, checkpoint_bytes, network_bytes, prediction_bytes
+from raybert.scale import (
+    Load,
+    amount,
+    checkpoint_bytes,
+    network_bytes,
+    prediction_bytes,
+    step_flops,
+)
 
 
 def test_four_workers_send_what_the_zero_paper_counts():
@@ -33,15 +40,24 @@ def test_predictions_of_a_corpus():
 
 
 def test_lines_name_the_stages_only_where_somebody_listens():
-    load = Load(2, 1, network_bytes(1000, 2), 640, 12_000, 10, 0)
-    network, storage = load.lines()
+    load = Load(3e9, 120, 2, 1, network_bytes(1000, 2), 640, 12_000, 10, 0)
+    _, network, storage = load.lines()
     assert network.split(": ")[1].startswith("4 kB at ZeRO 0, 4 kB at ZeRO 1, 4 kB at ZeRO 2, 6 kB")
     assert network.endswith("here ZeRO 1")
     assert "640 bytes read a step" in storage
     assert "12 kB every 10 steps (1.2 kB a step)" in storage
-    alone = Load(1, 0, network_bytes(1000, 1), 640, 12_000, 10, 2_500_000).lines()
-    assert [line.split()[0] for line in alone] == ["storage", "teacher"]
-    assert "2.5 MB" in alone[1]
+    alone = Load(3e9, 120, 1, 0, network_bytes(1000, 1), 640, 12_000, 10, 2_500_000).lines()
+    assert [line.split()[0] for line in alone] == ["compute", "storage", "teacher"]
+    assert "2.5 MB" in alone[2]
+
+
+def test_a_step_is_three_forward_passes_and_the_teachers():
+    assert step_flops(10, 4, 32) == 32 * 34
+    # 1.8e18 operations at 1e14 a second are five hours.
+    load = Load(1.8e16, 100, 1, 0, {}, 1, 1, 1, 0)
+    assert load.lines()[0] == (
+        "compute   18 PFLOP a step, 1.8 EFLOP in all: 5 device-hours at 100 TFLOP a second"
+    )
 
 
 def test_amounts():
