@@ -111,7 +111,8 @@ def _recipe(words: Sequence[str]) -> Recipe:
         )
     recipe = load_recipe(names[0] if names else None, [word for word in words if "=" in word])
     if names and not Path(names[0]).expanduser().is_file():
-        authors = load_recipe(names[0]).model
+        released = load_recipe(names[0])
+        authors = released.teacher or released.model
         used = recipe.teacher or recipe.model
         if used != authors:
             _tell(f"{names[0]} holds the authors' settings for {authors}; here it runs on {used}")

@@ -6,6 +6,7 @@ gloo listens where a machine's own name leads. On Debian and Ubuntu that is loop
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from ray.util import get_node_ip_address
 INTERFACE = "GLOO_SOCKET_IFNAME"
 """gloo's own variable; where a machine has it already, it is left as it is."""
 
+POLICY = "ray.train.v2._internal.execution.scaling_policy"
+"""What Ray Train logs under when it looks whether there is room for more workers."""
+
 
 def name_interface() -> None:
     """Tell gloo, in this process, which interface has the machine's address."""
@@ -29,6 +33,8 @@ def name_interface() -> None:
 
 class _OnNetwork(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        # This is where the group is controlled; it would say every minute that all is as it was.
+        logging.getLogger(POLICY).setLevel(logging.WARNING)
         worker_group.execute(name_interface)
         super().on_start(worker_group, backend_config)
 
