@@ -45,8 +45,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
-    """A head of two CPUs; its process, and the environment of its clients."""
+def cluster(folder: Path, cpus: int = 2) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+    """A head of so many CPUs; its process, and the environment of its clients."""
     gcs, dashboard = free_port(), free_port()
     (folder / "token").write_text("0123456789abcdef" * 4)
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
@@ -55,7 +55,7 @@ def cluster(folder: Path) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     env["RAYBERT_CACHE"] = str(folder / "cache")
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-    words += ["--num-cpus=2", f"--port={gcs}", f"--dashboard-port={dashboard}"]
+    words += [f"--num-cpus={cpus}", f"--port={gcs}", f"--dashboard-port={dashboard}"]
     words += ["--dashboard-host=127.0.0.1", f"--temp-dir={folder}/ray", "--disable-usage-stats"]
     words += [f"--ray-client-server-port={free_port()}", f"--object-store-memory={100 * MIB}"]
     with (folder / "head.log").open("w") as log:
