@@ -29,7 +29,7 @@ def words_of(folder: Path, workers: int, steps: int, out: Path) -> list[str]:
     words += [f"data.train={folder}/train.csv", f"data.dev={folder}/dev.csv"]
     words += ["train.batch_size=64", f"train.max_steps={steps}", f"train.eval_every={steps}"]
     words += [f"train.save_every={steps}", f"train.epochs={steps}", "train.zero=0"]
-    words += ["measure.batches=", "resources.cpus=1", f"workers={workers}", f"out={out}"]
+    words += ["measure.batches=[]", "resources.cpus=1", f"workers={workers}", f"out={out}"]
     return words
 
 
