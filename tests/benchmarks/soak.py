@@ -118,7 +118,12 @@ def tiny_model(folder: Path) -> Path:
 
 def measure(args: Any, folder: Path) -> list[dict[str, float]]:
     """What was left after each job, from before the first."""
-    words = [f"model={tiny_model(folder)}", "task=classification", "workers=2", "measure.batches=[]"]
+    words = [
+        f"model={tiny_model(folder)}",
+        "task=classification",
+        "workers=2",
+        "measure.batches=[]",
+    ]
     words += [f"data.train={folder}/train.csv", f"data.dev={folder}/dev.csv", "data.text=text"]
     words += ["data.label=label", "train.max_steps=2", "resources.cpus=1", f"out={folder}/run"]
     with cluster(folder) as (head, env):
