@@ -1,9 +1,11 @@
-"""The command line's words: commands and their options. What they do is in `raybert.cli`."""
+"""The command line's words: commands, their options, and the places that they name. What they do is
+in `raybert.cli`."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from raybert import __version__
@@ -19,6 +21,15 @@ examples:
 """
 
 
+IN_STORAGE = {
+    "model": ("evaluate", "export", "bench"),
+    "against": ("export", "bench"),
+    "runs": ("report",),
+    "out": ("predict-teacher", "export", "report"),
+}
+"""Arguments that may be URIs, and of which commands; recipes say it themselves."""
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line as arguments; exits with 2 where it is none."""
     parser = _parser()
@@ -29,6 +40,43 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if rest:
         args.words = [*args.words, *rest]
     return args
+
+
+def resolve_places(args: argparse.Namespace) -> None:
+    """Give URIs of object storage as the paths that mirror them.
+
+    Raises:
+        UserError: the URI of what stays on this machine, or a path in the home folder of nobody,
+            which the shell leaves as it is.
+    """
+    for key, value in vars(args).items():
+        texts = value if isinstance(value, list) else [value]
+        found = [_place(args.command, key, t) if isinstance(t, str) else t for t in texts]
+        setattr(args, key, found if isinstance(value, list) else found[0])
+
+
+def _place(command: str, key: str, text: str) -> str:
+    from raybert.config import UserError
+    from raybert.places import is_uri
+    from raybert.storage import path_of
+
+    if is_uri(text) and key != "words":
+        path = str(path_of(text))
+        if command not in IN_STORAGE.get(key, ()):
+            raise UserError(
+                f"{command} keeps this on the machine it runs on, and {path} is object storage; "
+                "give a path."
+            )
+        return path
+    if text.startswith("~"):
+        try:
+            Path(text).expanduser()
+        except RuntimeError:
+            raise UserError(
+                f"{text} is in the home folder of a user who is not on this machine; write the "
+                "whole path."
+            ) from None
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:

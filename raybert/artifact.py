@@ -22,12 +22,14 @@ from raybert.evaluate import predict
 from raybert.export import export, read_export
 from raybert.metrics import floor, predictions, score
 from raybert.models import check_head, load, load_tokenizer, model_folder, read_config
+from raybert.places import is_uri, local
 from raybert.plan import Plan
 from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.report import model_card, write_run_report
 from raybert.results import RunReport, build, read_run, with_export
+from raybert.storage import push
 from raybert.tasks import write_submission
-from raybert.train import FINAL
+from raybert.train import FINAL, RESULT
 
 
 def assemble(
@@ -47,7 +49,7 @@ def assemble(
     """
     recipe = plan.recipe
     final = recipe.folder / "checkpoints" / FINAL
-    result = json.loads((final / "result.json").read_text(encoding="utf-8"))
+    result = json.loads((final / RESULT).read_text(encoding="utf-8"))
     measured = _measure(recipe, final, Path(teacher) if teacher else None, timed)
     for text in result["notes"]:
         tell(f"note: {text}")
@@ -113,7 +115,7 @@ def encoder_name(recipe: Recipe) -> str:
     held = Path(name).parent / "recipe.yaml"
     if recipe.model is None and held.is_file():
         name = load_recipe(str(held)).model or name
-    path = Path(name)
+    path = local(name) if is_uri(name) else Path(name)
     return "/".join(("...", *path.parts[-2:])) if path.is_absolute() else name
 
 
@@ -147,10 +149,11 @@ def _stamp(folder: Path) -> float:
 def _place_model(final: Path, recipe: Recipe, card: str) -> None:
     target, partial = recipe.folder / "model", recipe.folder / ".partial-model"
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(final, partial, ignore=shutil.ignore_patterns("result.json"))
+    shutil.copytree(final, partial, ignore=shutil.ignore_patterns(RESULT))
     (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
+    push(target, last="config.json")
 
 
 def evaluate_model(

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import nn
 
 from raybert.config import UserError
 from raybert.engine import load_whole_state, scaler_of, whole_state
+from raybert.storage import entries, pull, push, remove
 
 logger = logging.getLogger("raybert")
 
@@ -90,6 +91,12 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every worker the first one's values of tensors that all have, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
 
 
 @dataclass
@@ -180,6 +187,37 @@ def save(
     return target
 
 
+def send(checkpoint: Path) -> None:
+    """Send a checkpoint to the run's object storage, then remove all but the last ones there.
+
+    Raises:
+        UserError: storage refused; what was sent before is still there.
+    """
+    try:
+        push(checkpoint, last=MANIFEST)
+        there = [checkpoint.parent / name for name in entries(checkpoint.parent)]
+        for old in _sorted(there)[KEPT:]:
+            remove(old)
+    except UserError as error:
+        before = _newest_first(checkpoint.parent)[1:]
+        left = f"the one before, {before[0].name}, is the last" if before else "none is"
+        raise UserError(
+            f"checkpoint {checkpoint.name} did not get into object storage; {left} there: {error} "
+            "It continues from there."
+        ) from None
+
+
+def bring(folder: Path) -> None:
+    """Make a mirror hold the checkpoints that its object storage has whole.
+
+    Raises:
+        UserError: storage does not answer.
+    """
+    here = [path.name for path in folder.glob("phase*-step*")]
+    for path in _sorted(folder / name for name in {*here, *entries(folder)}):
+        pull(path, MANIFEST)
+
+
 def _link(source: Path, target: Path) -> None:
     """A second name for a file that is only ever replaced whole; a copy where links are not had."""
     try:
@@ -198,6 +236,11 @@ def bring_back_best(checkpoint: Path, best: Path) -> None:
 
 
 def _write(partial: Path, engine: Any, position: Position, world: World, stage: int) -> None:
+    rng = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(world.device)
+    # Below stage 3 the first worker writes everything: the others may share no disk with it.
+    every = world.gather(rng)
     if stage == 3:
         engine.save_checkpoint(str(partial), tag="zero", save_latest=False)
     else:
@@ -208,11 +251,9 @@ def _write(partial: Path, engine: Any, position: Position, world: World, stage: 
             torch.save(state, partial / "optimizer.pt")
             if scaler is not None:
                 torch.save(scaler.state_dict(), partial / "scaler.pt")
-    rng = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(world.device)
-    torch.save(rng, partial / f"rng-{world.rank}.pt")
     if world.rank == 0:
+        for rank, rng in enumerate(every):
+            torch.save(rng, partial / f"rng-{rank}.pt")
         state = {**asdict(position), "workers": world.size, "zero": stage}
         (partial / "state.json").write_text(json.dumps(state))
 
@@ -247,8 +288,12 @@ def _storage_error(target: Path, folder: Path, problem: Exception | None) -> Use
 
 
 def _newest_first(folder: Path) -> list[Path]:
+    return _sorted(folder.glob("phase*-step*"))
+
+
+def _sorted(paths: Iterable[Path]) -> list[Path]:
     # What a user has copied beside them, as `phase0-step0000006 (copy)`, is none.
-    return sorted((p for p in folder.glob("phase*-step*") if _place(p)), key=_place, reverse=True)
+    return sorted((path for path in paths if _place(path)), key=_place, reverse=True)
 
 
 def _place(path: Path) -> tuple[int, ...]:
@@ -362,6 +407,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(stored[name])
+
+
+def load_shared(model: nn.Module, path: Path, world: World) -> None:
+    """`load_weights` on every worker, of a file that the first may be alone to have."""
+    world.on_first(lambda: load_weights(model, path))
+    world.share(_tensors(model).values())
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raybert.arguments import parse
+from raybert.arguments import parse, resolve_places
 
 if TYPE_CHECKING:
     from raybert.config import Recipe
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _quiet_logs()
     try:
-        _check_homes(args)
+        resolve_places(args)
         with _ended_by_sigterm():
             return COMMANDS[args.command](args)
     except (UserError, OSError) as error:
@@ -59,24 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 143 if isinstance(error, _Ended) else 130
-
-
-def _check_homes(args: argparse.Namespace) -> None:
-    """Refuse a path in the home folder of nobody, which the shell leaves as it is, and a URI."""
-    from raybert.config import UserError, is_uri, no_uri
-
-    for value in vars(args).values():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and is_uri(text):
-                raise UserError(f"{no_uri(text)}.")
-            if isinstance(text, str) and text.startswith("~"):
-                try:
-                    Path(text).expanduser()
-                except RuntimeError:
-                    raise UserError(
-                        f"{text} is in the home folder of a user who is not on this machine; write "
-                        "the whole path."
-                    ) from None
 
 
 class _Ended(KeyboardInterrupt):
@@ -137,7 +118,7 @@ def _train(args: argparse.Namespace) -> int:
     else:
         folder = run.compress(recipe, tell=_tell)
     print(summary_table([read_run(folder)]))
-    print(f"model   {folder / 'model'}\nreport  {folder / 'report.html'}")
+    _print(f"model   {folder / 'model'}\nreport  {folder / 'report.html'}")
     return 0
 
 
@@ -152,21 +133,25 @@ def _show(args: argparse.Namespace, recipe: Recipe) -> int:
         plan = make_plan(recipe)
         if not args.overwrite:
             check_folder(plan.recipe)
-        print(describe(plan))
+        _print(describe(plan))
     return 0
 
 
 def _remove_run(recipe: Recipe) -> None:
     """Remove the run in the way of a new one, but only for a recipe that could run without it."""
     from raybert.config import UserError
+    from raybert.places import local
     from raybert.plan import make_plan, resolve_paths
+    from raybert.storage import entries, pull, remove
 
     folder = recipe.folder
-    if not folder.exists():
+    there = entries(folder)
+    if not there:
         return
+    pull(folder / "recipe.yaml")
     # `recipe.yaml` is what users call their own file too: look at everything that would go.
-    strange = [p.name for p in folder.iterdir() if p.name not in RUN_FILES and p.name[0] != "."]
-    if strange or not (folder / "recipe.yaml").is_file() or (folder / ".git").exists():
+    strange = [name for name in there if name not in RUN_FILES and name[0] != "."]
+    if strange or not (folder / "recipe.yaml").is_file() or ".git" in there:
         raise UserError(
             f"{folder} is not a run folder, or holds more than a run"
             f"{f' ({strange[0]})' if strange else ''}; --overwrite does not remove it."
@@ -174,13 +159,13 @@ def _remove_run(recipe: Recipe) -> None:
     resolved = resolve_paths(recipe)
     needed = {"teacher": resolved.teacher, "model": resolved.model, **resolved.data.model_dump()}
     for key in ("teacher", "model", "source", "train", "dev", "test"):
-        if needed[key] and Path(needed[key]).resolve().is_relative_to(folder.resolve()):
+        if needed[key] and local(needed[key]).resolve().is_relative_to(folder.resolve()):
             raise UserError(
                 f"--overwrite would remove {folder}, and with it the {key} that this run needs, "
                 f"{needed[key]}. Choose another out=."
             )
     make_plan(resolved)
-    shutil.rmtree(folder)
+    remove(folder)
 
 
 def _predict_teacher(args: argparse.Namespace) -> int:
@@ -190,7 +175,7 @@ def _predict_teacher(args: argparse.Namespace) -> int:
     out, cls = Path(args.out) if args.out else None, not args.no_cls
     folder = predict_teacher(_recipe(args.words), out=out, split=args.split, cls=cls, tell=_tell)
     made = Predictions(folder, cls=cls)
-    print(f"predictions  {folder}\nrows         {made.rows}")
+    _print(f"predictions  {folder}\nrows         {made.rows}")
     print(f"shards       {made.shards}\nbytes        {made.bytes}")
     return 0
 
@@ -198,17 +183,19 @@ def _predict_teacher(args: argparse.Namespace) -> int:
 def _own_recipe(args: argparse.Namespace) -> Recipe:
     """A run's own recipe with the words over it, unless the words name another."""
     from raybert.recipe_file import load_recipe
+    from raybert.storage import pull
 
     own = Path(args.model).expanduser() / "recipe.yaml"
-    if own.is_file() and all("=" in word for word in args.words):
+    if pull(own) and all("=" in word for word in args.words):
         return load_recipe(str(own), args.words)
     return _recipe(args.words)
 
 
 def _export(args: argparse.Namespace) -> int:
     from raybert.export import export, format_export, read_export
+    from raybert.storage import pull
 
-    run = (Path(args.model).expanduser() / "recipe.yaml").is_file()
+    run = pull(Path(args.model).expanduser() / "recipe.yaml")
     folder = export(
         args.model,
         _own_recipe(args) if run or args.words else None,
@@ -225,7 +212,7 @@ def _export(args: argparse.Namespace) -> int:
 
         add_export(Path(args.model).expanduser())
     print(format_export(read_export(folder)))
-    print(f"export  {folder}")
+    _print(f"export  {folder}")
     return 0
 
 
@@ -260,6 +247,7 @@ def _numbers(text: str, flag: str) -> list[int]:
 def _bench(args: argparse.Namespace) -> int:
     from raybert.bench import bench, format_bench
     from raybert.models import model_folder
+    from raybert.storage import pull
 
     shapes = [
         (b, n) for n in _numbers(args.length, "--length") for b in _numbers(args.batch, "--batch")
@@ -267,7 +255,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     def place(name: str) -> Path:
         exported = Path(name).expanduser() / "onnx"
-        there = args.backend == "onnx" and (exported / "model.onnx").is_file()
+        there = args.backend == "onnx" and pull(exported) and (exported / "model.onnx").is_file()
         return exported if there else model_folder(name)
 
     result = bench(
@@ -286,11 +274,15 @@ def _bench(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from raybert.report import summary_table, write_report
     from raybert.results import read_runs
+    from raybert.storage import pull
 
-    runs = read_runs([Path(run) for run in args.runs])
+    folders = [Path(run) for run in args.runs]
+    for folder in folders:
+        pull(folder, deep=False)
+    runs = read_runs(folders)
     _, page = write_report(runs, Path(args.out))
     print(summary_table(runs))
-    print(f"report  {page}")
+    _print(f"report  {page}")
     return 0
 
 
@@ -302,7 +294,7 @@ def _compare(args: argparse.Namespace) -> int:
     comparison = make_comparison(_recipe(args.words), args.chain, seeds)
     if args.dry_run:
         check_place(comparison.out)
-        print("\n\n".join(describe(plan) for plan in comparison.plans()))
+        _print("\n\n".join(describe(plan) for plan in comparison.plans()))
         return 0
     compare(comparison, tell=_tell)
     return 0
@@ -368,7 +360,16 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    from raybert.places import shown
+
+    print(shown(text), file=sys.stderr, flush=True)
+
+
+def _print(text: str) -> None:
+    """With what lies in object storage by its URI."""
+    from raybert.places import shown
+
+    print(shown(text))
 
 
 def _quiet_logs() -> None:

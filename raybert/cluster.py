@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybert.config import Recipe, UserError
+from raybert.places import mirrors
 from raybert.plan import own_cores
 from raybert.progress import Lines, NoBar, bar, on_terminal
+from raybert.storage import pull
 from raybert.teacher import Request
 
 if TYPE_CHECKING:
@@ -187,7 +189,8 @@ def run_group(
     waits = round(60 * recipe.resources.timeout)
     # Of a process that does not even answer; one that does is noticed by those who wait for it.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(waits))
-    config = {"job": job, "threads": cpus, "checkpoints": checkpoints, "terminal": on_terminal()}
+    config = {"job": job, "mirrors": mirrors(), "threads": cpus}
+    config |= {"checkpoints": checkpoints, "terminal": on_terminal()}
     trainer = TorchTrainer(
         _worker,
         train_loop_config=config,
@@ -248,19 +251,21 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     init_distributed(device, config["job"].recipe.resources.timeout)
     world = World(rank, size, device)
     try:
-        world.agreed(lambda: _check_shared(config["job"].recipe))
+        job = world.agreed(lambda: config["job"].on(config["mirrors"]))
+        world.agreed(lambda: _check_shared(job.recipe))
     except UserError as error:
         return {"error": str(error)}
     hooks = _RayHooks(rank, config["terminal"], config["checkpoints"])
-    return run(config["job"], world, hooks, config["threads"])
+    return run(job, world, hooks, config["threads"])
 
 
 def _check_shared(recipe: Recipe) -> None:
     """Refuse to train where the run folder is not the one that the driver has written to."""
-    if not (recipe.folder / "recipe.yaml").is_file():
+    if not pull(recipe.folder / "recipe.yaml"):
         raise UserError(
             f"{recipe.folder} cannot be seen from {socket.gethostname()}, where a worker runs: "
-            "`out` must be on storage that all machines share, and data.cache too."
+            "`out` must be on storage that all machines share, and data.cache too; a URI such as "
+            "s3://BUCKET/runs/NAME names such storage."
         )
 
 
@@ -337,7 +342,7 @@ def predict_on_ray(request: Request, recipe: Recipe, shards: list[int]) -> dict[
         # One that the cluster has no room for would be given shards all the same.
         room = int(ray.cluster_resources().get("CPU", 0)) // cpus
         count = min(max(recipe.fewest, min(recipe.workers, room)), len(shards))
-        pool = ActorPool([actor.remote(request, gpu, cpus) for _ in range(count)])
+        pool = ActorPool([actor.remote(request, mirrors(), gpu, cpus) for _ in range(count)])
         try:
             for shard, file, error in pool.map_unordered(lambda a, s: a.write.remote(s), shards):
                 if error:
@@ -355,12 +360,13 @@ def predict_on_ray(request: Request, recipe: Recipe, shards: list[int]) -> dict[
 class _Maker:
     """A Ray actor that holds the teacher and writes one shard after the other."""
 
-    def __init__(self, request: Request, gpu: bool, threads: int) -> None:
+    def __init__(self, request: Request, mirrors: Path, gpu: bool, threads: int) -> None:
         import torch
 
         _quiet_worker()
         torch.set_num_threads(threads)
-        self.request, self.device = request, torch.device("cuda:0" if gpu else "cpu")
+        self.request, self.mirrors = request, mirrors
+        self.device = torch.device("cuda:0" if gpu else "cpu")
         self.predictor: Any = None
 
     def write(self, shard: int) -> tuple[int, str, str]:
@@ -369,7 +375,7 @@ class _Maker:
 
         try:
             if self.predictor is None:
-                self.predictor = Predictor(self.request, self.device)
+                self.predictor = Predictor(self.request.on(self.mirrors), self.device)
             return shard, self.predictor.write(shard), ""
         except UserError as error:  # raised, it would look like a crash
             return shard, "", str(error)

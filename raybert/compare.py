@@ -22,6 +22,7 @@ from raybert.recipe_file import recipe_from
 from raybert.report import summary_table, write_report
 from raybert.results import read_runs
 from raybert.run import compress, finetune
+from raybert.storage import entries, pull
 
 REPORTS = {"report.md", "report.html"}
 
@@ -125,11 +126,10 @@ def check_place(out: Path) -> None:
     Raises:
         UserError: it does; nothing in it is touched.
     """
-    for entry in out.iterdir() if out.is_dir() else ():
-        known = entry.name in REPORTS or entry.name[0] == "." or (entry / "recipe.yaml").is_file()
-        if not known:
+    for name in entries(out):
+        if not (name in REPORTS or name[0] == "." or pull(out / name / "recipe.yaml")):
             raise UserError(
-                f"{out} holds something that is no run, {entry.name}; nothing in it is touched. "
+                f"{out} holds something that is no run, {name}; nothing in it is touched. "
                 "Choose another out."
             )
 

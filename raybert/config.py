@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from raybert.explain import explain, nearest
+from raybert.places import CACHE, checked_uri, is_uri, local, shown
 
 ROUNDING = 1e-3
 """How far float32 rounding may move a plain model's outputs, relative to the largest of them."""
@@ -46,28 +47,19 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with status 2.
     """
 
-
-def is_uri(text: str) -> bool:
-    """Whether a text names storage as ``s3://bucket/run`` does."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
-
-
-def no_uri(text: str) -> str:
-    """Why it cannot be used, and what to do."""
-    return (
-        f"{text!r} is a URI, and raybert reads and writes files: mount that storage (NFS, a bucket "
-        "through mountpoint-s3 or gcsfuse) and give the path"
-    )
+    def __str__(self) -> str:
+        """With what lies in object storage by its URI."""
+        return shown(super().__str__())
 
 
 def _checked_place(text: str) -> str:
-    """A path, or a name that stands where one may."""
+    """A path, a URI of object storage, or a name that stands where one may."""
     try:
         text.encode()
         if "\0" in text:
             raise ValueError(f"{text!r} holds a character that no path has")
         if is_uri(text):
-            raise ValueError(no_uri(text))
+            return checked_uri(text)
         Path(text).expanduser()
     except UnicodeEncodeError:
         raise ValueError(f"{text!r} is not UTF-8 text") from None
@@ -77,7 +69,7 @@ def _checked_place(text: str) -> str:
 
 
 Place = Annotated[str, AfterValidator(_checked_place)]
-"""A path or name, whose ``~`` can be followed."""
+"""A path or name, whose ``~`` can be followed; or a URI such as ``s3://bucket/run``."""
 
 
 class Section(BaseModel):
@@ -243,11 +235,10 @@ class DataConfig(Section):
     @property
     def cache_folder(self) -> Path:
         """The folder that tokenised data is kept in, shared by all runs."""
-        return (
-            Path(self.cache or os.environ.get("RAYBERT_CACHE") or "~/.cache/raybert")
-            .expanduser()
-            .absolute()
-        )
+        try:
+            return local(self.cache or os.environ.get("RAYBERT_CACHE") or CACHE)
+        except ValueError as error:  # a recipe's own was checked
+            raise UserError(f"RAYBERT_CACHE: {error}.") from None
 
 
 class TrainConfig(Section):
@@ -355,7 +346,7 @@ class KDConfig(Section):
         """The folder of saved predictions that is named, if one is."""
         if self.predictions in ("auto", "live", "saved"):
             return None
-        return Path(self.predictions).expanduser().absolute()
+        return local(self.predictions)
 
     @property
     def active(self) -> bool:
@@ -532,8 +523,8 @@ class Recipe(Section):
 
     @property
     def folder(self) -> Path:
-        """The run folder as an absolute path."""
-        return Path(self.out or "").expanduser().absolute()
+        """The run folder as an absolute path, in object storage its mirror's."""
+        return local(self.out or "")
 
 
 def as_list(value: Any) -> list[Any]:

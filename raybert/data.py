@@ -41,6 +41,7 @@ from raybert.qa import qa_features, question_room
 from raybert.readers import Raw
 from raybert.rows import Rows, check_classes, found_labels, refuse_empty, standard_rows, take
 from raybert.sources import read_splits
+from raybert.storage import pull, push
 from raybert.tasks import Task, get_task
 
 __all__ = [
@@ -64,7 +65,8 @@ FORMAT = 1
 HOLD_OUT = {"mlm": 0.05}
 """Share of the training rows held out when no dev rows are given; 10 % where no other is named."""
 
-_META = "raybert.json"
+META = "raybert.json"
+"""What a folder of prepared data says of itself; without it the folder is not whole."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,14 @@ def prepare(
     task, rows = _read(task, config, tuple(splits))
     key = _key(task, config, tokenizer, rows)
     folder = config.cache_folder / f"{name}-{key[:20]}"
+    pull(folder, META)
     kept = _load_kept(folder)
     if kept is not None:
         return kept
     log.info("tokenising %s rows", {split: _count(r) for split, r in rows.items()})
     features = {split: _features(task, r, config, tokenizer) for split, r in rows.items()}
     _store(folder, task, key, token_info(tokenizer), features, rows)
+    push(folder, last=META)
     return load_prepared(folder)
 
 
@@ -141,7 +145,7 @@ def load_prepared(folder: Path) -> TaskData:
     """
     folder = Path(folder)
     try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
         for file, size in meta["files"].items():
             if (folder / file).stat().st_size != size:
                 raise ValueError(f"{file} is not {size} bytes long")
@@ -283,7 +287,7 @@ def _store(
             "splits": list(features),
             "files": files,
         }
-        (partial / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        (partial / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
         _rename(partial, folder)
     except OSError as error:
         raise _cannot_keep(folder, error) from None

@@ -27,6 +27,7 @@ from raybert.latency import latency, speedups
 from raybert.models import PROBE, check_head, load, load_tokenizer, model_folder, read_config
 from raybert.parity import OnnxModel, logit_parity, metric_parity, probe_batches, real_batches
 from raybert.qa import question_room
+from raybert.storage import check_writable, path_of, pull, push
 from raybert.surgery import family
 from raybert.tables import escape_markdown, markdown_table
 
@@ -80,14 +81,17 @@ def export(
     from raybert.onnx_trace import to_onnx
 
     folder = model_folder(model)
-    target = Path(out).expanduser() if out else Path(model).expanduser() / "onnx"
+    place = path_of(model)
+    target = path_of(out) if out else place / "onnx"
+    check_writable(target)
+    pull(target)
     _check_target(target, overwrite)
     network = load(folder)
     tokenizer = load_tokenizer(str(folder))
     data = _rows(recipe, tokenizer)
     if data is not None:
         check_head(str(folder), network.config, data.task)
-    teacher = _teacher(Path(model).expanduser(), recipe, against) if time else None
+    teacher = _teacher(place, recipe, against) if time else None
     tell(f"exporting {folder}")
     graph = to_onnx(network, int8=int8)
     integer = any(node.op_type in INTEGER_NODES for node in graph.graph.node)
@@ -105,6 +109,7 @@ def export(
         found |= _timed(partial, teacher, recipe, int8, threads, tell) if time else _untimed()
         found["hardware"] = hardware()
         _write_report(partial, found)
+    push(target, last=REPORT)
     return target
 
 
@@ -151,7 +156,7 @@ def _teacher(model: Path, recipe: Recipe | None, against: str | Path | None) -> 
     """The model folder of the teacher that latency is compared with."""
     if against is not None:
         return model_folder(against)
-    if (model / "teacher" / "recipe.yaml").is_file():
+    if pull(model / "teacher" / "recipe.yaml"):
         return model_folder(model / "teacher")
     if recipe is None or recipe.teacher is None:
         return None
@@ -346,6 +351,7 @@ def read_export(folder: Path) -> dict[str, Any]:
 def add_latency(folder: Path, found: Mapping[str, Any]) -> None:
     """Put ``latency`` and ``speedup`` rows in the place of an exported folder's own."""
     _write_report(folder, {**read_export(folder), **found, "hardware": hardware()})
+    push(folder, last=REPORT)
 
 
 def format_export(found: Mapping[str, Any]) -> str:

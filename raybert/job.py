@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from raybert.config import MethodConfig, Recipe
-from raybert.data import steps_per_epoch
+from raybert.data import META, steps_per_epoch
 from raybert.phase import Phase
+from raybert.places import uri_of
+from raybert.predictions import META as SEALED
+from raybert.storage import arrived
 
 Settled = dict[str, dict[str, Any]]
 """Methods settled against weights, by place in the chain; strings, as JSON wants its keys."""
@@ -55,6 +58,26 @@ class Job:
     keep_head: bool
     predictions: Path | None = None
     teacher_metrics: dict[str, float] | None = None
+
+    def on(self, root: Path) -> Job:
+        """The job on this machine, which another has made: what it reads of object storage is
+        brought here.
+
+        Args:
+            root: of that machine's mirrors.
+
+        Raises:
+            UserError: it cannot be brought.
+        """
+        out = uri_of(self.recipe.folder, root)
+        return replace(
+            self,
+            recipe=self.recipe.model_copy(update={"out": out or self.recipe.out}),
+            data=Path(arrived(str(self.data), root, META)),
+            start=arrived(self.start, root),
+            teacher=self.teacher and arrived(self.teacher, root),
+            predictions=self.predictions and Path(arrived(str(self.predictions), root, SEALED)),
+        )
 
 
 @dataclass(frozen=True)

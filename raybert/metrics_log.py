@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raybert.folders import write_whole
+from raybert.storage import push
 
 logger = logging.getLogger("raybert")
 
@@ -28,6 +29,18 @@ class MetricsLog:
         self.path, self.writes, self.lines = folder / FILE, writes, 0
         self._file: Any = None
         self._board: Any = None
+
+    def send(self) -> None:
+        """Send both to the run's object storage, if it has one; a bucket's files do not grow, so
+        whole.
+
+        Raises:
+            UserError: storage refused.
+        """
+        if self._board is not None:
+            self._board.flush()
+        push(self.path)
+        push(self.path.parent / "tensorboard")
 
     def rewind(self, lines: int) -> None:
         """Drop what a run wrote after the checkpoint that it now continues from."""

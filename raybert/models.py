@@ -19,6 +19,8 @@ from transformers import (
 
 from raybert.compressed import COMPRESSED, STOCK, finished, replay
 from raybert.config import ROUNDING, MethodConfig, UserError
+from raybert.places import uri_of
+from raybert.storage import nothing_at, path_of, pull
 from raybert.surgery import COMPRESSED_PREFIX, FAMILIES, family, model_inputs
 from raybert.trust import check_weights, checked_config, first_sentence
 
@@ -281,12 +283,14 @@ def load(folder: str | Path, *, verify: bool = True, attention: str = "sdpa") ->
 
 
 def model_folder(folder: str | Path) -> Path:
-    """The model folder of a run folder or of itself.
+    """The model folder of a run folder or of itself, brought here from object storage.
 
     Raises:
         UserError: the run is not finished, or there is no model.
     """
-    path = Path(folder).expanduser()
+    path = path_of(folder)
+    if uri_of(path) is not None:
+        _bring(path)
     if not (path / "recipe.yaml").is_file():
         return path
     if not (path / "model" / "config.json").is_file():
@@ -296,6 +300,16 @@ def model_folder(folder: str | Path) -> Path:
             "continues where it was last saved."
         )
     return path / "model"
+
+
+def _bring(path: Path) -> None:
+    """Bring what of a run or model folder a model's reader looks at."""
+    if not pull(path, deep=False):
+        raise nothing_at(path)
+    if (path / "recipe.yaml").is_file():
+        pull(path / "model")
+    elif uri_of(path.parent) is not None:
+        pull(path.parent / "recipe.yaml")  # tells what a run's model was made of
 
 
 def write_probe(model: PreTrainedModel, folder: Path, batch: dict[str, torch.Tensor]) -> None:

@@ -31,9 +31,11 @@ from raybert.models import (
     read_config,
 )
 from raybert.phase import check_layer_map
+from raybert.places import uri_of
 from raybert.predictions import check_named, takes_saved
 from raybert.recipe_file import dump_recipe
 from raybert.scale import load_of
+from raybert.storage import check_writable, entries, is_mirrored
 from raybert.surgery import compressed_by
 from raybert.teacher import Request, identity_of, request_for, teacher_digest
 from raybert.trust import check_weights
@@ -104,8 +106,8 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     changes: dict[str, Any] = {"out": str(recipe.folder)}
     for key, name in (("model", model), ("teacher", teacher)):
         if name is not None:
-            local = Path(name).expanduser().exists()
-            changes[key] = str(model_folder(name).absolute()) if local else name
+            there = is_mirrored(name) or Path(name).expanduser().exists()
+            changes[key] = str(model_folder(name).absolute()) if there else name
     # With a source, train, dev and test are names inside it: its files, or a hub data set's splits.
     own = ("source",) if recipe.data.source else ("train", "dev", "test")
     places = {
@@ -142,7 +144,7 @@ def check_folder(recipe: Recipe) -> bool:
         UserError: it holds another run, or anything else.
     """
     folder = recipe.folder
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not entries(folder):
         return False
     held = folder / "recipe.yaml"
     if not held.is_file():
@@ -190,6 +192,8 @@ def make_plan(recipe: Recipe) -> Plan:
         UserError: anything that would stop the run later.
     """
     check_resources(recipe)
+    for place in (recipe.folder, recipe.data.cache_folder):
+        check_writable(place)
     bound = tuple(method.bind(recipe) for method in recipe.method)
     recipe = recipe.model_copy(update={"method": bound})
     if recipe.export:
@@ -293,6 +297,7 @@ def plan_predictions(recipe: Recipe, split: str, *, cls: bool, out: Path | None)
             "predict-teacher needs a teacher: name a fine-tuned model, or its run, with teacher=."
         )
     check_resources(recipe)
+    check_writable(recipe.data.cache_folder)
     tokenizer = load_tokenizer(recipe.model or recipe.teacher)
     _check_vocabulary(tokenizer, read_config(recipe.teacher), recipe.teacher)
     _check_teacher(recipe, tokenizer)
@@ -347,6 +352,12 @@ def check_resources(recipe: Recipe) -> None:
         raise UserError(
             "train.zero 3 is for fine-tuning alone: methods change weights that stage 3 keeps in "
             "parts. Use train.zero 0, 1 or 2 to compress."
+        )
+    if train.zero == 3 and uri_of(recipe.folder) and "RAY_ADDRESS" in os.environ:
+        raise UserError(
+            "train.zero 3 keeps parts of a checkpoint on every machine, and object storage gets "
+            f"its files from one. Use train.zero 0, 1 or 2 for out={recipe.out}, or an `out` on "
+            "storage that is mounted on all machines."
         )
     chunks = recipe.workers * train.accumulation
     if train.batch_size < chunks:

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput, Sequence
 
 from raybert.config import KDConfig, UserError
 from raybert.phase import Outputs
+from raybert.storage import pull
 
 FORMAT = 1
 """Raised when what is kept on disk changes, so that older folders are made anew."""
@@ -148,7 +149,7 @@ def check_named(folder: Path, identity: dict[str, Any], *, cls: bool) -> None:
     Raises:
         UserError: it is not there, not whole, or another teacher's or other rows'.
     """
-    if not folder.is_dir():
+    if not (pull(folder, META) and folder.is_dir()):
         raise UserError(
             f"kd.predictions={folder} is neither auto, live, saved nor a folder; write one with "
             "`raybert predict-teacher ... --out FOLDER`."

@@ -12,6 +12,8 @@ from pydantic import ValidationError
 
 from raybert.config import Recipe, UserError, as_list
 from raybert.explain import explain, nearest
+from raybert.places import is_uri, named
+from raybert.storage import fetch
 from raybert.yaml_file import NOT_YAML, parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -66,7 +68,9 @@ def load_recipe(name: str | None, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe given as a path or as the name of a shipped one."""
+    """The file of a recipe given as a path, a URI or as the name of a shipped one."""
+    if is_uri(name):
+        return fetch(name)
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -135,7 +139,16 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    data = portable(recipe).model_dump(mode="json")
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def portable(recipe: Recipe) -> Recipe:
+    """The recipe as other machines can read it: what lies in object storage by its URI."""
+    places = {key: getattr(recipe, key) for key in ("out", "model", "teacher")}
+    changes: dict[str, Any] = {key: named(value) for key, value in places.items() if value}
+    predictions = {"predictions": named(recipe.kd.predictions)}
+    return recipe.model_copy(update={**changes, "kd": recipe.kd.model_copy(update=predictions)})
 
 
 def recipe_schema() -> str:

@@ -27,6 +27,7 @@ from raybert.results import (
     retained,
     validated,
 )
+from raybert.storage import push
 from raybert.views import speed_at, task_views
 
 __all__ = [
@@ -60,6 +61,8 @@ def write_run_report(folder: Path, report: RunReport | Mapping[str, Any]) -> Run
     write_whole(folder / "report.html", _html([run], report.name))
     # Last: a run counts as finished once it is there.
     write_whole(folder / "report.json", report.model_dump_json(indent=2) + "\n")
+    for name in ("report.md", "report.html", "report.json"):
+        push(folder / name)
     return report
 
 
@@ -80,6 +83,8 @@ def write_report(runs: Sequence[Run], out: Path) -> tuple[Path, Path]:
     title = runs[0].report.name if len(runs) == 1 else "Compression report"
     write_whole(files[0], _markdown(runs, title))
     write_whole(files[1], _html(runs, title))
+    for file in files:
+        push(file)
     return files
 
 

@@ -27,6 +27,7 @@ from raybert.plan import (
 from raybert.predictions import META, check_named, fault
 from raybert.progress import bar
 from raybert.recipe_file import dump_recipe
+from raybert.storage import path_of, pull, push
 from raybert.teacher import Request, check_out, check_room, find_shards, request_for, seal
 
 if TYPE_CHECKING:
@@ -87,10 +88,14 @@ def _drive(
     recipe: Recipe, tell: Callable[[str], None], fit: Fit | None = None, timed: bool = True
 ) -> Path:
     folder = recipe.folder
+    if pull(folder / "recipe.yaml"):
+        pull(folder, deep=False)
     plan = make_plan(recipe)
     if check_folder(plan.recipe if (folder / "recipe.yaml").is_file() else recipe):
         if (folder / "report.json").is_file():
             tell(f"{folder} is finished already")
+            pull(folder / "model")
+            pull(folder / "onnx")
             if recipe.export and not (folder / "onnx").exists():
                 _export(recipe, tell)
             return folder
@@ -102,10 +107,10 @@ def _drive(
     if plan.teacher is not None:
         tell(f"fine-tuning the teacher {recipe.model}")
         teacher = str(_drive(plan.teacher.recipe, tell) / "model")
-    final = folder / "checkpoints" / "final"
-    if not final.is_dir():
+    if not _trained(folder):
         _fit(plan, teacher, _predictions(plan, teacher, tell), fit)
-    if not final.is_dir():
+    if not _trained(folder):
+        final = folder / "checkpoints" / "final"
         raise UserError(
             f"the workers trained, and {final} is not here: `out` must be on storage that all "
             "machines share."
@@ -117,10 +122,18 @@ def _drive(
     return folder
 
 
+def _trained(folder: Path) -> bool:
+    """Whether a run's finished model and its log are here; in object storage, they are brought."""
+    final = folder / "checkpoints" / "final"
+    if pull(final, "result.json"):
+        pull(folder / "metrics.jsonl")
+    return final.is_dir()
+
+
 def predict_teacher(
     recipe: Recipe,
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     split: str = "train",
     cls: bool = True,
     tell: Callable[[str], None] = print,
@@ -131,7 +144,7 @@ def predict_teacher(
 
     Args:
         recipe: its `teacher`, `task`, `data`, `workers` and `resources` are used.
-        out: the folder; nothing: one in `data.cache`, where `compress` looks by itself.
+        out: the folder or its URI; nothing: one in `data.cache`, where `compress` looks by itself.
         split: whose rows.
         cls: whether the [CLS] states of every layer are kept beside the logits.
         tell: gets one line for each thing that happens.
@@ -143,9 +156,9 @@ def predict_teacher(
         UserError: a mistake in the recipe, the data or the machine; what was written is kept.
     """
     recipe = resolve_paths(recipe)
-    out = Path(out).expanduser().absolute() if out is not None else None
-    request = plan_predictions(recipe, split, cls=cls, out=out)
-    if out is not None:
+    folder = path_of(out).absolute() if out is not None else None
+    request = plan_predictions(recipe, split, cls=cls, out=folder)
+    if folder is not None:
         check_out(request)
     _predict(request, recipe, tell)
     return request.folder
@@ -175,6 +188,7 @@ def _predictions(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -
 
 def _predict(request: Request, recipe: Recipe, tell: Callable[[str], None]) -> None:
     """Make the predictions that are not there yet, on as many workers as the recipe says."""
+    pull(request.folder)
     reason = fault(request.folder, request.identity, cls=request.cls)
     if reason is None:
         tell(f"the teacher's predictions are there already: {request.folder}")
@@ -187,7 +201,9 @@ def _predict(request: Request, recipe: Recipe, tell: Callable[[str], None]) -> N
     there = f"; {len(files)} of {request.shards} shards are there" if files else ""
     tell(f"predicting {request.rows} {request.split} rows with {request.teacher}{there}")
     make = _predict_here if _is_local(recipe) else predict_on_ray
-    seal(request, files | (make(request, recipe, missing) if missing else {}))
+    files |= make(request, recipe, missing) if missing else {}
+    pull(request.folder)  # other machines may have made them
+    seal(request, files)
 
 
 def _export(recipe: Recipe, tell: Callable[[str], None]) -> None:
@@ -204,6 +220,7 @@ def _write_recipe(recipe: Recipe) -> None:
         write_whole(recipe.folder / "recipe.yaml", dump_recipe(recipe))
     except OSError as error:
         raise UserError(f"cannot write to {recipe.folder}: {error}. Choose another out=.") from None
+    push(recipe.folder / "recipe.yaml")
 
 
 # -- where it runs ---------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from raybert.folders import write_whole
 from raybert.ledger import DONE, Ledger, Trial
 from raybert.objectives import LATENCY, in_trials
 from raybert.predictions import takes_saved
+from raybert.recipe_file import portable
 from raybert.run import finetune, predict_teacher
 from raybert.search_page import write_page
 from raybert.search_plan import (
@@ -163,7 +164,7 @@ def _train(
         )
         objectives = in_trials(search.objectives)
         work = Work(
-            recipe,
+            portable(recipe),
             search.folder,
             objectives,
             shares.cpus,

@@ -14,6 +14,7 @@ from raybert.config import Recipe, UserError
 from raybert.draws import ALGORITHMS, Plain, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
+from raybert.places import uri_of
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
 from raybert.recipe_file import dump_recipe
 from raybert.space import Space, apply, chain_of, make_space, read_space, sample_text
@@ -183,6 +184,12 @@ def make_search(
         raise UserError(
             f"a search shares machines out among trials of one size; use workers={recipe.workers} "
             f"or workers={recipe.fewest}, not a range."
+        )
+    if uri_of(recipe.folder):
+        raise UserError(
+            f"{recipe.folder} is object storage, where a search cannot keep its trials: Ray Tune's "
+            "files grow. Give out= a path, on storage that all machines share where there are "
+            "several; model, teacher, data and data.cache may be URIs."
         )
     if isinstance(space, Mapping):
         space = make_space(space, "given", recipe)

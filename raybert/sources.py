@@ -13,6 +13,7 @@ from raybert.config import DataConfig, UserError
 from raybert.demo_task import LABELS, demo_rows
 from raybert.explain import nearest
 from raybert.readers import GLUE_COLUMNS, Raw, read_acl_imdb, read_file, read_glue
+from raybert.storage import fetch
 from raybert.tasks import Task
 
 SPLITS = ("train", "dev", "test")
@@ -31,7 +32,7 @@ def read_splits(task: Task, config: DataConfig, splits: Iterable[str]) -> dict[s
     named = {s: value for s in SPLITS if (value := config.model_dump()[s]) is not None}
     if config.source is None and named:
         return {
-            s: read_file(_path(v), qa=task.kind == "qa") for s, v in named.items() if s in splits
+            s: read_file(fetch(v), qa=task.kind == "qa") for s, v in named.items() if s in splits
         }
     if config.source is None and task.name == "demo":
         return {s: _demo(s) for s in splits}
@@ -42,7 +43,7 @@ def read_splits(task: Task, config: DataConfig, splits: Iterable[str]) -> dict[s
                 "data.train=FILE and data.dev=FILE."
             )
         return _read_hub(task, task.hub, named, splits)
-    path = _path(config.source)
+    path = fetch(config.source)
     if path.is_dir():
         return _read_folder(task, path, named, splits)
     if path.is_file():
@@ -56,10 +57,6 @@ def read_splits(task: Task, config: DataConfig, splits: Iterable[str]) -> dict[s
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", config.source):
         raise UserError(f"no such file or folder: {path} (data.source).")
     return _read_hub(task, config.source, named, splits)
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _demo(split: str) -> Raw:
@@ -116,8 +113,8 @@ def _find(task: Task, folder: Path, split: str, named: dict[str, str]) -> Path |
     if named:
         if split not in named:
             return None
-        inside = folder / _path(named[split])
-        return inside if inside.is_file() else _path(named[split])
+        inside = folder / fetch(named[split])
+        return inside if inside.is_file() else fetch(named[split])
     found = [
         p for stem in _STEMS[split] for ext in _FORMATS if (p := folder / f"{stem}.{ext}").is_file()
     ]

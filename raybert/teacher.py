@@ -13,7 +13,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ from torch import Tensor, nn
 
 from raybert.compressed import longest_input
 from raybert.config import UserError
+from raybert.data import META as PREPARED
 from raybert.data import MODEL_INPUTS, TaskData, load_prepared
 from raybert.first_token import first_token_only
 from raybert.folders import write_whole
 from raybert.models import PROBLEMS, check_head, load_for_task, read_config
+from raybert.places import local, uri_of
 from raybert.predictions import FORMAT, META, SHARD, check_shard, key_of, read_meta
 from raybert.scale import prediction_bytes
+from raybert.storage import arrived, check_writable, entries, pull, push, remove
 from raybert.surgery import encoder_layers
 from raybert.trust import check_weights
 
@@ -89,6 +92,24 @@ class Request:
     def rows_of(self, shards: Sequence[int]) -> int:
         """How many rows these shards hold."""
         return sum(len(self.positions(shard)) for shard in shards)
+
+    def on(self, root: Path) -> Request:
+        """The request on this machine, which another has made: what it reads of object storage is
+        brought here.
+
+        Args:
+            root: of that machine's mirrors.
+
+        Raises:
+            UserError: it cannot be brought.
+        """
+        uri = uri_of(self.folder, root)
+        return replace(
+            self,
+            teacher=arrived(self.teacher, root),
+            data=Path(arrived(str(self.data), root, PREPARED)),
+            folder=local(uri) if uri else self.folder,
+        )
 
 
 def request_for(
@@ -178,17 +199,17 @@ def check_out(request: Request) -> None:
         UserError: the folder is not to be touched.
     """
     folder = request.folder
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    check_writable(folder)
+    names = [name for name in entries(folder) if not name.startswith(".")]
+    if folder.is_file():
         raise UserError(f"{folder} is a file; choose another --out.")
-    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     strange = [name for name in names if name != META and not SHARD.fullmatch(name)]
     if strange:
         raise UserError(
             f"{folder} holds {strange[0]}, which is no teacher's prediction; nothing in it is "
             "touched. Choose another --out."
         )
+    pull(folder)
     keys = {_key_in(folder / name) for name in names} - {None}
     if keys - {request.key}:
         raise UserError(
@@ -234,7 +255,7 @@ def find_shards(request: Request) -> dict[int, str]:
         if whole:
             found[int(match[1])] = path.name
         else:
-            path.unlink(missing_ok=True)
+            remove(path)
     return found
 
 
@@ -310,6 +331,7 @@ class Predictor:
         kind = "cls" if request.cls else "logits"
         name = f"{shard:05d}-{kind}-{zlib.crc32(content):08x}.arrow"
         _write(request.folder / name, content)
+        push(request.folder / name)
         return name
 
     def columns(self, positions: np.ndarray) -> dict[str, pa.Array]:
@@ -403,3 +425,4 @@ def seal(request: Request, files: dict[int, str]) -> None:
         "shards": shards,
     }
     _write(request.folder / META, json.dumps(meta, indent=1))
+    push(request.folder / META)

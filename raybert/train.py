@@ -27,15 +27,19 @@ from safetensors import SafetensorError
 from torch import nn
 
 from raybert.checkpoint import (
+    MANIFEST,
     Position,
     World,
+    bring,
     bring_back_best,
     find_last_good,
+    load_shared,
     load_weights,
     read_position,
     restore,
     save,
     save_weights,
+    send,
 )
 from raybert.compressed import mark_compressed
 from raybert.config import UserError
@@ -63,15 +67,20 @@ from raybert.phase import (
     At,
     Phase,
 )
+from raybert.places import uri_of
 from raybert.power_norm import PowerNorm
 from raybert.predictions import Predictions
 from raybert.step import Distiller, Place, Recent, not_a_number
+from raybert.storage import pull, push
 from raybert.tasks import IGNORED
 
 logger = logging.getLogger("raybert")
 
 FINAL = "final"
 """The folder, among a run's checkpoints, of the finished model and its dev metrics."""
+
+RESULT = "result.json"
+"""Its metrics; in object storage, what says that the folder is whole."""
 
 LOG_EVERY = 10
 """Steps between log lines; losses are read back from the device, and checked, only then."""
@@ -131,7 +140,10 @@ class Trainer:
         world = self.world
         # One worker looks: on network storage two might see different folders, or chips compute
         # different precisions, and both must be the same everywhere.
-        checkpoint, passed_over = world.on_first(lambda: find_last_good(self.folder))
+        name, passed_over = world.on_first(self._find_last_good)
+        checkpoint = self.folder / name if name else None
+        if checkpoint is not None:
+            world.agreed(functools.partial(pull, checkpoint, MANIFEST))
         precisions = set(world.gather(self.precision))
         self.precision = precisions.pop() if len(precisions) == 1 else "fp32"
         workers = self.recipe.workers
@@ -152,6 +164,12 @@ class Trainer:
             model = self._run_phase(index, phases[index], model, teacher, checkpoint)
             checkpoint = None
         self._finish(model, teacher, [entry.phase for entry in phases])
+
+    def _find_last_good(self) -> tuple[str | None, list[str]]:
+        bring(self.folder)
+        pull(self.log.path)
+        found, passed_over = find_last_good(self.folder)
+        return found and found.name, passed_over
 
     def _build(self, upto: int) -> tuple[Any, list[PhaseOf]]:
         """The model as it is before phase ``upto``, as to structure: earlier surgery is replayed.
@@ -271,9 +289,8 @@ class Trainer:
         stage = self.recipe.train.zero
         model = engine.module
         if self.recipe.train.keep == "best":
-            self.world.barrier()
             with gathered(model, stage, writes=True):
-                load_weights(model, self._best())
+                load_shared(model, self._best(), self.world)
         if stage == 3:  # the module's weights stay in parts, so it is made anew from the file
             weights = self.folder / f"phase{index}.safetensors"
             with gathered(model, stage):
@@ -356,7 +373,14 @@ class Trainer:
                 if saves:
                     position.log_lines = self.log.lines
                     place = (self.world, train.zero, self._best())
-                    self.hooks.saved(save(self.folder, engine, position, *place))
+                    self._keep(save(self.folder, engine, position, *place))
+
+    def _keep(self, checkpoint: Path) -> None:
+        """A checkpoint is written: it goes where the run's files belong, and is told of."""
+        if uri_of(checkpoint) is not None:
+            self.world.on_first(self.log.send)
+            self.world.on_first(lambda: send(checkpoint))
+        self.hooks.saved(checkpoint)
 
     def distiller(self, engine: Any, phase: Phase, teacher: Any) -> Distiller:
         """What runs the phase's forward and backward passes."""
@@ -548,7 +572,7 @@ class Trainer:
             load_tokenizer(self.job.start).save_pretrained(partial)
             rows = np.arange(min(4, len(self.data.splits["dev"])))
             write_probe(model, partial, self.data.batcher("dev")(rows))
-            (partial / "result.json").write_text(json.dumps(result))
+            (partial / RESULT).write_text(json.dumps(result))
             os.replace(partial, final)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -556,6 +580,8 @@ class Trainer:
                 f"mend the "
                 "storage, and start the same command again."
             ) from None
+        self.log.send()
+        push(final, last=RESULT)
 
 
 def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -18,10 +18,12 @@ SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py"}
 ONLY_HERE = {"ray": {"cluster.py", "network.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
-    {"arguments", "templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
+    {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress"},
+    {"places"},
     {"config", "losses", "demo_task", "factorise", "attention", "int8", "network"},
-    {"ledger", "shares", "folders", "yaml_file", "surgery", "tasks", "readers", "timer"},
-    {"lowrank", "fake_quant", "gates", "metrics_log"},
+    {"buckets"},
+    {"ledger", "shares", "folders", "storage", "yaml_file", "surgery", "tasks", "readers", "timer"},
+    {"lowrank", "fake_quant", "gates", "metrics_log", "arguments"},
     {"skipping", "power_norm", "softmax_net", "onnx_int8"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
     {"first_token", "integer"},
