@@ -615,6 +615,7 @@ def test_what_stays_on_a_machine_is_refused(bucket, toy, capsys, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_workers_that_share_nothing_but_a_bucket(
     bucket, elsewhere, toy, teacher, tmp_path, chain, monkeypatch
 ):
