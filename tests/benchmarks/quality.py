@@ -2,15 +2,19 @@
 
     python tests/benchmarks/quality.py runs/mrpc-theseus-1 runs/mrpc-theseus-2 ...
     python tests/benchmarks/quality.py --name bits runs/mrpc-8-bits runs/mrpc-4-bits ...
+    python tests/benchmarks/quality.py --add runs/mrpc-theseus-3 ...
 
 Nothing is measured here: the numbers are those of each run's ``report.json``, and so are hardware
-and dates.
+and dates. With ``--add``, more seeds join the groups that the file has already, those of the same
+commands; the runs that it was made from need not be there any more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +31,7 @@ from raybert.recipe_file import recipe_from
 from raybert.results import Measured, Run, RunReport, read_run
 
 DEMO_NAME = "MiniLM-L6-H384 (demo extra)"
-LEFT_OUT = {"name", "out", "resources", "method"}
+LEFT_OUT = {"name", "out", "resources", "method", "measure"}
 """Recipe keys that say nothing about the result, or are written in a way of their own."""
 
 
@@ -38,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--name", default="quality", help="table: quality, or a comparison within a method"
     )
+    parser.add_argument("--add", action="store_true", help="keep what the file has, add seeds")
     return parser.parse_args()
 
 
@@ -210,11 +215,79 @@ def entry(group: Group, commands: dict[int, dict[str, str]]) -> dict[str, Any]:
     }
 
 
+# -- more seeds ------------------------------------------------------------------------------------
+
+SEED = re.compile(r"train\.seed=\d+|-\d+(?=/model)")
+"""Where a seed stands in a command: its own, and in the name of its teacher's folder."""
+
+SPREADS = {"student", "teacher", "retained", "ratio", "speedup", "onnx_score", "training_seconds"}
+
+
+def pooled(one: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Mean and sample deviation of the values of two spreads together; of one where one is
+    missing. What is the same in both counts once, as a size does."""
+    if one is None or other is None:
+        return one or other
+    same = one["mean"] == other["mean"] and not one["sd"] and not other["sd"]
+    if same and 1 in (one["n"], other["n"]):
+        return max(one, other, key=lambda value: value["n"])
+    n = one["n"] + other["n"]
+    mean = (one["n"] * one["mean"] + other["n"] * other["mean"]) / n
+    squares = sum(
+        (value["n"] - 1) * (value["sd"] or 0) ** 2 + value["n"] * (value["mean"] - mean) ** 2
+        for value in (one, other)
+    )
+    return spread(Spread(mean, math.sqrt(squares / (n - 1)), n))
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Two groups of the same command as one.
+
+    Raises:
+        SystemExit: a seed is in both.
+    """
+    if twice := set(old["seeds"]) & set(new["seeds"]):
+        raise SystemExit(f"{old['task']}, {old['label']}: seed {min(twice)} is there already.")
+    both = {**old, "n": old["n"] + new["n"]}
+    for key in SPREADS:
+        both[key] = _pooled_all(old[key], new[key])
+    order = sorted(zip(old["seeds"] + new["seeds"], old["scores"] + new["scores"], strict=True))
+    both |= {"seeds": [seed for seed, _ in order], "scores": [score for _, score in order]}
+    both["date"] = max(old["date"], new["date"])
+    for key in ("raybert", "hardware"):
+        both[key] = old[key] + [value for value in new[key] if value not in old[key]]
+    return both
+
+
+def _pooled_all(old: Any, new: Any) -> Any:
+    """Two spreads as one, or those of two mappings; a speed-up that one lacks is the other's."""
+    if old is None or new is None or "mean" in old:
+        return pooled(old, new)
+    return {key: pooled(old.get(key), new.get(key)) for key in {**old, **new}}
+
+
+def added(groups: list[dict[str, Any]], more: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with more seeds, and groups that are new behind them."""
+
+    def key(group: dict[str, Any]) -> tuple[str, ...]:
+        commands = (group.get(part, "") for part in ("teacher_command", "command"))
+        return group["encoder"], *(SEED.sub("", command) for command in commands)
+
+    found = {key(group): group for group in groups}
+    for group in more:
+        old = found.get(key(group))
+        found[key(group)] = joined(old, group) if old else group
+    return list(found.values())
+
+
 def main() -> None:
     """Read, group, print and write."""
     args = parse()
+    file = RESULTS / f"{args.name}.json"
     runs, commands = read_all(args.runs)
     groups = [entry(group, commands) for group in group_runs(runs)]
+    if args.add:
+        groups = added(json.loads(file.read_text(encoding="utf-8"))["groups"], groups)
     named = "" if args.name == "quality" else f"--name {args.name} "
     found = {
         "name": args.name,
@@ -222,7 +295,7 @@ def main() -> None:
         "date": today(),
         "groups": groups,
     }
-    write_json(RESULTS / f"{args.name}.json", found)
+    write_json(file, found)
     from tables import quality_table
 
     print(quality_table(groups))
