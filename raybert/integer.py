@@ -10,6 +10,12 @@ on a grid, ``scale * level`` with levels -128 ... 127, or 0 ... 255 behind a ReL
   own;
 - a norm multiplies each channel's level by an 8-bit weight, adds a 32-bit bias and rescales.
 
+A few channels of a BERT's stream are many times larger than the rest, which one grid for all would
+round to nothing. So each channel gets a unit of its own (`set_units`): the stream holds
+``x / unit``, and the unit is multiplied into the norms and matrices around it, which changes
+nothing but where levels are spent (as Xiao et al., SmoothQuant, ICML 2023, do for the inputs of
+linear layers).
+
 Each comes twice, as it is trained and as the integers that are left; see `raybert.fake_quant`. The
 operators compute in PyTorch with whole numbers in float32, and are integer ones in ONNX.
 """
@@ -28,7 +34,7 @@ from raybert.int8 import BIAS_LIMIT, Quantised, Scaled, bias_levels, levels, sca
 from raybert.int8 import weight_scale_of as row_scales
 from raybert.power_norm import AffineNorm, PowerNorm
 from raybert.softmax_net import SoftmaxNet
-from raybert.surgery import encoder_layers, matrices, self_attention
+from raybert.surgery import encoder_layers, matrices, model_inputs, self_attention
 
 LOW, HIGH = levels(8)
 
@@ -159,13 +165,18 @@ class Int8Product(Scaled):
 class FakeQuantNorm(AffineNorm):
     """An affine norm that computes as the `Int8Norm` it will become. Adopts what a PowerNorm has.
 
-    Its ``output_range`` is that of the residual stream, for all that read it.
+    Its ``output_range`` is that of the residual stream, for all that read it; ``unit`` [H] is what
+    its outputs are counted in, 1 unless `set_units` said otherwise.
     """
 
+    unit: Tensor
+
     def __init__(self, norm: PowerNorm) -> None:
-        # Integers have one grid for all channels, which ends at what was seen within the bounds.
+        # Integers have one grid for all channels, which ends at what was seen within the bounds;
+        # in units of the bounds, that is each channel's own.
         bound = None if norm.bound is None else norm.bound.max()
         super().__init__(norm.weight, norm.bias, norm.eps, norm.running_phi, bound)
+        self.register_buffer("unit", torch.ones_like(norm.running_phi))
         self.input_range, self.output_range = Range(8, True), Range(8, True)
         self.active = True
 
@@ -233,6 +244,70 @@ def roles(model: Any) -> dict[nn.Module, dict[str, bool]]:
     return found
 
 
+def norms_of(model: nn.Module) -> list[AffineNorm]:
+    """The norms along the residual stream: behind the embeddings, then two for each layer."""
+    return [module for module in model.modules() if isinstance(module, AffineNorm)]
+
+
+@torch.no_grad()
+def set_units(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Count each channel of the residual stream in a unit of its own, wherever a layer reads and
+    adds to it: how large it may become (its norm's bound), or became on these rows.
+
+    The model computes the same as before. What the last norm gives keeps its unit, for the head.
+
+    Args:
+        model: after `ma_bert`, in evaluation mode; its weights are changed.
+        batches: calibration rows.
+
+    Returns:
+        The units [H] of each norm's outputs, by the norm's name.
+    """
+    norms, layers = norms_of(model), list(encoder_layers(model))
+    names = {module: name for name, module in model.named_modules()}
+    sizes = _largest_outputs(model, norms, batches)
+    found = {}
+    for place, (norm, size) in enumerate(zip(norms[:-1], sizes, strict=False)):
+        bounded = norm.bound is not None and bool(norm.bound.isfinite().all())
+        unit = (norm.bound if bounded else size).clamp(min=1e-3)
+        unit = unit / unit.log().mean().exp()  # the geometric mean stays where it was
+        parts: Any = matrices(layers[place // 2])
+        readers = ("intermediate",) if place % 2 else ("query", "key", "value")
+        adding = parts["output" if place % 2 else "attention_output"]
+        for name in readers:
+            parts[name].weight *= unit
+        norms[place + 1].weight *= unit
+        for value in (norm.weight, norm.bias, norm.bound, adding.bias):
+            if value is not None:
+                value /= unit
+        adding.weight /= unit.unsqueeze(1)
+        found[names[norm]] = unit
+    return found
+
+
+def _largest_outputs(
+    model: nn.Module, norms: list[AffineNorm], batches: list[dict[str, Tensor]]
+) -> list[Tensor]:
+    """The largest magnitude [H] of each channel of what norms give, over the rows' real tokens."""
+    most = [torch.zeros_like(norm.running_phi) for norm in norms]
+    real = [torch.ones(())]
+
+    def watch(place: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            found = (output * real[0][:, : output.shape[1]]).abs().amax((0, 1))
+            most[place] = torch.maximum(most[place], found.float())
+
+        return hook
+
+    handles = [norm.register_forward_hook(watch(place)) for place, norm in enumerate(norms)]
+    for batch in batches:
+        real[0] = batch["attention_mask"].unsqueeze(-1)
+        model(**model_inputs(batch))
+    for handle in handles:
+        handle.remove()
+    return most
+
+
 def regroup(model: nn.Module) -> None:
     """Let softmax nets that do not yet do so multiply keys and values: a quarter of the work."""
     for module in model.modules():
@@ -242,7 +317,7 @@ def regroup(model: nn.Module) -> None:
 
 def join(model: Any) -> None:
     """Let linear layers behind a norm read the residual stream as it is."""
-    norms = [module for module in model.modules() if isinstance(module, FakeQuantNorm)]
+    norms: Any = norms_of(model)
     for index, layer in enumerate(encoder_layers(model)):
         parts: Any = matrices(layer)
         for name in ("query", "key", "value"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,15 @@ from torch import Tensor, nn
 from raybert.config import MethodConfig, UserError
 from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, Range
 from raybert.int8 import Inputs, Int8Embedding, Scheme, backend, largest
-from raybert.integer import FakeQuantNorm, FakeQuantProduct, join, regroup, roles
+from raybert.integer import (
+    FakeQuantNorm,
+    FakeQuantProduct,
+    join,
+    norms_of,
+    regroup,
+    roles,
+    set_units,
+)
 from raybert.phase import At, Distillation, Outputs, Phase
 from raybert.power_norm import PowerNorm
 from raybert.softmax_net import Product
@@ -54,9 +63,10 @@ class Q8BERT(MethodConfig):
     embedding_bits: int | None = Field(
         default=None, ge=2, le=8, description="Bits of an embedding; nothing: weight_bits."
     )
-    per_channel: bool = Field(
-        default=False,
-        description="A scale for each output of a layer and each row of a table, not one for all.",
+    per_channel: bool | None = Field(
+        default=None,
+        description="A scale for each output of a layer and each row of a table, not one for all; "
+        "nothing: only with integer_only.",
     )
     requantise: bool = Field(
         default=False, description="Quantise the outputs of linear layers too."
@@ -108,7 +118,7 @@ class Q8BERT(MethodConfig):
         return self.mode == "none" or backend(device) == "float"
 
     def resolve(self, model_config: Any) -> Q8BERT:
-        """Settle the bits of embeddings.
+        """Settle the bits of embeddings, and how many scales a matrix has.
 
         Raises:
             UserError: the model is quantised already, or picks weights for each sample; or it has
@@ -132,7 +142,10 @@ class Q8BERT(MethodConfig):
                 "q8bert cannot follow q8bert: the model is quantised already. Quantise the model "
                 "that it was made of, once, as the last method of a chain."
             )
-        return self.model_copy(update={"embedding_bits": self.embedding_bits or self.weight_bits})
+        settled: dict[str, Any] = {"embedding_bits": self.embedding_bits or self.weight_bits}
+        if self.per_channel is None:
+            settled["per_channel"] = self.integer_only
+        return self.model_copy(update=settled)
 
     @property
     def rounding(self) -> float:
@@ -157,7 +170,7 @@ class Q8BERT(MethodConfig):
             weight_bits=embedding_bits if tied else self.weight_bits,
             activation_bits=self.activation_bits,
             inputs=INPUTS[self.mode],
-            per_row=self.per_channel,
+            per_row=bool(self.per_channel),
             **{"requantise": self.requantise, **role},
         )
 
@@ -287,22 +300,24 @@ class Quantise(Phase):
         self.epochs, self.lr = method.epochs, method.lr
         self.calibration = method.calibration_rows if method.mode == "ema" else 0
         self.calibrated: dict[str, dict[str, float]] = {}
+        self.units: dict[str, Tensor] = {}
         self.step: int | None = None
 
     def initialise(
         self, model: Any, batches: list[dict[str, Tensor]]
     ) -> dict[str, dict[str, float]]:
-        """Find where the moving averages start."""
+        """Find where the moving averages start, and in an integer-only model the stream's units."""
         if self.method.mode != "ema":
             return {}
         if not batches:
             raise UserError("q8bert mode=ema needs calibration rows; there are none to train on.")
-        if self.method.integer_only:
-            regroup(model)
-        chosen = selected(model, self.method)
-        layers = {n: part for n, part in chosen.items() if not isinstance(part, nn.Embedding)}
         attention = model.config._attn_implementation
         model.set_attn_implementation("eager")  # it goes by way of every layer that there is
+        if self.method.integer_only:
+            regroup(model)
+            self.units = set_units(model, batches)
+        chosen = selected(model, self.method)
+        layers = {n: part for n, part in chosen.items() if not isinstance(part, nn.Embedding)}
         self.calibrated = calibrate(model, layers, batches)
         model.set_attn_implementation(attention)
         inputs = {n: seen["input"] for n, seen in self.calibrated.items() if "input" in seen}
@@ -320,11 +335,13 @@ class Quantise(Phase):
         def make(name: str, module: nn.Module) -> nn.Module:
             if isinstance(module, nn.Embedding):
                 bits = method.embedding_bits or method.weight_bits
-                return FakeQuantEmbedding(module, bits, method.per_channel)
+                return FakeQuantEmbedding(module, bits, bool(method.per_channel))
             new = self._trained(module, name == decoder, role.get(module, {}))
             for key, value in self.calibrated.get(name, {}).items():
                 if f"{key}_range" in new._modules:
                     new.get_buffer(f"{key}_range.ema").fill_(value)
+            if name in self.units:
+                new.get_buffer("unit").copy_(self.units[name])
             return new.to(device)
 
         swap(model, lambda name, _: name in chosen, make)
@@ -372,6 +389,10 @@ class Quantise(Phase):
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
             for one, value in zip(ranges, seen, strict=True):
                 one.seen.copy_(value)
+        if self.method.integer_only and out.hidden:  # a teacher's stream has no units
+            norms: Any = norms_of(model)[::2]
+            hidden = [part * norm.unit for part, norm in zip(out.hidden, norms, strict=True)]
+            out = replace(out, hidden=hidden)
         return super().losses(model, out, teacher, batch, kd)
 
     def warnings(self, total: int) -> list[str]:

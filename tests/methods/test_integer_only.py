@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,12 +22,14 @@ from raybert.integer import (
     Int8Norm,
     Int8Product,
     norm_int8,
+    norms_of,
     product_int8,
+    set_units,
 )
 from raybert.methods.ma_bert import softmax_nets
 from raybert.methods.q8bert import Q8BERT
 from raybert.onnx_trace import to_onnx
-from raybert.phase import At
+from raybert.phase import At, Outputs, Taps
 from raybert.power_norm import PowerNorm
 from raybert.surgery import encoder_layers, matrices
 
@@ -173,6 +175,86 @@ def test_finished_model_computes_what_was_trained(family):
     spread = float_logits[real].std()
     torch.testing.assert_close(done[real], trained[real], rtol=0, atol=0.02 * float(spread))
     assert (done - float_logits)[real].abs().mean() < 0.3 * spread
+
+
+# -- units of the residual stream ------------------------------------------------------------------
+
+
+def with_outliers(family: str, bounded: bool) -> Any:
+    """A model after MA-BERT in whose residual stream two channels are a hundred times the rest."""
+    model = settled([{**MATRIX, "bounded": bounded}], family)
+    norms = norms_of(model)
+    with torch.no_grad():
+        for place, norm in enumerate(norms[:-1]):
+            layer: Any = matrices(encoder_layers(model)[place // 2])
+            adding = layer["output" if place % 2 else "attention_output"]
+            for value in (norm.weight, norm.bias, norm.bound, adding.weight, adding.bias):
+                if value is not None:
+                    value[3:5] *= 100
+            for name in ("intermediate",) if place % 2 else ("query", "key", "value"):
+                layer[name].weight[:, 3:5] /= 100
+            norms[place + 1].weight[3:5] /= 100
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "bounded"),
+    [("bert", True), ("bert", False), ("roberta", True), ("distilbert", True)],
+)
+def test_units_change_nothing_but_what_the_stream_is_counted_in(family, bounded):
+    model = with_outliers(family, bounded)
+    before = logits(model, batch())
+    norms = norms_of(model)
+    biases = [norm.bias.clone() for norm in norms]
+    model.set_attn_implementation("eager")
+    units = set_units(model, [batch()])
+    assert len(units) == len(norms) - 1
+    for norm, unit, bias in zip(norms, units.values(), biases, strict=False):
+        assert unit[3] > 20 * unit.median()
+        torch.testing.assert_close(norm.bias * unit, bias)
+    if bounded:  # one end of the grid is every channel's own
+        ends = norms[0].bound
+        torch.testing.assert_close(ends, ends[:1].expand_as(ends))
+    torch.testing.assert_close(logits(model, batch()), before, rtol=1e-4, atol=1e-4)
+
+
+def test_units_keep_what_large_channels_would_round_away():
+    def error(units: bool) -> float:
+        model = with_outliers("bert", True)
+        wanted = logits(model, batch())
+        (phase,) = method_of(INTEGER).resolve(model.config).phases()
+        with pytest.MonkeyPatch.context() as patch:
+            if not units:
+                patch.setattr("raybert.methods.q8bert.set_units", lambda *_: {})
+            phase.initialise(model, [batch()])
+        phase.prepare(model)
+        real = batch()["attention_mask"].bool()
+        return float((logits(model, batch()) - wanted)[real].abs().mean())
+
+    assert error(True) < 0.5 * error(False)
+
+
+def test_hidden_states_are_compared_in_the_teachers_unit():
+    model = with_outliers("bert", True)
+    taps = Taps(model, hidden=True, attention=False)
+    model(**batch())
+    wanted = taps.collect(None).hidden
+    taps.remove()
+    (phase,) = method_of(INTEGER).resolve(model.config).phases()
+    phase.initialise(model, [batch()])
+    phase.prepare(model)
+    taps = Taps(model, hidden=True, attention=False)
+    model(**batch())
+    found: list[Outputs] = []
+
+    class Kept:
+        def losses(self, out: Outputs, *_: Any) -> dict[str, torch.Tensor]:
+            found.append(out)
+            return {}
+
+    phase.losses(model, taps.collect(None), None, batch(), cast(Any, Kept()))
+    for one, other in zip(found[0].hidden, wanted, strict=True):
+        assert (one - other).abs().mean() < 0.2 * other.abs().mean()
 
 
 # -- the graph -------------------------------------------------------------------------------------
