@@ -263,14 +263,16 @@ def set_units(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]
     Returns:
         The units [H] of each norm's outputs, by the norm's name.
     """
-    norms, layers = norms_of(model), list(encoder_layers(model))
+    norms: Any = norms_of(model)
+    layers = encoder_layers(model)
     names = {module: name for name, module in model.named_modules()}
     sizes = _largest_outputs(model, norms, batches)
     found = {}
     for place, (norm, size) in enumerate(zip(norms[:-1], sizes, strict=False)):
-        bounded = norm.bound is not None and bool(norm.bound.isfinite().all())
-        unit = (norm.bound if bounded else size).clamp(min=1e-3)
-        unit = unit / unit.log().mean().exp()  # the geometric mean stays where it was
+        bound = norm.bound
+        whole = size if bound is None or not bound.isfinite().all() else bound
+        whole = whole.clamp(min=1e-3)
+        unit = whole / whole.log().mean().exp()  # the geometric mean stays where it was
         parts: Any = matrices(layers[place // 2])
         readers = ("intermediate",) if place % 2 else ("query", "key", "value")
         adding = parts["output" if place % 2 else "attention_output"]

@@ -63,10 +63,9 @@ class Q8BERT(MethodConfig):
     embedding_bits: int | None = Field(
         default=None, ge=2, le=8, description="Bits of an embedding; nothing: weight_bits."
     )
-    per_channel: bool | None = Field(
-        default=None,
-        description="A scale for each output of a layer and each row of a table, not one for all; "
-        "nothing: only with integer_only.",
+    per_channel: bool = Field(
+        default=False,
+        description="A scale for each output of a layer and each row of a table, not one for all.",
     )
     requantise: bool = Field(
         default=False, description="Quantise the outputs of linear layers too."
@@ -118,7 +117,7 @@ class Q8BERT(MethodConfig):
         return self.mode == "none" or backend(device) == "float"
 
     def resolve(self, model_config: Any) -> Q8BERT:
-        """Settle the bits of embeddings, and how many scales a matrix has.
+        """Settle the bits of embeddings.
 
         Raises:
             UserError: the model is quantised already, or picks weights for each sample; or it has
@@ -142,10 +141,7 @@ class Q8BERT(MethodConfig):
                 "q8bert cannot follow q8bert: the model is quantised already. Quantise the model "
                 "that it was made of, once, as the last method of a chain."
             )
-        settled: dict[str, Any] = {"embedding_bits": self.embedding_bits or self.weight_bits}
-        if self.per_channel is None:
-            settled["per_channel"] = self.integer_only
-        return self.model_copy(update=settled)
+        return self.model_copy(update={"embedding_bits": self.embedding_bits or self.weight_bits})
 
     @property
     def rounding(self) -> float:
@@ -170,7 +166,8 @@ class Q8BERT(MethodConfig):
             weight_bits=embedding_bits if tied else self.weight_bits,
             activation_bits=self.activation_bits,
             inputs=INPUTS[self.mode],
-            per_row=bool(self.per_channel),
+            # The stream's units make rows as unlike each other as its channels are.
+            per_row=self.per_channel or self.integer_only,
             **{"requantise": self.requantise, **role},
         )
 
@@ -335,7 +332,7 @@ class Quantise(Phase):
         def make(name: str, module: nn.Module) -> nn.Module:
             if isinstance(module, nn.Embedding):
                 bits = method.embedding_bits or method.weight_bits
-                return FakeQuantEmbedding(module, bits, bool(method.per_channel))
+                return FakeQuantEmbedding(module, bits, method.per_channel)
             new = self._trained(module, name == decoder, role.get(module, {}))
             for key, value in self.calibrated.get(name, {}).items():
                 if f"{key}_range" in new._modules:
