@@ -51,7 +51,6 @@ from raybert.data import (
     train_steps,
 )
 from raybert.engine import (
-    autocast,
     gathered,
     make_engine,
     precision_for,
@@ -504,8 +503,8 @@ class Trainer:
 
     def _evaluate(self, engine: Any, phase: Phase, total: int) -> None:
         train, position, task = self.recipe.train, self.position, self.data.task
-        with autocast(self.precision, self.world.device):
-            metrics = evaluate(engine.module, self.data, "dev", self.world, train.eval_batch_size)
+        # In float32, as the finished model is scored: integers' sums do not fit half precision.
+        metrics = evaluate(engine.module, self.data, "dev", self.world, train.eval_batch_size)
         self._write("eval", phase, total, metrics)
         score = metrics[task.main]
         if position.step == 0 and score <= floor(task, self.data, "dev")[task.main]:
@@ -513,7 +512,8 @@ class Trainer:
                 f"phase {phase.name} starts at chance ({task.main} {score:.3f}): its student has "
                 "everything to learn, so give it steps enough"
             )
-        if position.step and (position.best is None or score > position.best):
+        counts = position.step or phase.start_counts
+        if counts and (position.best is None or score > position.best):
             position.best, position.best_step = score, position.step
             if train.keep == "best":
                 self._save_best(engine)

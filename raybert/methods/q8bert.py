@@ -291,6 +291,7 @@ class Quantise(Phase):
 
     name = "quantise"
     every_token = True  # ranges are of all tokens
+    start_counts = True  # with calibrated ranges 8 bits lose little: training is not to lose more
 
     def __init__(self, method: Q8BERT) -> None:
         self.method = method

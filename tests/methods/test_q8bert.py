@@ -27,6 +27,7 @@ from raybert.models import PROBE, verify_probe
 from raybert.phase import At, Distillation, Outputs
 from raybert.plan import make_plan, resolve_paths
 from raybert.recipe_file import recipe_from
+from raybert.results import read_run
 from raybert.run import compress
 
 NO_KD = Distillation(KDConfig.model_validate({}), "classification", ())
@@ -449,3 +450,19 @@ def test_without_epochs_it_is_calibrated_and_no_more(toy, teacher, tmp_path):
     off = found.weight * found.weight_scale - taught.weight
     assert off.abs().max() <= 0.51 * found.weight_scale
     assert 0.005 < found.input_scale < 0.01, "the pooler's outputs, below 1, in 127 levels"
+
+
+def test_training_that_only_harms_leaves_the_calibrated_model(toy, teacher, tmp_path):
+    keys = {"teacher": str(teacher), "method": "q8bert"}
+    still = {"epochs": 1, "lr": 1e-12, "keep": "last"}
+    harmed = {"epochs": 1, "lr": 1.0, "warmup": 0.0}
+    found = {}
+    for name, train in {
+        "still": still,
+        "harmed": harmed,
+        "last": {**harmed, "keep": "last"},
+    }.items():
+        run = compress(toy(tmp_path / name, train=train, **keys), tell=lambda text: None)
+        found[name] = read_run(run).report.student.score
+    assert found["harmed"] == pytest.approx(found["still"], abs=0.03)  # one row of 41
+    assert found["last"] < found["still"] - 0.1
