@@ -525,9 +525,11 @@ def test_two_workers_train_like_one(toy, teacher, tmp_path):
     for key in ("loss", "loss/flops", "flops_share"):
         one, two = ([line[key] for line in log if line["kind"] == "train"] for log in logs)
         assert one == pytest.approx(two, rel=1e-3), key
+    # Sums over workers round otherwise: a neuron whose gate is at its threshold may go either way.
     one, two = (read_run(run).report for run in runs)
     assert one.facts["frozen_gates"] == {
-        title: pytest.approx(table, abs=0.02) for title, table in two.facts["frozen_gates"].items()
+        title: pytest.approx(table, abs=0.02, rel=0.05)
+        for title, table in two.facts["frozen_gates"].items()
     }
 
 
