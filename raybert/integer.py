@@ -23,6 +23,7 @@ operators compute in PyTorch with whole numbers in float32, and are integer ones
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +31,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from raybert.fake_quant import Range, nearest, weight_levels
-from raybert.int8 import BIAS_LIMIT, Quantised, Scaled, bias_levels, levels, scale_of, to_levels
+from raybert.int8 import (
+    BIAS_LIMIT,
+    Quantised,
+    Scaled,
+    bias_levels,
+    largest,
+    levels,
+    scale_of,
+    to_levels,
+)
 from raybert.int8 import weight_scale_of as row_scales
 from raybert.power_norm import AffineNorm, PowerNorm
 from raybert.softmax_net import SoftmaxNet
@@ -249,6 +259,17 @@ def norms_of(model: nn.Module) -> list[AffineNorm]:
     return [module for module in model.modules() if isinstance(module, AffineNorm)]
 
 
+def stream(model: Any) -> Iterator[tuple[Any, list[Any], Any]]:
+    """Along the residual stream: each norm but the last, the linear layers that read what it gives,
+    and the one that adds to it."""
+    norms = norms_of(model)
+    for index, layer in enumerate(encoder_layers(model)):
+        parts = matrices(layer)
+        readers = [parts[name] for name in ("query", "key", "value")]
+        yield norms[2 * index], readers, parts["attention_output"]
+        yield norms[2 * index + 1], [parts["intermediate"]], parts["output"]
+
+
 @torch.no_grad()
 def set_units(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Count each channel of the residual stream in a unit of its own, wherever a layer reads and
@@ -263,22 +284,16 @@ def set_units(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]
     Returns:
         The units [H] of each norm's outputs, by the norm's name.
     """
-    norms: Any = norms_of(model)
-    layers = encoder_layers(model)
     names = {module: name for name, module in model.named_modules()}
-    sizes = _largest_outputs(model, norms, batches)
+    sizes = _sizes(model, batches)
+    following: Any = norms_of(model)[1:]
     found = {}
-    for place, (norm, size) in enumerate(zip(norms[:-1], sizes, strict=False)):
-        bound = norm.bound
-        whole = size if bound is None or not bound.isfinite().all() else bound
-        whole = whole.clamp(min=1e-3)
+    for (norm, readers, adding), after in zip(stream(model), following, strict=True):
+        whole = sizes[norm].clamp(min=1e-3)
         unit = whole / whole.log().mean().exp()  # the geometric mean stays where it was
-        parts: Any = matrices(layers[place // 2])
-        readers = ("intermediate",) if place % 2 else ("query", "key", "value")
-        adding = parts["output" if place % 2 else "attention_output"]
-        for name in readers:
-            parts[name].weight *= unit
-        norms[place + 1].weight *= unit
+        for reader in readers:
+            reader.weight *= unit
+        after.weight *= unit
         for value in (norm.weight, norm.bias, norm.bound, adding.bias):
             if value is not None:
                 value /= unit
@@ -287,27 +302,30 @@ def set_units(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]
     return found
 
 
-def _largest_outputs(
-    model: nn.Module, norms: list[AffineNorm], batches: list[dict[str, Tensor]]
-) -> list[Tensor]:
-    """The largest magnitude [H] of each channel of what norms give, over the rows' real tokens."""
-    most = [torch.zeros_like(norm.running_phi) for norm in norms]
-    real = [torch.ones(())]
+def _sizes(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[AffineNorm, Tensor]:
+    """How large each channel [H] of what norms give may become: the bound, where a norm has one for
+    every channel, else the largest magnitude over the rows' real tokens."""
+    sizes: dict[AffineNorm, Tensor] = {}
+    handles = []
+    real = torch.empty(0)
 
-    def watch(place: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            found = (output * real[0][:, : output.shape[1]]).abs().amax((0, 1))
-            most[place] = torch.maximum(most[place], found.float())
+    def note(norm: Any, _args: Any, output: Tensor) -> None:
+        now = largest((output * real[:, : output.shape[1]]).flatten(0, 1), 0).float()
+        sizes[norm] = torch.maximum(sizes[norm], now) if norm in sizes else now
 
-        return hook
-
-    handles = [norm.register_forward_hook(watch(place)) for place, norm in enumerate(norms)]
-    for batch in batches:
-        real[0] = batch["attention_mask"].unsqueeze(-1)
-        model(**model_inputs(batch))
-    for handle in handles:
-        handle.remove()
-    return most
+    for norm in norms_of(model):
+        if norm.bound is not None and norm.bound.isfinite().all():
+            sizes[norm] = norm.bound
+        else:
+            handles.append(norm.register_forward_hook(note))
+    try:
+        for batch in batches if handles else ():
+            real = batch["attention_mask"].unsqueeze(-1)  # [B, T, 1]
+            model(**model_inputs(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes
 
 
 def regroup(model: nn.Module) -> None:
@@ -319,9 +337,6 @@ def regroup(model: nn.Module) -> None:
 
 def join(model: Any) -> None:
     """Let linear layers behind a norm read the residual stream as it is."""
-    norms: Any = norms_of(model)
-    for index, layer in enumerate(encoder_layers(model)):
-        parts: Any = matrices(layer)
-        for name in ("query", "key", "value"):
-            parts[name].read(norms[2 * index].output_range)
-        parts["intermediate"].read(norms[2 * index + 1].output_range)
+    for norm, readers, _ in stream(model):
+        for reader in readers:
+            reader.read(norm.output_range)

@@ -528,9 +528,16 @@ def test_two_workers_train_like_one(toy, teacher, tmp_path):
     # Sums over workers round otherwise: a neuron whose gate is at its threshold may go either way.
     one, two = (read_run(run).report for run in runs)
     assert one.facts["frozen_gates"] == {
-        title: pytest.approx(table, abs=0.02, rel=0.05)
+        title: {
+            key: pytest.approx(value, abs=1 if _counts_neurons(title, key) else 0.02)
+            for key, value in table.items()
+        }
         for title, table in two.facts["frozen_gates"].items()
     }
+
+
+def _counts_neurons(title: str, key: str) -> bool:
+    return title == "left after removal" and key.endswith("neurons")
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -181,10 +181,9 @@ def test_finished_model_computes_what_was_trained(family):
     done = logits(model, batch())
     real = batch()["attention_mask"].bool()
     spread = float_logits[real].std()
-    # Where a number lies between two levels, the last bit of a sum decides; what follows shifts.
-    apart = (done - trained)[real].abs()
-    assert apart.median() < 1e-4 * spread
-    assert apart.max() < 0.15 * spread
+    apart = ((done - trained).abs() * real).amax(1).sort().values / spread  # of each row
+    assert apart[-2] < 0.02
+    assert apart[-1] < 0.15  # in one, a number between two levels may go to the other, as below
     assert (done - float_logits)[real].abs().mean() < 0.3 * spread
 
 
