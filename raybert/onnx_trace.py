@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 from typing import Any, Literal
@@ -139,6 +140,10 @@ def trace(model: PreTrainedModel) -> torch.export.ExportedProgram:
     quiet = logging.getLogger("torch.export")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
+    # What a finaliser does to tensors would be recorded in the graph: DeepSpeed's engines ask
+    # theirs whether they are pinned, whenever the collector comes to them.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         with torch.no_grad():
             return torch.export.export(
@@ -149,6 +154,8 @@ def trace(model: PreTrainedModel) -> torch.export.ExportedProgram:
                 strict=False,
             )
     finally:
+        if collects:
+            gc.enable()
         quiet.setLevel(level)
         model.set_attn_implementation(before or "sdpa")
 

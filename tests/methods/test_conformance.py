@@ -128,6 +128,15 @@ def outputs(model: Any) -> list[Tensor]:
     return Outputs(out).logits()
 
 
+def loaded(folder: Path) -> Any:
+    """A saved model, each tensor in memory of its own: where a file happens to place them, some
+    processors' products differ in their last bit."""
+    model = raybert.load(folder)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def trained(phase: Phase, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a phase leaves in the optimiser."""
     found = {}
@@ -290,7 +299,7 @@ def test_its_structure_is_replayed_from_the_config_alone(made, case, family, kin
 def test_it_is_saved_and_loaded_bit_for_bit(made, tmp_path, case, family, kind):
     done = made(case, family, kind)
     done.model.save_pretrained(tmp_path)
-    again = raybert.load(tmp_path)
+    again = loaded(tmp_path)
     assert type(again) is type(done.model)
     compressed = again.config.model_type.startswith(COMPRESSED_PREFIX)
     assert compressed == done.chain[0].leaves_trace
@@ -357,7 +366,7 @@ def test_a_legal_chain_ends_in_a_model_that_loads(made, tmp_path, order, family)
     shapes = {k: (v.shape, v.dtype) for k, v in done.model.state_dict().items()}
     assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == shapes
     done.model.save_pretrained(tmp_path)
-    for one, two in zip(outputs(raybert.load(tmp_path)), outputs(done.model), strict=True):
+    for one, two in zip(outputs(loaded(tmp_path)), outputs(done.model), strict=True):
         assert torch.equal(one, two)
 
 
