@@ -82,14 +82,15 @@ class LoBERT(MethodConfig):
         default=None,
         gt=0,
         lt=1,
-        description="Ranks from the share of the encoder layers' parameters to be kept at most.",
+        description="Ranks from the share of the encoder layers' parameters to be kept at most; "
+        "on matrices wide enough multiples of 8, which are computed faster.",
     )
     energy: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="SVD ranks from the share of the squared singular values to be kept; a matrix "
-        "whose rank would save nothing stays dense.",
+        description="SVD ranks from the share of the squared singular values to be kept at least, "
+        "chosen as by share; a matrix whose rank would save nothing stays dense.",
     )
     allocate: Literal["even", "energy"] = Field(
         default="even",
@@ -334,8 +335,7 @@ class LoBERT(MethodConfig):
         sizes = {key: shape.matrix(key[1]) for key in keys}
         found: dict[str, Any] = {"share": None, "energy": None}
         if self.energy is not None:
-            ranks = ranks_by_energy(spectra, self.energy)
-            ranks = {k: r if r <= saving_rank(*sizes[k]) else 0 for k, r in ranks.items()}
+            ranks = ranks_by_energy(spectra, sizes, self.energy)
         else:
             even, budget = self._even(shape), self._budget(shape)
             for part, mode in self.ranked.items():

@@ -29,7 +29,18 @@ from raybert.models import blank
 from raybert.moments import second_moments
 from raybert.phase import Taps
 from raybert.plan import make_plan, resolve_paths
-from raybert.ranks import ATTENTION, FFN, Shape, Svd, Tucker, even_ranks, saving_rank, spend
+from raybert.ranks import (
+    ATTENTION,
+    FFN,
+    Shape,
+    Svd,
+    Tucker,
+    even_ranks,
+    ranks_by_energy,
+    ranks_to,
+    saving_rank,
+    spend,
+)
 from raybert.recipe_file import RECIPES, load_recipe
 from raybert.run import _fit
 from raybert.surgery import (
@@ -426,10 +437,29 @@ def test_an_even_share_spreads_over_the_modes():
     modes: Any = [ATTENTION["self_svd"], FFN["ffn_svd"]]
     budget = sum(mode.dense(shape) for mode in modes) // 2
     attention, ffn = even_ranks(shape, modes, budget)
-    assert attention == pytest.approx(192, abs=2)
-    assert ffn == pytest.approx(307, abs=2)
+    assert attention == pytest.approx(192, abs=8)
+    assert ffn == pytest.approx(307, abs=8)
     spent = modes[0].parameters(shape, attention) + modes[1].parameters(shape, ffn)
-    assert 0 <= budget - spent < 12 * 3 * 2 * 768
+    assert 0 <= budget - spent < 8 * 12 * 3 * 2 * 768
+
+
+def test_chosen_ranks_are_multiples_of_8_where_matrices_are_wide():
+    assert ranks_to(15) == list(range(1, 16))
+    assert ranks_to(70) == [1, 2, 3, 4, 5, 6, 7, 8, 16, 24, 32, 40, 48, 56, 64]
+    shape = Shape.of(BertConfig())
+    modes: Any = [ATTENTION["self_tucker_layer"], FFN["ffn_svd"]]
+    attention, ffn = even_ranks(shape, modes, sum(mode.dense(shape) for mode in modes) // 2)
+    assert attention[1] % 8 == attention[2] % 8 == ffn % 8 == 0
+    falling = torch.linspace(1, 0, 200, dtype=torch.float64)
+    spectra = {"flat": torch.ones(200, dtype=torch.float64), "steep": falling**8}
+    sizes = dict.fromkeys(spectra, (200, 200))
+    exact = int((falling.pow(8).cumsum(0) / falling.pow(8).sum() < 0.9).sum()) + 1
+    found = ranks_by_energy(spectra, sizes, 0.9)
+    assert found == {"flat": 0, "steep": -(-exact // 8) * 8}
+    assert exact % 8
+    spent = spend(spectra, sizes, 400 * 60)
+    assert all(rank % 8 == 0 for rank in spent.values())
+    assert 400 * 52 < 400 * sum(spent.values()) <= 400 * 60
 
 
 def test_a_share_out_of_reach_names_what_can_be_had():
