@@ -53,14 +53,19 @@ def load_recipe(name: str | None, overrides: list[str] | tuple[str, ...] = ()) -
         path = recipe_path(name)
         origin = str(path)
         data = read_yaml(path)
+    given: list[tuple[list[str], Any]] = []
     for word in overrides:
         key, found, value = word.partition("=")
         if not found or not key:
             raise UserError(
                 f"`{word}` is not an override; write it as key=value, for example train.lr=3e-5."
             )
-        _put(data, key.split("."), _parse_value(value))
-    named = {word.partition("=")[0] for word in overrides}
+        given.append((key.split("."), _parse_value(value)))
+    # A whole goes before its parts, in whatever order they came: `method=` would end what
+    # `method.theseus.layers=` before it had begun.
+    for keys, value in sorted(given, key=lambda one: len(one[0])):
+        _put(data, keys, value)
+    named = {keys[0] for keys, _ in given if len(keys) == 1}
     if "teacher" in named and "model" not in named:
         # A file's `model` is what its teacher would be fine-tuned from; this one is there already.
         data.pop("model", None)

@@ -17,6 +17,14 @@ def test_overrides_reach_every_depth_and_numbers_without_a_dot_are_numbers():
     assert recipe.method[0].model_dump()["layers"] == 2
 
 
+def test_a_part_given_before_its_whole_is_not_lost():
+    words = ["method.theseus.layers=2", "method=theseus,q8bert", "train.lr=2e-5"]
+    recipe = load_recipe(None, [*words, "train={epochs: 2}"])
+    assert [method.name for method in recipe.method] == ["theseus", "q8bert"]
+    assert recipe.method[0].model_dump()["layers"] == 2
+    assert (recipe.train.epochs, recipe.train.lr) == (2, 2e-5)
+
+
 def test_data_may_be_a_single_word_and_keep_its_other_keys():
     recipe = load_recipe(None, ["data=glue/MRPC", "data.max_length=64"])
     assert (recipe.data.source, recipe.data.max_length) == ("glue/MRPC", 64)
