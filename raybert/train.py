@@ -204,6 +204,9 @@ class Trainer:
         seed_everything(self.recipe.train.seed + 7919 * index, 0)
         model.to(self.world.device).eval()
         batches = self._sample("train", entry.phase.calibration, index)
+        if batches and self.world.rank == 0:  # fitting parts to them may take minutes
+            rows = sum(len(batch["input_ids"]) for batch in batches)
+            logger.info("%s: initialising from %d rows", entry.phase.name, rows)
         if entry.method is not None:
             settled = entry.method.settle(model, batches)
             if settled != entry.method:

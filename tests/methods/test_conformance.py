@@ -419,7 +419,9 @@ def test_a_resumed_run_equals_the_uninterrupted(toy, teacher, tmp_path, monkeypa
 
 
 @every_run
-def test_a_run_ends_in_a_model_and_a_full_report(toy, teacher, tmp_path, monkeypatch, chain):
+def test_a_run_ends_in_a_model_and_a_full_report(
+    toy, teacher, tmp_path, monkeypatch, caplog, chain
+):
     def rows(paths, shapes, **_):  # two child processes would take longer than the run
         fixed = {"backend": "torch", "device": "cpu", "p50_ms": 1.0, "p95_ms": 1.0, "mean_ms": 1.0}
         fixed |= {"throughput": 1.0, "repeats": 1, "threads": 1, "peak_memory_mb": 1.0}
@@ -434,7 +436,10 @@ def test_a_run_ends_in_a_model_and_a_full_report(toy, teacher, tmp_path, monkeyp
         train={"epochs": 1},
         measure={"batches": [1, 8]},
     )
-    folder = compress(recipe, tell=lambda text: None)
+    with caplog.at_level("INFO", logger="raybert"):
+        folder = compress(recipe, tell=lambda text: None)
+    expected = {"theseus": False, "q8bert": True}.get(chain[0]["name"])
+    assert expected in (None, "initialising from" in caplog.text)
     data = json.loads((folder / "report.json").read_text())
     for key in ("task", "metric", "floor", "retained", "ratio", "latency", "simulated", "speedup"):
         assert key in data, key
