@@ -25,7 +25,13 @@ SKIPS = 20
 
 
 class Source(Protocol):
-    """A search algorithm: asked for samples, and told what became of them."""
+    """A search algorithm: asked for samples, and told what became of them.
+
+    Attributes:
+        ends: whether there are so many samples and no more, as of a grid.
+    """
+
+    ends: bool
 
     def ask(self, number: int) -> Values | None:
         """The sample of that number; None when there are no more."""
@@ -109,6 +115,7 @@ class Optuna:
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.ends = False
         self.space, self.recipe, self.objectives = space, recipe, objectives
         domains = {key: axis for key, axis in space.axes.items() if isinstance(axis, Domain)}
         self.distributions = OptunaSearch.convert_search_space(domains)
@@ -236,7 +243,7 @@ class Draws(Searcher):
         """The next trial's config; see `Searcher.suggest`."""
         if self.ahead:
             return self.ahead.pop()
-        while self.count < self.limit and self.skipped < SKIPS and time.time() < self.until:
+        while self.count < self.limit and not self.hopeless and time.time() < self.until:
             known = self.ledger.get(self.number)
             if known is None:
                 known = self._draw()
@@ -252,6 +259,12 @@ class Draws(Searcher):
             results = known.results if known.state in ("finished", "stopped") else None
             self.source.tell(known.number, results)
         return Searcher.FINISHED
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether hardly a sample can be run. A grid is walked to its end: its mistakes lie side by
+        side."""
+        return self.skipped >= SKIPS and not self.source.ends
 
     def has_next(self) -> bool:
         """Whether there is anything to run: Tune does without a search that has not."""

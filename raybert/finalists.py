@@ -135,7 +135,12 @@ def finalists_of(
 def choose(
     finalists: Sequence[Finished], objectives: Sequence[Objective], loss: Loss
 ) -> tuple[Finished, bool]:
-    """The winner, and whether it stays within the loss; if none does, the best score wins."""
+    """The winner, and whether it stays within the loss; if none does, the best score wins.
+
+    A finalist with fewer seeds than others, since some failed, does not win by those it is left.
+    """
+    seeds = max(len(f.reports) for f in finalists)
+    finalists = [f for f in finalists if len(f.reports) == seeds]
     least, cost = least_score(finalists, loss), cost_of(objectives)
     within = [f for f in finalists if f.score.mean >= least]
     if cost is None or not within:

@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from ray.tune.search.sample import Domain
 
 from raybert.finalists import Finished
 from raybert.ledger import Trial
@@ -197,11 +198,16 @@ def _column(
 ) -> tuple[dict[int, float], list[tuple[float, Any]]]:
     """Where each trial's value lies from 0 to 1, and what to write where."""
     found = {t.number: t.values[key] for t in trials if key in t.values}
-    choices = listed(answer.space.axes[key])
+    axis = answer.space.axes[key]
+    choices = listed(axis)
+    if choices is None and not isinstance(axis, Domain):
+        choices = [axis]
     if choices is not None:
         step = 1 / max(1, len(choices) - 1)
-        places = {json.dumps(value): n * step for n, value in enumerate(choices)}
-        return {n: places[json.dumps(v)] for n, v in found.items()}, [
+        plain = [json.loads(json.dumps(value)) for value in choices]
+        found = {n: json.loads(json.dumps(value)) for n, value in found.items()}
+        # By what they equal: a recipe's 10.0 is the space's 10.
+        return {n: plain.index(v) * step for n, v in found.items() if v in plain}, [
             (n * step, value) for n, value in enumerate(choices)
         ]
     low, high = min(found.values()), max(found.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +124,10 @@ def write_tables(answer: Answer) -> None:
     """Write ``best.yaml``, ``front/``, ``trials.csv`` and ``trials.parquet``."""
     folder = answer.folder
     write_whole(folder / "best.yaml", dump_recipe(answer.best))
-    shutil.rmtree(folder / "front", ignore_errors=True)
-    (folder / "front").mkdir()
+    (folder / "front").mkdir(exist_ok=True)
+    # The recipes of before alone: beside them lie the runs that were started from them.
+    for recipe in (folder / "front").glob("*.yaml"):
+        recipe.unlink()
     for entry in answer.finished:
         if entry.trial.number in answer.front:
             name = entry.trial.name
@@ -156,7 +157,7 @@ def table(answer: Answer) -> list[dict[str, Any]]:
         row["seeds"] = len(entry.reports) if entry else 0
         row["front"] = trial.number in answer.front
         row["winner"] = trial.number == answer.winner.trial.number
-        row["seconds"] = round(trial.seconds, 3)
+        row["trial_seconds"] = round(trial.seconds, 3)  # an objective may be called seconds
         row["cores"] = trial.cores
         row["reason"] = trial.reason
         rows.append(row)

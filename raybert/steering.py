@@ -82,6 +82,22 @@ class Asha(_Sparing, AsyncHyperBandScheduler):
 class Median(_Sparing, MedianStoppingRule):
     """Stops what does worse than the median of what others did on the way."""
 
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """The rule, for a trial that may have been spared, or have gone on in its time."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        self._stopped_trials.discard(trial)  # Ray's rule takes it that such a trial never comes
+        return decision
+
+
+class Population(PopulationBasedTraining):
+    """Population-based training that leaves alone what has come to its end."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """A finished trial is not made to go on from another's checkpoint."""
+        if result.get(TIME, 0) >= 100:
+            return self.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
+
 
 def make_scheduler(name: str, space: Space, objectives: Sequence[Objective]) -> Any:
     """A Tune scheduler by its name; all go by the dev score."""
@@ -101,7 +117,7 @@ def make_scheduler(name: str, space: Space, objectives: Sequence[Objective]) -> 
         median.objectives = objectives
         return median
     if name == "pbt":
-        return PopulationBasedTraining(
+        return Population(
             **shared,
             perturbation_interval=PERTURB,
             require_attrs=False,  # a trial that has failed has none

@@ -299,7 +299,7 @@ def _take_over(work: Work, number: int, values: dict[str, Any], folder: Path) ->
     with checkpoint.as_directory() as place:
         origin = json.loads((Path(place) / ORIGIN).read_text(encoding="utf-8"))
         if origin["number"] == number and held.is_file():
-            return values
+            return values_of(load_recipe(str(held)), work.keys)
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
         target = partial / "checkpoints" / origin["checkpoint"]

@@ -93,8 +93,8 @@ class Scribe(tune.Callback):
         if "failed" in result:
             own.state, own.reason = "failed", result["failed"]
         else:
-            if result.get("finished"):
-                own.state = "finished"
+            # Not finished any more where Tune lets it train on from another's checkpoint.
+            own.state = "finished" if result.get("finished") else "running"
             if not own.curve or own.curve[-1][0] < result["percent"]:
                 own.curve.append([result["percent"], result["score"]])
             skipped = ("values", "config")
@@ -258,7 +258,7 @@ class Runner:
         if time.time() < self.deadline and draws.has_next():
             scribe = self._scribe(limit, draws.told)
             self._fit({}, scribe, limit, search_alg=draws, scheduler=steering)
-        if draws.skipped >= SKIPS:
+        if draws.hopeless:
             last = [t for t in self.ledger.trials if t.state == "skipped"][-1]
             raise UserError(
                 f"{SKIPS} samples in a row were skipped; the last: {last.reason} Make the space "

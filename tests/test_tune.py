@@ -6,9 +6,10 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -211,6 +212,14 @@ def test_a_space_of_nothing_but_mistakes_ends(tmp_path):
     assert check.asked == SKIPS
 
 
+def test_a_grid_is_walked_to_its_end_past_its_mistakes(tmp_path):
+    lr = [n / 1000 for n in range(1, 2 * SKIPS)]
+    axes = {"method.lobert.share": {"grid_search": [0.9, 0.5]}, "train.lr": {"grid_search": lr}}
+    source = Plain(make_space(axes, "block", BASE), 0)
+    found = drain(Draws(source, Ledger(tmp_path), BASE, Refuses(above=0.5), 1000, print))
+    assert [config["values"]["train.lr"] for config in found] == lr
+
+
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
 def test_an_interrupted_search_goes_on_where_it_was(tmp_path, algorithm):
     def drawn(limit: int, seed: int) -> tuple[Draws, list[dict]]:
@@ -300,6 +309,27 @@ def test_median_stopping_knows_no_score_of_a_failed_trial():
     assert scheduler.on_trial_result(None, good, {"percent": 30.0, "score": 0.9}) == "CONTINUE"
 
 
+def test_median_stopping_lives_with_trials_that_went_on_after_it_would_stop_them():
+    curves = [[[20.0, 0.8], [50.0, 0.8]], [[20.0, 0.8]], [[20.0, 0.8]], [[20.0, 0.1], [50.0, 0.2]]]
+    scheduler = make_scheduler("median", SPACE, SCORE_BYTES)
+    remember(
+        scheduler,
+        [Trial(n, {}, "finished", results={"bytes": 9.0}, curve=c) for n, c in enumerate(curves)],
+    )
+    small = SimpleTrial("small")
+    for percent in (30.0, 40.0, 50.0):
+        result = {"percent": percent, "score": 0.3, "bytes": 1.0}
+        assert scheduler.on_trial_result(None, small, result) == "CONTINUE", "spared each time"
+
+
+def test_a_population_leaves_finished_trials_alone():
+    scheduler = make_scheduler("pbt", SPACE, SCORE_BYTES)
+    ended = SimpleTrial("ended")  # Ray's rule would look it up, and does not know it
+    assert scheduler.on_trial_result(None, ended, {"percent": 100.0, "score": 0}) == "CONTINUE"
+    with pytest.raises(KeyError):
+        scheduler.on_trial_result(None, ended, {"percent": 99.0, "score": 0})
+
+
 @pytest.fixture
 def ctrl_c():
     """Ctrl-C, as a terminal's foreground process hears it."""
@@ -378,6 +408,8 @@ def test_the_smallest_whose_mean_is_within_the_loss_wins():
     assert alone == [choose([steady, best, small], SCORE_BYTES, loss)[0]] == [steady]
     assert choose(chosen, SCORE_BYTES, loss) == (steady, True)
     assert choose([lucky, small], SCORE_BYTES, loss) == (lucky, False)
+    once = finished(4, [0.89], 100)  # its other seeds failed
+    assert choose([once, steady, best], SCORE_BYTES, loss) == (steady, True)
     only_score = parse_objectives("score", METRICS)
     assert choose([lucky, steady, best], only_score, loss) == (best, True)
     assert finalists_of([lucky, steady], SCORE_BYTES, loss, 0) == []
@@ -482,7 +514,43 @@ def test_the_page_shows_recipes_under_the_mouse_and_loads_nothing(folder):
     assert len(ids) == len(set(ids))
 
 
+def test_runs_started_from_the_front_outlive_the_next_answer(folder):
+    write_answer(answer(folder))
+    model = folder / "front" / "000" / "model" / "model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"weights")
+    (folder / "front" / "009.yaml").write_text("was on the front once")
+    write_answer(answer(folder))
+    assert model.read_bytes() == b"weights"
+    assert {p.name for p in (folder / "front").iterdir()} == {"000", "000.yaml", "001.yaml"}
+
+
+def test_the_page_draws_fixed_words_and_numbers_of_another_type(folder):
+    space = make_space(
+        {
+            "method": ray_tune.choice(["lobert", "theseus"]),
+            "method.theseus.initialise": "spaced",
+            "kd.cls": ray_tune.choice([0, 10]),
+        },
+        "mixed",
+        BASE,
+    )
+    ledger = Ledger(folder)
+    for number, values in enumerate(
+        [{"method": "lobert", "kd.cls": 10.0},
+         {"method": "theseus", "method.theseus.initialise": "spaced", "kd.cls": 0.0}]
+    ):  # fmt: skip
+        ledger.write(replace(ledger.trials[number], values=values))
+    recipe = BASE.model_copy(update={"out": str(folder)})
+    loss = parse_loss("0.05")
+    write_answer(answer_of(recipe, space, SCORE_BYTES, loss, 2, Ledger(folder)))
+    assert 'id="parallel-trial-1"' in (folder / "report.html").read_text()
+
+
 def test_a_search_without_a_score_near_the_teacher_says_so(folder):
+    again = folder / "finalists" / "001-seed43"
+    shutil.copytree(folder / "trials" / "001", again)
+    Ledger(folder).write(Trial(1, {}, "finished", seed=43))
     recipe = BASE.model_copy(update={"out": str(folder)})
     found = answer_of(recipe, SPACE, SCORE_BYTES, parse_loss("0"), 1, Ledger(folder))
     write_answer(found)

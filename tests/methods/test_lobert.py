@@ -448,14 +448,15 @@ def test_chosen_ranks_are_multiples_of_8_where_matrices_are_wide():
     assert ranks_to(70) == [1, 2, 3, 4, 5, 6, 7, 8, 16, 24, 32, 40, 48, 56, 64]
     shape = Shape.of(BertConfig())
     modes: Any = [ATTENTION["self_tucker_layer"], FFN["ffn_svd"]]
-    attention, ffn = even_ranks(shape, modes, sum(mode.dense(shape) for mode in modes) // 2)
+    found: Any = even_ranks(shape, modes, sum(mode.dense(shape) for mode in modes) // 2)
+    attention, ffn = found
     assert attention[1] % 8 == attention[2] % 8 == ffn % 8 == 0
     falling = torch.linspace(1, 0, 200, dtype=torch.float64)
     spectra = {"flat": torch.ones(200, dtype=torch.float64), "steep": falling**8}
     sizes = dict.fromkeys(spectra, (200, 200))
     exact = int((falling.pow(8).cumsum(0) / falling.pow(8).sum() < 0.9).sum()) + 1
-    found = ranks_by_energy(spectra, sizes, 0.9)
-    assert found == {"flat": 0, "steep": -(-exact // 8) * 8}
+    ranks = ranks_by_energy(spectra, sizes, 0.9)
+    assert ranks == {"flat": 0, "steep": -(-exact // 8) * 8}
     assert exact % 8
     spent = spend(spectra, sizes, 400 * 60)
     assert all(rank % 8 == 0 for rank in spent.values())
