@@ -3,6 +3,7 @@ deepspeed."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d
 
@@ -138,9 +140,19 @@ def init_distributed(device: torch.device, timeout: float) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=waits)
 
 
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """The variables that torch.distributed and DeepSpeed ask for, for a group of one process."""
+    """The variables that torch.distributed and DeepSpeed ask for, for a group of one process.
+
+    The group, once there, is left when the interpreter exits: its threads were seen to abort one.
+    """
+    atexit.unregister(_leave)
+    atexit.register(_leave)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -11,7 +11,6 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from ray.tune.search.sample import Domain
 
 from raybert.finalists import Finished
 from raybert.ledger import Trial
@@ -198,10 +197,9 @@ def _column(
 ) -> tuple[dict[int, float], list[tuple[float, Any]]]:
     """Where each trial's value lies from 0 to 1, and what to write where."""
     found = {t.number: t.values[key] for t in trials if key in t.values}
-    axis = answer.space.axes[key]
-    choices = listed(axis)
-    if choices is None and not isinstance(axis, Domain):
-        choices = [axis]
+    choices = listed(answer.space.axes[key])
+    if choices is None and len({json.dumps(value) for value in found.values()}) == 1:
+        choices = list(found.values())[:1]  # fixed, and perhaps no number
     if choices is not None:
         step = 1 / max(1, len(choices) - 1)
         plain = [json.loads(json.dumps(value)) for value in choices]

@@ -165,7 +165,7 @@ if workers > 1:
 
 SAVED = """
 torch.save(found, f"{folder}/{rank}of{workers}.pt")
-if workers > 1:
+if dist.is_initialized():  # by DeepSpeed for one; its threads would end the process at its exit
     dist.destroy_process_group()
 """
 

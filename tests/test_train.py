@@ -311,3 +311,17 @@ def test_rates_of_zero_leave_weights_as_they_were(toy, teacher, tmp_path):
         student["bert.encoder.layer.0.output.dense.weight"],
         taught["bert.encoder.layer.0.output.dense.weight"],
     )
+
+
+def test_a_group_of_one_is_left_before_the_interpreter_ends():
+    code = (
+        "import atexit, torch, torch.distributed as dist\n"
+        "atexit.register(lambda: print('still there:', dist.is_initialized()))\n"
+        "from raybert.engine import alone, init_distributed\n"
+        "with alone():\n"
+        "    init_distributed(torch.device('cpu'), 1)\n"
+        "print('there:', dist.is_initialized())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["there: True", "still there: False"]
