@@ -50,16 +50,16 @@ def saving_rank(outer: int, inner: int) -> int:
     return (outer * inner - 1) // (outer + inner)
 
 
-EVEN = 8
+LANES = 8
 """Ranks that are chosen are multiples of it where matrices are large enough: processors compute in
 lanes of as many numbers, and rank 88 is faster than 87."""
 
 
 def ranks_to(most: int) -> list[int]:
     """The ranks up to ``most`` to choose from, rising."""
-    if most < 8 * EVEN:
+    if most < 8 * LANES:
         return list(range(1, most + 1))
-    return [*range(1, EVEN), *range(EVEN, most + 1, EVEN)]
+    return [*range(1, LANES), *range(LANES, most + 1, LANES)]
 
 
 def _millions(count: int) -> str:
