@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from raybert.int8 import (
     BIAS_LIMIT,
+    Grid,
     Int8Embedding,
     Int8Linear,
     Scheme,
     TiedInt8Linear,
+    asymmetric_grid,
     column,
     largest,
     levels,
+    reach_of,
     scale_of,
     to_levels,
     weight_scale_of,
@@ -37,7 +40,7 @@ class Levels(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
         """x of any shape; scale that divides it; the lowest and highest level."""
         ctx.save_for_backward(scale)
         ctx.dtype = x.dtype
@@ -50,7 +53,7 @@ class Levels(torch.autograd.Function):
         return (grads[0] / scale).to(ctx.dtype), None, None, None
 
 
-def nearest(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+def nearest(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
     """See `Levels`; for the type's sake."""
     found: Any = Levels.apply(x, scale, low, high)
     return found
@@ -72,49 +75,66 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Range(nn.Module):
-    """The range of one activation, and the levels that it gives.
+    """The range of one activation, and the grid that it gives.
 
     ``ema`` is the moving average of the largest magnitude, 0 before anything was seen; ``seen`` the
-    largest in the step under way.
+    largest in the step under way. An asymmetric range has two of each: how far values go below 0,
+    and above.
     """
 
     ema: Tensor
     seen: Tensor
 
-    def __init__(self, bits: int, learned: bool, unsigned: bool = False) -> None:
+    def __init__(
+        self, bits: int, learned: bool, unsigned: bool = False, asymmetric: bool = False
+    ) -> None:
         super().__init__()
         self.bits, self.learned, self.unsigned = bits, learned, unsigned
+        self.asymmetric = asymmetric
         if learned:
-            self.register_buffer("ema", torch.zeros(()))
-            self.register_buffer("seen", torch.zeros(()))
+            shape = (2,) if asymmetric else ()
+            self.register_buffer("ema", torch.zeros(shape))
+            self.register_buffer("seen", torch.zeros(shape))
+
+    def size(self, x: Tensor) -> Tensor:
+        """How far values of ``x`` go."""
+        x = x.detach()
+        return reach_of(x) if self.asymmetric else largest(x).float()
 
     def observe(self, x: Tensor) -> Tensor:
-        """Note the largest magnitude of ``x`` when training; returns it."""
-        now = largest(x.detach()).float()
+        """Note how far ``x`` goes when training; returns it."""
+        now = self.size(x)
         if self.learned and self.training:
             self.seen.copy_(torch.maximum(self.seen, now))
         return now
 
-    def scale(self, x: Tensor) -> Tensor:
-        """The scale, a scalar; that of ``x`` itself while there is no average."""
-        return self._scale(self.observe(x))
+    def start(self, reach: Tensor) -> None:
+        """Let the moving average start from a reach [2]."""
+        self.ema.copy_(reach if self.asymmetric else reach.max())
 
-    def settled(self, x: Tensor) -> Tensor:
-        """The scale for what is on the grid already: that teaches nothing about the range."""
-        return self._scale(largest(x.detach()).float())
+    def grid(self, x: Tensor) -> Grid:
+        """The grid; that of ``x`` itself while there is no average."""
+        return self._grid(self.observe(x))
 
-    def _scale(self, now: Tensor) -> Tensor:
-        magnitude = torch.where(self.ema > 0, self.ema, now) if self.learned else now
-        return scale_of(magnitude, self.bits, self.unsigned)
+    def settled(self, x: Tensor) -> Grid:
+        """The grid for what is on it already: that teaches nothing about the range."""
+        return self._grid(self.size(x))
 
-    def levels(self, x: Tensor, scale: Tensor) -> Tensor:
-        """``x`` in levels."""
-        return nearest(x, scale, *levels(self.bits, self.unsigned))
+    def _grid(self, now: Tensor) -> Grid:
+        if self.learned:
+            now = torch.where(self.ema.amax() > 0, self.ema, now)
+        return self.grid_of(now)
+
+    def grid_of(self, size: Tensor) -> Grid:
+        """The grid of a range, as ``ema`` has it."""
+        if self.asymmetric:
+            return asymmetric_grid(size, self.bits)
+        return Grid(scale_of(size, self.bits, self.unsigned), *levels(self.bits, self.unsigned))
 
     def snap(self, x: Tensor) -> Tensor:
         """``x`` with every value moved to the nearest on the grid."""
-        scale = self.scale(x)
-        return self.levels(x, scale) * scale
+        grid = self.grid(x)
+        return nearest(x, *grid) * grid.scale
 
 
 class FakeQuantLinear(nn.Module):
@@ -132,7 +152,9 @@ class FakeQuantLinear(nn.Module):
         self.register_parameter("bias", linear.bias)
         learned = scheme.inputs == "static"
         if scheme.inputs != "float":
-            self.input_range = Range(scheme.activation_bits, learned, scheme.unsigned)
+            self.input_range = Range(
+                scheme.activation_bits, learned, scheme.unsigned, scheme.asymmetric
+            )
         if scheme.requantise:
             self.output_range = Range(scheme.activation_bits, learned)
         self.active = True
@@ -163,10 +185,9 @@ class FakeQuantLinear(nn.Module):
         weight = weight_levels(self.weight, scale, scheme.weight_bits)
         if scheme.inputs == "float":
             return F.linear(x, weight * column(scale), self.bias)
-        inputs = self.incoming
-        input_scale = inputs.settled(x) if self.grid else inputs.scale(x)
-        scale = input_scale * scale
-        out = product(inputs.levels(x, input_scale), weight) * scale
+        grid = self.incoming.settled(x) if self.grid else self.incoming.grid(x)
+        scale = grid.scale * scale
+        out = product(nearest(x, *grid), weight) * scale
         if self.bias is not None:
             out = out + self._bias(self.bias, scale)
         if scheme.requantise:
@@ -191,9 +212,12 @@ class FakeQuantLinear(nn.Module):
             new = Int8Linear(columns, rows, scheme, bias is not None)
             new.fill(self.weight, scale)
         if scheme.inputs == "static":
-            new.input_scale = scale_of(self.incoming.ema, scheme.activation_bits, scheme.unsigned)
+            grid = self.incoming.grid_of(self.incoming.ema)
+            new.input_scale = grid.scale
+            if scheme.asymmetric:
+                new.input_zero = grid.zero
             if scheme.requantise:
-                new.output_scale = scale_of(self.output_range.ema, scheme.activation_bits)
+                new.output_scale = self.output_range.grid_of(self.output_range.ema).scale
         if bias is not None:
             new.fill_bias(bias, scale)
         return new

@@ -4,7 +4,8 @@ quantised model.
 A number x stands for the integer ``round(x / scale)`` (half to even), the scale being the largest
 magnitude over the largest level. Weights use the levels -(2^(b-1) - 1) ... 2^(b-1) - 1. Activations
 have one level more, down to -2^(b-1): with 128 added, 8 bits of them are exactly the unsigned bytes
-that kernels such as ONNX Runtime's multiply by signed weights.
+that kernels such as ONNX Runtime's multiply by signed weights. Asymmetric ones are the levels
+-z ... 2^b - 1 - z of a zero point z, which is added instead (Jacob et al., CVPR 2018, eq. 1).
 
 The modules here only compute; training with quantisation in mind is ``raybert.methods.q8bert``'s.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +49,44 @@ def levels(bits: int, unsigned: bool = False) -> tuple[int, int]:
     return (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def to_levels(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+class Grid(NamedTuple):
+    """The numbers ``scale * level`` for whole levels from ``low`` to ``high``, 0 among them.
+
+    All are float32 scalars, or plain numbers.
+    """
+
+    scale: Tensor
+    low: Any
+    high: Any
+
+    @property
+    def zero(self) -> Any:
+        """The zero point: the byte that stands for level 0, ``low`` being byte 0."""
+        return -self.low
+
+
+def asymmetric_grid(reach: Tensor, bits: int) -> Grid:
+    """The grid whose ends are the nearest to a range's.
+
+    Args:
+        reach: [2], how far values go below 0 and above it, neither negative.
+        bits: of a level.
+    """
+    most = 2**bits - 1
+    scale = reach.sum().float().clamp(min=FLOOR) / most
+    zero = (reach[0] / scale).round()
+    return Grid(scale, -zero, most - zero)
+
+
+def to_levels(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
     """The levels nearest to ``x / scale``, half to even and cut off at the ends: whole numbers in
     float32, of ``x``'s shape."""
     return (x.float() / scale).round_().clamp_(low, high)
+
+
+def reach_of(x: Tensor) -> Tensor:
+    """How far values of any shape go below 0 and above it: float32 [2]."""
+    return torch.stack([-x.amin(), x.amax()]).float().clamp(min=0)
 
 
 def largest(x: Tensor, dim: int | None = None) -> Tensor:
@@ -119,10 +154,12 @@ def linear_int8(
     input_scale: Tensor | None,
     bias: Tensor | None,
     unsigned: bool = False,
+    zero: Tensor | None = None,
 ) -> Tensor:
     """``(q(x) @ weight.T) * (input_scale * weight_scale) + bias``, the product in whole numbers.
 
-    ``q(x) = clamp(round_half_even(x / input_scale), -128, 127)``, or from 0 to 255.
+    ``q(x) = clamp(round_half_even(x / input_scale), -128, 127)``; or from 0 to 255, or from
+    ``-zero`` to ``255 - zero``.
 
     Args:
         x: [..., K], floating point.
@@ -131,6 +168,7 @@ def linear_int8(
         input_scale: float32 scalar; nothing: ``max|x| / 127`` over all of ``x``.
         bias: float32 [N].
         unsigned: whether levels are 0 ... 255.
+        zero: another zero point, a float32 scalar that holds 0 to 255.
 
     Returns:
         [..., N] of ``x``'s type.
@@ -139,7 +177,9 @@ def linear_int8(
         input_scale = scale_of(largest(x), 8)
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     scale = input_scale * weight_scale
-    sums = _sums(rows, weight, input_scale, unsigned)
+    low, high = levels(8, unsigned)
+    grid = Grid(input_scale, low, high) if zero is None else Grid(input_scale, -zero, 255 - zero)
+    sums = _sums(rows, weight, grid)
     # In the same memory: a second result of this size would cost as much as a quarter of the work.
     out = sums.view(torch.float32)
     for part, whole in zip(_blocks(out), _blocks(sums), strict=True):
@@ -150,7 +190,7 @@ def linear_int8(
 
 
 @linear_int8.register_fake
-def _(x, weight, weight_scale, input_scale, bias, unsigned=False):
+def _(x, weight, weight_scale, input_scale, bias, unsigned=False, zero=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -159,21 +199,25 @@ def _linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
-def _sums(rows: Tensor, weight: Tensor, scale: Tensor, unsigned: bool) -> Tensor:
+def _sums(rows: Tensor, weight: Tensor, grid: Grid) -> Tensor:
     """q(rows) [M, K] @ weight.T [K, N]: int32, or float32 that holds the same numbers."""
     kind, many = backend(rows.device.type), rows.shape[0]
-    low, high = levels(8, unsigned)
-    shift = 128 if unsigned else 0  # kernels take signed bytes
     if kind == "float" or (kind == "cuda" and (weight.shape[0] % 8 or weight.shape[1] % 8)):
         # Whole numbers below 2^24 are exact in float32, and so are their sums.
-        return to_levels(rows, scale, low, high) @ weight.float().T
+        return to_levels(rows, *grid) @ weight.float().T
+    shift = 128 + grid.low  # kernels take signed bytes
+    same = not isinstance(shift, Tensor) and shift == 0
     quantised = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     for part, real in zip(_blocks(quantised), _blocks(rows), strict=True):
-        part.copy_(to_levels(real, scale, low, high).sub_(shift))
+        whole = to_levels(real, *grid)
+        part.copy_(whole if same else whole.sub_(shift))
     if kind == "cuda" and many <= 16:  # its kernel wants more rows
         quantised = F.pad(quantised, (0, 0, 0, 32 - many))
     sums = torch._int_mm(quantised, weight.t())[:many]
-    return sums.add_(weight.sum(1, dtype=torch.int32), alpha=shift) if unsigned else sums
+    if same:
+        return sums
+    missing = weight.sum(1, dtype=torch.int32) * torch.as_tensor(shift, dtype=torch.int32)  # [N]
+    return sums.add_(missing.to(sums.device))
 
 
 @torch.library.custom_op("raybert::on_grid", mutates_args=())
@@ -241,6 +285,7 @@ class Scheme:
         per_row: a scale for each output instead of one for the matrix.
         requantise: whether outputs are put on their own grid.
         unsigned: whether inputs are never negative, and their levels neither.
+        asymmetric: whether the learned range of inputs has two ends of its own, and a zero point.
     """
 
     weight_bits: int = 8
@@ -249,6 +294,7 @@ class Scheme:
     per_row: bool = False
     requantise: bool = False
     unsigned: bool = False
+    asymmetric: bool = False
 
 
 class Scaled(nn.Module):
@@ -378,11 +424,15 @@ class Int8Linear(Quantised):
         self.scheme = scheme
         self.bias: Tensor | None
         self.input_scale: Tensor
+        self.input_zero: Tensor
         self.output_scale: Tensor
         static = scheme.inputs == "static"
         if static:
             self._scales.append("input_scale")
             self.register_buffer("input_scale", torch.ones(()))
+        if static and scheme.asymmetric:
+            self._scales.append("input_zero")
+            self.register_buffer("input_zero", torch.zeros(()))
         if static and scheme.requantise:
             self._scales.append("output_scale")
             self.register_buffer("output_scale", torch.ones(()))
@@ -410,9 +460,12 @@ class Int8Linear(Quantised):
         if scheme.inputs == "float":
             return F.linear(x, (weight * column(weight_scale)).to(x.dtype), bias)
         low, high = levels(scheme.activation_bits, scheme.unsigned)
-        input_scale = None
+        input_scale = zero = None
         if scheme.inputs == "static":
             input_scale = self.input_scale
+            if scheme.asymmetric:
+                zero = self.input_zero
+                low, high = -zero, 2**scheme.activation_bits - 1 - zero
             if bias is not None:
                 bias = bias * (input_scale * weight_scale)
             if scheme.activation_bits < 8:
@@ -421,7 +474,7 @@ class Int8Linear(Quantised):
             input_scale = scale_of(largest(x), scheme.activation_bits)
         if bias is not None:
             bias = bias.float()
-        out = linear_int8(x, weight, weight_scale, input_scale, bias, scheme.unsigned)
+        out = linear_int8(x, weight, weight_scale, input_scale, bias, scheme.unsigned, zero)
         if scheme.requantise:
             static = scheme.inputs == "static"
             step = self.output_scale if static else scale_of(largest(out), scheme.activation_bits)

@@ -38,7 +38,6 @@ from raybert.int8 import (
     bias_levels,
     largest,
     levels,
-    scale_of,
     to_levels,
 )
 from raybert.int8 import weight_scale_of as row_scales
@@ -133,21 +132,19 @@ class FakeQuantProduct(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """a [..., M, K], b [..., K, N] and bias [N] -> [..., M, N]."""
-        left, right = self.left_range.scale(a), self.right_range.scale(b)
+        left, right = self.left_range.grid(a), self.right_range.grid(b)
         if self.training and not self.active:
             out = a @ b
         else:
             with torch.autocast(a.device.type, enabled=False):  # half precision cannot hold sums
-                product = self.left_range.levels(a, left) @ self.right_range.levels(b, right)
-                out = product * (left * right)
+                out = (nearest(a, *left) @ nearest(b, *right)) * (left.scale * right.scale)
         return out if bias is None else out + bias
 
     def finished(self) -> Int8Product:
         """The product of integers."""
-        unsigned = self.left_range.unsigned
-        new = Int8Product(unsigned)
-        new.left_scale = scale_of(self.left_range.ema, 8, unsigned)
-        new.right_scale = scale_of(self.right_range.ema, 8)
+        new = Int8Product(self.left_range.unsigned)
+        new.left_scale = self.left_range.grid_of(self.left_range.ema).scale
+        new.right_scale = self.right_range.grid_of(self.right_range.ema).scale
         return new
 
 
@@ -193,18 +190,18 @@ class FakeQuantNorm(AffineNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
         factor, shift = self.affine()
-        step = self.input_range.scale(x)
+        grid = self.input_range.grid(x)
         if self.training and not self.active:
             out = self.bounded(torch.addcmul(shift, x, factor))
             self.output_range.observe(out)
             return out
         rows = row_scales(factor.unsqueeze(1), 8, True)  # [H]
-        scale = step * rows
+        scale = grid.scale * rows
         weight = weight_levels(factor.unsqueeze(1), rows, 8).flatten()
         bias = nearest(shift, scale, -BIAS_LIMIT, BIAS_LIMIT)
-        out = (self.input_range.levels(x, step) * weight + bias) * scale
-        end = self.output_range.scale(self.bounded(out))
-        return self.output_range.levels(out, end) * end
+        out = (nearest(x, *grid) * weight + bias) * scale
+        end = self.output_range.grid(self.bounded(out))
+        return nearest(out, *end) * end.scale
 
     def finished(self) -> Int8Norm:
         """The norm of integers."""
@@ -212,8 +209,8 @@ class FakeQuantNorm(AffineNorm):
         rows = row_scales(factor.unsqueeze(1), 8, True)
         new = Int8Norm(len(factor))
         new.fill(factor.unsqueeze(1), rows)
-        new.input_scale = scale_of(self.input_range.ema, 8)
-        new.output_scale = scale_of(self.output_range.ema, 8)
+        new.input_scale = self.input_range.grid_of(self.input_range.ema).scale
+        new.output_scale = self.output_range.grid_of(self.output_range.ema).scale
         new.bias = bias_levels(shift, new.input_scale * rows)
         return new
 

@@ -149,14 +149,16 @@ def give_grid(t: Translation, node: Node, name: str, scale: np.float32) -> None:
 
 
 def linear_int8(t: Translation, node: Node) -> None:
-    """``raybert::linear_int8(x, weight, weight_scale, input_scale, bias, unsigned)``; see
+    """``raybert::linear_int8(x, weight, weight_scale, input_scale, bias, unsigned, zero)``; see
     `raybert.int8`.
 
     Activations are [N, K] bytes, weights [K, N] int8.
     """
-    arguments: tuple[Any, ...] = (*node.args, *[None] * (6 - len(node.args)))
-    x, weight, weight_scale, input_scale, bias, unsigned = arguments
+    arguments: tuple[Any, ...] = (*node.args, *[None] * (7 - len(node.args)))
+    x, weight, weight_scale, input_scale, bias, unsigned, learned = arguments
     graph, kind = t.graph, UNSIGNED if unsigned else SIGNED
+    if learned is not None:
+        kind = np.uint8(number(t, learned))
     zero = graph.constant(kind, np.uint8)
     if input_scale in t.known:
         own = number(t, input_scale)

@@ -58,6 +58,25 @@ def test_the_product_is_that_of_integers(monkeypatch, shape, per_row, device):
 
 
 @pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("zero", [0, 3, 128, 255])
+def test_a_zero_point_moves_the_ends_of_the_range(monkeypatch, zero):
+    monkeypatch.setattr(int8, "BLOCK_ROWS", 16)
+    x, weight, bias = numbers(40, 16, 8)
+    scale = np.linspace(0.01, 0.5, 8).astype(np.float32)
+    given = [torch.from_numpy(a) for a in (x, weight, scale, bias)]
+    at = torch.tensor(float(zero))
+    found = linear_int8(*given[:3], torch.tensor(0.7), given[3], zero=at)
+    # Bytes with a zero point, as in Jacob et al.: S (q - Z).
+    q = np.clip(np.rint(x / np.float32(0.7)) + zero, 0, 255).astype(np.int64) - zero
+    sums = q @ weight.T.astype(np.int64)
+    wanted = sums.astype(np.float32) * (np.float32(0.7) * scale) + bias
+    assert np.array_equal(found.numpy(), wanted)
+    if zero == 0:
+        same = linear_int8(*given[:3], torch.tensor(0.7), given[3], unsigned=True)
+        assert torch.equal(found, same)
+
+
+@pytest.mark.usefixtures("each_backend")
 def test_without_a_scale_the_largest_magnitude_is_the_highest_level():
     x, weight, bias = numbers(9, 16, 8)
     x[0, :2] = 0

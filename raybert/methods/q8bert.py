@@ -14,7 +14,7 @@ for each, and a matrix product of integers.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from raybert.config import MethodConfig, UserError
 from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, Range
-from raybert.int8 import Inputs, Int8Embedding, Scheme, backend, largest
+from raybert.int8 import Inputs, Int8Embedding, Scheme, backend, largest, reach_of
 from raybert.integer import (
     FakeQuantNorm,
     FakeQuantProduct,
@@ -67,6 +67,11 @@ class Q8BERT(MethodConfig):
         default=False,
         description="A scale for each output of a layer and each row of a table, not one for all.",
     )
+    asymmetric: bool = Field(
+        default=False,
+        description="Learn both ends of each range of inputs, and a zero point, in place of the "
+        "largest magnitude: what GELU makes needs half the step.",
+    )
     requantise: bool = Field(
         default=False, description="Quantise the outputs of linear layers too."
     )
@@ -102,11 +107,16 @@ class Q8BERT(MethodConfig):
                 "q8bert.requantise quantises activations, and mode=none leaves them as they are; "
                 "use mode=ema or dynamic"
             )
-        plain = (self.mode, self.activation_bits, self.skip, self.requantise)
-        if self.integer_only and plain != ("ema", 8, (), False):
+        if self.asymmetric and self.mode != "ema":
+            raise ValueError(
+                f"q8bert.asymmetric learns both ends of a range, and mode={self.mode} learns none; "
+                "use mode=ema, or leave asymmetric out"
+            )
+        plain = (self.mode, self.activation_bits, self.skip, self.requantise, self.asymmetric)
+        if self.integer_only and plain != ("ema", 8, (), False, False):
             raise ValueError(
                 "q8bert.integer_only settles where ranges of 8 bits are learned; use it with "
-                "mode=ema, activation_bits=8, and without skip and requantise"
+                "mode=ema, activation_bits=8, and without skip, requantise and asymmetric"
             )
         return self
 
@@ -168,6 +178,7 @@ class Q8BERT(MethodConfig):
             inputs=INPUTS[self.mode],
             # The stream's units make rows as unlike each other as its channels are.
             per_row=self.per_channel or self.integer_only,
+            asymmetric=self.asymmetric,
             **{"requantise": self.requantise, **role},
         )
 
@@ -244,26 +255,30 @@ def selected(model: Any, method: Q8BERT) -> Mapping[str, nn.Module]:
 
 
 def calibrate(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: list[dict[str, Tensor]]
-) -> dict[str, dict[str, float]]:
-    """Largest magnitudes of what goes into and comes out of layers, the mean over batches.
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: list[dict[str, Tensor]],
+    size: Callable[[Tensor], Tensor] = largest,
+) -> dict[str, dict[str, Tensor]]:
+    """How far what goes into and comes out of layers goes, the mean over batches.
 
     Args:
         model: in evaluation mode.
         layers: those to watch, by name. One may be called several times in a pass.
         batches: of rows.
+        size: the largest magnitude of a value, or its reach [2] below 0 and above.
 
     Returns:
         ``input`` and ``output`` of each layer, of a product ``left`` and ``right``; of one that
         never ran, nothing.
     """
     now: dict[str, list[Tensor]] = {}
-    means: dict[str, Tensor] = {}  # [2]
+    means: dict[str, Tensor] = {}  # [2, ...]
 
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             both = (*args, output)[:2]
-            now.setdefault(name, []).append(torch.stack([largest(part) for part in both]))
+            now.setdefault(name, []).append(torch.stack([size(part) for part in both]))
 
         return hook
 
@@ -281,9 +296,7 @@ def calibrate(
         name: ("left", "right") if isinstance(layer, Product) else ("input", "output")
         for name, layer in layers.items()
     }
-    return {
-        name: dict(zip(sides[name], mean.tolist(), strict=True)) for name, mean in means.items()
-    }
+    return {name: dict(zip(sides[name], mean.cpu(), strict=True)) for name, mean in means.items()}
 
 
 class Quantise(Phase):
@@ -297,7 +310,7 @@ class Quantise(Phase):
         self.method = method
         self.epochs, self.lr = method.epochs, method.lr
         self.calibration = method.calibration_rows if method.mode == "ema" else 0
-        self.calibrated: dict[str, dict[str, float]] = {}
+        self.calibrated: dict[str, dict[str, Tensor]] = {}
         self.units: dict[str, Tensor] = {}
         self.step: int | None = None
 
@@ -316,10 +329,12 @@ class Quantise(Phase):
             self.units = set_units(model, batches)
         chosen = selected(model, self.method)
         layers = {n: part for n, part in chosen.items() if not isinstance(part, nn.Embedding)}
-        self.calibrated = calibrate(model, layers, batches)
+        size = reach_of if self.method.asymmetric else largest
+        self.calibrated = calibrate(model, layers, batches, size)
         model.set_attn_implementation(attention)
         inputs = {n: seen["input"] for n, seen in self.calibrated.items() if "input" in seen}
-        return {"Largest input of each layer (calibration rows)": inputs}
+        most = {name: size.amax().item() for name, size in inputs.items()}
+        return {"Largest input of each layer (calibration rows)": most}
 
     def prepare(self, model: nn.Module) -> None:
         """Put layers that compute with quantised values in the place of plain ones."""
@@ -337,7 +352,8 @@ class Quantise(Phase):
             new = self._trained(module, name == decoder, role.get(module, {}))
             for key, value in self.calibrated.get(name, {}).items():
                 if f"{key}_range" in new._modules:
-                    new.get_buffer(f"{key}_range.ema").fill_(value)
+                    start: Any = new.get_submodule(f"{key}_range")
+                    start.start(value)
             if name in self.units:
                 new.get_buffer("unit").copy_(self.units[name])
             return new.to(device)
@@ -367,10 +383,12 @@ class Quantise(Phase):
         if not ranges:
             return
         decay = self.method.ema_decay
-        seen = torch.stack([one.seen for one in ranges])
-        ema = torch.stack([one.ema for one in ranges])
+        seen = torch.cat([one.seen.flatten() for one in ranges])
+        ema = torch.cat([one.ema.flatten() for one in ranges])
         moved = torch.where(ema > 0, decay * ema + (1 - decay) * seen, seen)
-        for one, value in zip(ranges, torch.where(seen > 0, moved, ema), strict=True):
+        for one, value in zip(
+            ranges, _parts(torch.where(seen > 0, moved, ema), ranges), strict=True
+        ):
             one.ema.copy_(value)
             one.seen.zero_()
 
@@ -383,9 +401,9 @@ class Quantise(Phase):
         """
         ranges = learned_ranges(model)
         if ranges and workers() > 1:
-            seen = torch.stack([one.seen for one in ranges])
+            seen = torch.cat([one.seen.flatten() for one in ranges])
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-            for one, value in zip(ranges, seen, strict=True):
+            for one, value in zip(ranges, _parts(seen, ranges), strict=True):
                 one.seen.copy_(value)
         if self.method.integer_only and out.hidden:  # a teacher's stream has no units
             norms: Any = norms_of(model)[::2]
@@ -408,7 +426,7 @@ class Quantise(Phase):
         ranges = learned_ranges(model)
         if not ranges:
             return {}
-        return {"activation_range": torch.stack([one.ema for one in ranges]).mean().item()}
+        return {"activation_range": torch.stack([one.ema.amax() for one in ranges]).mean().item()}
 
     def finish(self, model: Any) -> None:
         """Leave integers and their scales, for inference only."""
@@ -427,6 +445,12 @@ class Quantise(Phase):
 def learned_ranges(model: nn.Module) -> list[Range]:
     """The ranges with a moving average, in the model's order."""
     return [m for m in model.modules() if isinstance(m, Range) and m.learned]
+
+
+def _parts(values: Tensor, ranges: list[Range]) -> list[Tensor]:
+    """What belongs to each range of all their values in a row, in its shape."""
+    parts = values.split([one.ema.numel() for one in ranges])
+    return [part.view_as(one.ema) for part, one in zip(parts, ranges, strict=True)]
 
 
 def _is(*kinds: type[nn.Module]) -> Any:

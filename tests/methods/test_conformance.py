@@ -65,8 +65,8 @@ TOYS: dict[str, list[dict[str, Any]]] = {
         {},
         {"mode": "dynamic"},
         {"mode": "none", "embeddings": False},
-        {"per_channel": True, "requantise": True, "start_step": 2},
-        {"weight_bits": 4, "activation_bits": 6, "embedding_bits": 2, "per_channel": True},
+        {"per_channel": True, "requantise": True, "start_step": 2, "asymmetric": True},
+        {"weight_bits": 4, "activation_bits": 6, "embedding_bits": 2, "asymmetric": True},
         {"mode": "dynamic", "requantise": True, "weight_bits": 3, "activation_bits": 4},
     ],
 }

@@ -89,6 +89,41 @@ def test_forward_and_backward_are_the_formulas(bits, per_row, inputs):
         np.testing.assert_allclose(tensor.grad, value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_asymmetric_range_has_a_zero_point(bits):
+    layer, x = layer_and_rows(Scheme(8, bits, asymmetric=True), ema=0)
+    layer.input_range.start(torch.tensor([0.2, 1.4]))  # below 0, above it: both are passed by
+    out = layer(x)
+    upstream = torch.randn(5, 4)
+    out.backward(upstream)
+
+    f32 = np.float32
+    assert layer.bias is not None
+    weight, bias, given = (t.detach().numpy() for t in (layer.weight, layer.bias, x))
+    s_w = np.abs(weight).max() / f32(127)
+    s_x = (f32(0.2) + f32(1.4)) / f32(2**bits - 1)
+    zero = np.rint(f32(0.2) / s_x)
+    assert zero == {8: 32, 4: 2}[bits]
+    x_int = np.clip(np.rint(given / s_x) + zero, 0, 2**bits - 1) - zero
+    assert {x_int.min(), x_int.max()} == {-zero, 2**bits - 1 - zero}
+    w_int = np.rint(weight / s_w)
+    wanted = (x_int @ w_int.T).astype(f32) * (s_x * s_w) + np.rint(bias / (s_x * s_w)) * (s_x * s_w)
+    assert np.array_equal(out.detach().numpy(), wanted)
+    assert x.grad is not None
+    np.testing.assert_allclose(x.grad, upstream.numpy() @ (w_int * s_w), rtol=1e-5, atol=1e-6)
+    integers = layer.finished(None)
+    assert integers.input_zero.item() == zero
+    assert torch.equal(integers(x), out)
+
+
+def test_an_asymmetric_range_that_ends_at_zero_keeps_that_end():
+    layer, x = layer_and_rows(Scheme(8, 8, asymmetric=True), ema=0)
+    layer.input_range.start(torch.tensor([0.0, 2.0]))
+    plain, _ = layer_and_rows(Scheme(8, 8, unsigned=True), ema=2.0)
+    assert torch.equal(layer.eval()(x), plain.eval()(x))
+    assert x.min() < 0
+
+
 def test_weights_alone_are_quantised_where_inputs_are_not():
     layer, x = layer_and_rows(Scheme(3, 8, "float"), ema=0)
     scale = layer.weight.abs().max() / 3
@@ -158,6 +193,28 @@ def test_moving_averages_start_from_calibration_rows():
     assert not any(len(m._forward_hooks) for m in model.modules() if isinstance(m, nn.Linear))
 
 
+def test_both_ends_of_asymmetric_ranges_start_from_calibration_rows_and_move():
+    model, batch = predecessor("bert"), rows("classification")
+    ends: list[list[float]] = []
+    name = "bert.encoder.layer.1.output.dense"
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda _, args, out: ends.append([-args[0].min().item(), args[0].max().item()])
+    )
+    phase = prepared(model, asymmetric=True, ema_decay=0.75)
+    hook.remove()
+    one = model.get_submodule(name).input_range
+    assert one.ema.tolist() == pytest.approx(ends[0])
+    assert one.ema[0] < 0.2 < one.ema[1]  # GELU's
+    before = one.ema.clone()
+    model.train()
+    phase.on_step(model, At(step=0, total=2, forward=0, seed=1))
+    phase.losses(model, Outputs(model(**batch)), None, batch, NO_KD)
+    seen = one.seen.clone()
+    assert (seen > 0).all()
+    phase.on_step(model, At(step=1, total=2, forward=1, seed=1))
+    assert torch.allclose(one.ema, 0.75 * before + 0.25 * seen)
+
+
 def test_a_layer_that_runs_several_times_has_one_range_for_all():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
@@ -169,7 +226,7 @@ def test_a_layer_that_runs_several_times_has_one_range_for_all():
 
     found = calibrate(Model(), {"0": shared}, [{"input_ids": x}])
     biggest = max(x.abs().max().item(), model[:2](x).abs().max().item())
-    assert found["0"]["input"] == pytest.approx(biggest)
+    assert found["0"]["input"].item() == pytest.approx(biggest)
 
 
 def test_the_average_moves_once_a_step_by_the_most_that_was_seen_in_it():
@@ -383,6 +440,7 @@ def test_what_runs_in_floats_is_called_simulated(monkeypatch):
         ({"mode": "none", "requantise": True}, "requantise.*mode=ema or dynamic"),
         ({"mode": "static"}, "mode.*found 'static'"),
         ({"ema_decay": 1.0}, "ema_decay.*less than 1"),
+        ({"mode": "dynamic", "asymmetric": True}, "asymmetric.*mode=dynamic.*mode=ema"),
     ],
 )
 def test_bad_parameters_are_refused(keys, said):
