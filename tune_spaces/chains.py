@@ -25,7 +25,7 @@ SPACE = {
     "method.theseus.replacing_rate": tune.uniform(0.1, 0.9),
     "method.lobert.share": tune.uniform(0.3, 0.8),
     "method.lobert.data_aware": tune.choice([False, True]),
-    "method.q8bert.mode": tune.choice(["ema", "dynamic"]),
+    "method.q8bert.asymmetric": tune.choice([False, True]),
     "method.q8bert.per_channel": tune.choice([False, True]),
     "train.lr": tune.loguniform(1e-5, 2e-4),
     "kd.alpha": tune.uniform(0.0, 0.9),

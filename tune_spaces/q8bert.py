@@ -1,4 +1,4 @@
-"""Q8BERT: how coarse the integers may be, and how ranges are found.
+"""Q8BERT: how coarse the integers may be, and where ranges end.
 
 ``SPACE`` goes down to 2 bits for weights, the least that the code allows, and to 4 for activations,
 which suffer sooner; the moving average's decay ranges below the released 0.9999, which short runs
@@ -9,7 +9,7 @@ bits. ``SCHEDULES`` is what population-based training may change on the way.
 from ray import tune
 
 SPACE = {
-    "method.q8bert.mode": tune.choice(["ema", "dynamic"]),
+    "method.q8bert.asymmetric": tune.choice([False, True]),
     "method.q8bert.weight_bits": tune.randint(2, 9),
     "method.q8bert.activation_bits": tune.randint(4, 9),
     "method.q8bert.per_channel": tune.choice([False, True]),
