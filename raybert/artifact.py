@@ -45,7 +45,8 @@ def assemble(
         timed: False leaves latency to `raybert.side_by_side`.
 
     Raises:
-        UserError: storage refused; the trained weights are still there.
+        UserError: storage refused, and the trained weights are still there; or the model could not
+            be exported, and its report is written without.
     """
     recipe = plan.recipe
     final = recipe.folder / "checkpoints" / FINAL
@@ -88,7 +89,15 @@ def assemble(
     try:
         _place_model(final, recipe, model_card(report, dump_recipe(recipe), plain=plain))
         if recipe.export:
-            export(recipe.folder, recipe, against=teacher, time=timed, overwrite=True, tell=tell)
+            try:
+                export(
+                    recipe.folder, recipe, against=teacher, time=timed, overwrite=True, tell=tell
+                )
+            except UserError as error:
+                write_run_report(recipe.folder, report)
+                raise UserError(
+                    f"the model is finished and its report written, but it is not exported: {error}"
+                ) from None
             report = with_export(report, read_export(recipe.folder / "onnx"))
         write_run_report(recipe.folder, report)
     except OSError as error:

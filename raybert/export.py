@@ -23,6 +23,7 @@ from raybert.compressed import finished, longest_input
 from raybert.config import Recipe, UserError
 from raybert.data import TaskData, prepare
 from raybert.folders import whole
+from raybert.int8 import Int8Linear, may_saturate
 from raybert.latency import latency, speedups
 from raybert.models import PROBE, check_head, load, load_tokenizer, model_folder, read_config
 from raybert.parity import OnnxModel, logit_parity, metric_parity, probe_batches, real_batches
@@ -213,7 +214,8 @@ def _compared(
     found: dict[str, Any] = {
         "parity": logit_parity(network, exported, batches, integer=integer),
         "metrics": None,
-        "notes": [text for method in finished(network.config) for text in method.graph_remarks()],
+        "notes": [text for method in finished(network.config) for text in method.graph_remarks()]
+        + saturating(network),
     }
     if data is not None:
         assert recipe is not None
@@ -226,6 +228,19 @@ def _compared(
             "and no metric was computed. Name it: task=... data=..."
         )
     return found
+
+
+def saturating(network: Any) -> list[str]:
+    """What is to be said of integer products that older processors cut off."""
+    layers = [module for module in network.modules() if isinstance(module, Int8Linear)]
+    number = sum(may_saturate(layer.matrix()[0]) for layer in layers)
+    if not number:
+        return []
+    return [
+        f"The products of {number} of {len(layers)} matrices can leave 16 bits, which processors "
+        "without VNNI instructions (AVX2, first AVX-512) cut off: compare scores on the processor "
+        "that the model will run on. Those of method.q8bert.weight_bits=7 cannot, anywhere."
+    ]
 
 
 def _write_graph(graph: Any, file: Path) -> None:

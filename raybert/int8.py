@@ -112,6 +112,14 @@ def column(scale: Tensor) -> Tensor:
     return scale.unsqueeze(-1)
 
 
+def may_saturate(weight: Tensor) -> bool:
+    """Whether two neighbours of a row of int8 [N, K], multiplied by unsigned bytes and added, can
+    leave 16 bits: instructions before VNNI (``vpmaddubsw``) then cut the sum off. 7 bits cannot."""
+    pairs = F.pad(weight.to(torch.int16), (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
+    furthest = torch.stack([pairs.clamp(min=0).sum(-1), -pairs.clamp(max=0).sum(-1)]).amax()
+    return 255 * int(furthest) > 2**15 - 1
+
+
 def pack(values: Tensor, bits: int) -> Tensor:
     """Put several integers into each byte.
 
@@ -179,11 +187,11 @@ def linear_int8(
     scale = input_scale * weight_scale
     low, high = levels(8, unsigned)
     grid = Grid(input_scale, low, high) if zero is None else Grid(input_scale, -zero, 255 - zero)
-    sums = _sums(rows, weight, grid)
+    sums, missing = _sums(rows, weight, grid)
     # In the same memory: a second result of this size would cost as much as a quarter of the work.
     out = sums.view(torch.float32)
     for part, whole in zip(_blocks(out), _blocks(sums), strict=True):
-        part.copy_(whole).mul_(scale)
+        part.copy_(whole if missing is None else whole.add_(missing)).mul_(scale)
         if bias is not None:
             part.add_(bias)
     return out.view(*x.shape[:-1], -1).to(x.dtype)
@@ -199,12 +207,13 @@ def _linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
-def _sums(rows: Tensor, weight: Tensor, grid: Grid) -> Tensor:
-    """q(rows) [M, K] @ weight.T [K, N]: int32, or float32 that holds the same numbers."""
+def _sums(rows: Tensor, weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """q(rows) [M, K] @ weight.T [K, N]: int32, or float32 that holds the same numbers; and int32
+    [N] that is missing from each row of it, if anything is."""
     kind, many = backend(rows.device.type), rows.shape[0]
     if kind == "float" or (kind == "cuda" and (weight.shape[0] % 8 or weight.shape[1] % 8)):
         # Whole numbers below 2^24 are exact in float32, and so are their sums.
-        return to_levels(rows, *grid) @ weight.float().T
+        return to_levels(rows, *grid) @ weight.float().T, None
     shift = 128 + grid.low  # kernels take signed bytes
     same = not isinstance(shift, Tensor) and shift == 0
     quantised = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
@@ -215,9 +224,9 @@ def _sums(rows: Tensor, weight: Tensor, grid: Grid) -> Tensor:
         quantised = F.pad(quantised, (0, 0, 0, 32 - many))
     sums = torch._int_mm(quantised, weight.t())[:many]
     if same:
-        return sums
-    missing = weight.sum(1, dtype=torch.int32) * torch.as_tensor(shift, dtype=torch.int32)  # [N]
-    return sums.add_(missing.to(sums.device))
+        return sums, None
+    shift = torch.as_tensor(shift, dtype=torch.int32, device=rows.device)
+    return sums, weight.sum(1, dtype=torch.int32) * shift
 
 
 @torch.library.custom_op("raybert::on_grid", mutates_args=())

@@ -129,8 +129,9 @@ def logit_parity(
             f"the exported graph gives other logits than the model: they differ by {largest:.2g}, "
             f"at most {allowed:.2g} is rounding (logits reach {scale:.2g}). Nothing was written. "
             + (
-                "On a CPU without VNNI instructions integer products can saturate: export with "
-                "--int8 qdq, or on another machine."
+                "On a CPU without VNNI instructions pairs of integer products saturate where "
+                "weights are large: those of method.q8bert.weight_bits=7 never do. Train with "
+                "that, or export and run on another machine."
                 if integer
                 else "Another version of torch or onnxruntime may help."
             )

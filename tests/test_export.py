@@ -29,6 +29,8 @@ from raybert.models import HEADS, load, write_probe
 from raybert.onnx_first import keep_first
 from raybert.onnx_trace import input_names, to_onnx, trace, translate
 from raybert.recipe_file import load_recipe, recipe_from
+from raybert.results import read_run
+from raybert.run import compress
 
 FAMILIES = ("bert", "roberta", "distilbert")
 KINDS = ("classification", "qa", "mlm")
@@ -216,13 +218,14 @@ class OneLayer(nn.Module):
 
 
 def one_layer(scheme: Scheme) -> tuple[OneLayer, torch.Tensor]:
-    """Scales that are powers of 2, so that float32 loses nothing, and inputs beyond the range."""
+    """Scales that are powers of 2, so that float32 loses nothing, and inputs beyond the range.
+    Weights are of 7 bits, which no processor's pairs of products cut off."""
     draw = torch.Generator().manual_seed(3)
     layer = Int8Linear(24, 16, scheme)
     scale = torch.full((16 if scheme.per_row else 1,), 2.0**-6)
     if scheme.per_row:
         scale[::2] /= 4
-    whole = torch.randint(-127, 128, (16, 24), generator=draw)
+    whole = torch.randint(-63, 64, (16, 24), generator=draw)
     layer.fill(whole * scale[:, None], scale)
     if scheme.inputs == "static":
         layer.input_scale = torch.tensor(2.0**-5)
@@ -234,10 +237,15 @@ def one_layer(scheme: Scheme) -> tuple[OneLayer, torch.Tensor]:
 
 @pytest.mark.parametrize("int8", ["fused", "qdq"])
 @pytest.mark.parametrize("per_row", [False, True])
-@pytest.mark.parametrize("inputs", ["static", "dynamic"])
-def test_integer_products_are_numpys(inputs: Any, per_row: bool, int8: Any) -> None:
-    module, whole = one_layer(Scheme(inputs=inputs, per_row=per_row))
-    layer = module.layer
+@pytest.mark.parametrize("ranges", ["static", "dynamic", "asymmetric"])
+def test_integer_products_are_numpys(ranges: Any, per_row: bool, int8: Any) -> None:
+    asymmetric = ranges == "asymmetric"
+    inputs: Any = "static" if asymmetric else ranges
+    module, whole = one_layer(Scheme(inputs=inputs, per_row=per_row, asymmetric=asymmetric))
+    layer, zero = module.layer, 128
+    if asymmetric:
+        zero = 41
+        layer.input_zero.fill_(zero)
     ids = torch.arange(30).view(5, 6)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     program = torch.export.export(module, (ids,), dynamic_shapes={"input_ids": sizes})
@@ -247,14 +255,14 @@ def test_integer_products_are_numpys(inputs: Any, per_row: bool, int8: Any) -> N
     x = module.table.numpy()[ids]
     static = inputs == "static"
     scale = np.float32(layer.input_scale if static else np.abs(x).max() / np.float32(127))
-    q = np.clip(np.rint(x / scale), -128, 127).astype(np.int32)  # [5, 6, 24]
+    q = np.clip(np.rint(x / scale), -zero, 255 - zero).astype(np.int32)  # [5, 6, 24]
     product = q @ whole.numpy().T.astype(np.int32)
     factor = scale * layer.weight_scale.numpy()
     assert layer.bias is not None
     bias = layer.bias.numpy() * factor if static else layer.bias.numpy()
     wanted = product.astype(np.float32) * factor + bias
     if static:
-        assert (q == -128).any()
+        assert (q == -zero).any()
         assert np.array_equal(found, wanted)
     else:
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
@@ -399,6 +407,37 @@ def test_failed_check_leaves_nothing_and_keeps_what_was(
         export(teacher / "model", out=out, time=False, overwrite=True, tell=lambda text: None)
     assert (out / "model.onnx").stat().st_mtime_ns == before
     assert os.listdir(tmp_path) == ["onnx"]
+
+
+def test_run_whose_export_fails_is_reported_without(
+    toy: Any, teacher: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    class Broken(parity.OnnxModel):
+        def forward(self, **inputs: torch.Tensor) -> Any:
+            out = super().forward(**inputs)
+            out["logits"] = out["logits"] + 1
+            return out
+
+    method = [{"name": "q8bert", "weight_bits": 7}]
+    keys: Any = {"teacher": str(teacher), "method": method, "train": {"max_steps": 1}}
+    recipe = toy(tmp_path / "run", export="onnx", **keys)
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "OnnxModel", Broken)
+        with pytest.raises(UserError, match=r"finished and its report written.*other logits"):
+            compress(recipe, tell=lambda text: None)
+    assert read_run(tmp_path / "run").report.onnx is None
+    compress(recipe, tell=lambda text: None)  # exports what is finished, and trains nothing
+    assert read_run(tmp_path / "run").report.onnx is not None
+
+
+def test_products_that_some_processors_cut_off_are_told() -> None:
+    model = finished([{"name": "q8bert", "weight_bits": 7}], "bert", "classification").model
+    assert export_module.saturating(model) == []
+    layer = model.bert.encoder.layer[0].output.dense
+    layer.weight[0, :2] = 100
+    (said,) = export_module.saturating(model)
+    assert "1 of 26 matrices" in said
+    assert "weight_bits=7" in said
 
 
 def test_model_without_a_task_says_what_was_not_checked(teacher: Path, tmp_path: Path) -> None:

@@ -138,6 +138,29 @@ def test_a_processor_whose_products_of_bytes_overflow_is_not_trusted():
     assert done.stdout.split() == ["float"]
 
 
+@pytest.mark.parametrize(
+    ("row", "may"),
+    [
+        ([127, 1], False),
+        ([127, 2], True),  # 255 * 129 = 32895
+        ([127, -127], False),
+        ([0, 127, 127, 0], False),  # they are no pair
+        ([-64, -65], True),
+        ([63, 63, 63], False),
+        ([1, 1, 127], False),
+    ],
+)
+def test_pairs_of_large_weights_may_saturate(row, may):
+    weight = torch.tensor([[1] * len(row), row], dtype=torch.int8)
+    assert int8.may_saturate(weight) is may
+
+
+def test_seven_bits_never_saturate():
+    weight = torch.full((4, 6), 63, dtype=torch.int8)
+    assert not int8.may_saturate(weight)
+    assert not int8.may_saturate(-weight)
+
+
 # -- packing ---------------------------------------------------------------------------------------
 
 
