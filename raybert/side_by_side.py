@@ -26,11 +26,9 @@ from raybert.models import model_folder, read_config
 from raybert.recipe_file import load_recipe
 from raybert.report import write_run_report
 from raybert.results import RunReport, read_run, validated
+from raybert.shares import LIBRARIES
 
 TEACHER = "teacher"
-
-LIBRARIES = 700e6
-"""Bytes that a process takes before it has loaded a model, about."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from raybert.space import make_space
 from raybert.steering import make_scheduler, remember
 from raybert.tuning import Ending
 
+GB = 1_000_000_000
 METRICS = ("accuracy", "f1")
 SCORE_BYTES = parse_objectives("score,bytes", METRICS)
 BASE = recipe_from({"teacher": "teacher", "method": ["lobert"], "task": "demo"})
@@ -119,10 +120,16 @@ def test_the_front_is_what_no_other_beats():
         ({"workers": 2}, [(8, 0)], {"trials": 2}, Shares(2, 0, 2)),
         ({"workers": 3, "resources": {"cpus": 2}}, [(4, 0)] * 2, {"trials": 9}, Shares(2, 0, 1)),
         ({}, [(3, 0), (3, 0)], {"trials": 1}, Shares(3, 0, 1)),
-        ({}, [(8, 1)], {"trials": 9, "gpu": 0.25}, Shares(1, 0.25, 4)),
-        ({"workers": 2}, [(8, 4)], {"trials": 9, "gpu": 0.25}, Shares(1, 1, 2)),
+        ({}, [(8, 1)], {"trials": 9, "gpu": 0.25}, Shares(2, 0.25, 4)),
+        ({"resources": {"cpus": 1}}, [(8, 1)], {"trials": 9, "gpu": 0.5}, Shares(1, 0.5, 2)),
+        ({"workers": 2}, [(8, 4)], {"trials": 9, "gpu": 0.25}, Shares(2, 1, 2)),
         ({"resources": {"gpu": False}}, [(8, 1)], {"trials": 8}, Shares(1, 0, 8)),
-        ({}, [(8, 0)], {"trials": 8, "memory": 4, "free": 13}, Shares(1, 0, 3)),
+        ({}, [(8, 0)], {"trials": 8, "memory": 4 * GB, "free": 15 * GB}, Shares(2, 0, 3)),
+        ({}, [(8, 0)], {"trials": 8, "memory": 4 * GB, "free": 10 * GB}, Shares(4, 0, 2)),
+        ({}, [(8, 0)], {"trials": 8, "memory": 4 * GB, "free": 2 * GB}, Shares(8, 0, 1)),
+        # Each process takes its libraries too, one that watches several workers among them.
+        ({}, [(8, 0)], {"trials": 8, "memory": GB, "free": 6 * GB}, Shares(2, 0, 3)),
+        ({"workers": 2}, [(8, 0)], {"trials": 8, "memory": GB, "free": 8 * GB}, Shares(4, 0, 1)),
     ],
 )  # fmt: skip
 def test_all_trials_that_start_find_room(keys, nodes, asked, wanted):
@@ -137,6 +144,12 @@ def test_all_trials_that_start_find_room(keys, nodes, asked, wanted):
         ({"resources": {"gpu": True}}, [(4, 0)], {}, "1 GPU fits nowhere.*resources.gpu=false"),
         ({"workers": 2}, [(8, 0)], {"concurrent": 5}, "5 trials at once.*at most --concurrent 4"),
         ({}, [(8, 1)], {"gpu": 2.0}, "share of a GPU is 2"),
+        (
+            {},
+            [(8, 0)],
+            {"concurrent": 4, "memory": 4 * GB, "free": 10 * GB},
+            r"9\.3 GiB for trials of 4\.4 GiB.*at most --concurrent 2, a smaller train\.batch_size",
+        ),
     ],
 )
 def test_what_would_wait_for_ever_is_refused(keys, nodes, asked, message):
