@@ -257,7 +257,7 @@ def plan_of(recipe: Recipe, values: Mapping[str, Any]) -> Plan:
         raise UserError(
             "nothing to compress with: give method=lobert, or a space with a key `method`."
         )
-    return make_plan(trial)
+    return make_plan(trial, alone=False)
 
 
 def check_place(search: Search) -> bool:

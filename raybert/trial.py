@@ -8,6 +8,7 @@ checkpoints when it was killed.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray import tune
 from transformers.utils.logging import disable_progress_bar
 
@@ -114,12 +116,14 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
             values = _take_over(work, number, values, folder)
         recipe = work.recipe_for(number, seed, values)
         carrier = _Carrier(work, number, values)
-        compress(recipe, tell=_silent, fit=carrier.fit)
+        compress(recipe, tell=_silent, fit=carrier.fit, alone=False)
         report = read_run(folder).report
     except UserError as error:
         # Not raised: it would be tried again, to the same end.
         tune.report({"failed": str(error), "values": values})
         return
+    finally:
+        _give_back()
     # The finished model is in model/; what training left would fill the disk trial by trial.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     tune.report(
@@ -131,6 +135,13 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
             "values": values,
         }
     )
+
+
+def _give_back() -> None:
+    """GPU memory that this process keeps for its next trial: others of the GPU may need it now."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def number_of(config: dict[str, Any], trial_id: str) -> int:
@@ -305,7 +316,7 @@ def _take_over(work: Work, number: int, values: dict[str, Any], folder: Path) ->
         target = partial / "checkpoints" / origin["checkpoint"]
         shutil.copytree(place, target, ignore=shutil.ignore_patterns(LOG, ORIGIN))
         shutil.copyfile(Path(place) / LOG, partial / LOG)
-    recipe = make_plan(resolve_paths(work.recipe_for(number, None, values))).recipe
+    recipe = make_plan(resolve_paths(work.recipe_for(number, None, values)), alone=False).recipe
     (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
