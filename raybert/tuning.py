@@ -8,7 +8,6 @@ algorithm, and what was running runs on in its own run folder.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import signal
@@ -34,9 +33,9 @@ from raybert.trial import Work, number_of, run_trial
 Tell = Callable[[str], None]
 
 HEAD = "node:__internal_head__"
-"""A resource of the machine that the search runs on, 1 in all. Trials of several workers only watch
-them, so they take none of the CPUs that those need, else they would hold all and wait for ever:
-they take their part of this."""
+"""A resource of the machine that the search runs on, 1 in all. Where CPUs do not say how many trials
+run at once, each takes its part of this: those of several workers only watch them, and would hold
+the CPUs that these need; a population is told of all its trials, and must not be counted."""
 
 LOGGERS = {"mlflow": "mlflow", "wandb": "wandb"}
 """Loggers by name, and the package that each needs."""
@@ -300,7 +299,7 @@ class Runner:
     def _fit(self, axes: dict[str, Any], scribe: Scribe, samples: int, **how: Any) -> None:
         alone = self.work.recipe.workers == 1
         trainable = tune.with_resources(
-            tune.with_parameters(run_trial, work=self.work), self._resources()
+            tune.with_parameters(run_trial, work=self.work), self.resources()
         )
         place = self.work.folder / "ray"
         ending = Ending(self.deadline)
@@ -309,7 +308,7 @@ class Runner:
             param_space=axes,
             tune_config=tune.TuneConfig(
                 num_samples=samples,
-                # A population waits in turns: what is held back by a number is not part of it.
+                # A population waits in turns: what Tune holds back by a number is not part of it.
                 max_concurrent_trials=None if self.work.hands_over else self.shares.concurrent,
                 # An actor of its own a trial costs the seconds of importing torch; one worker's
                 # loop leaves nothing behind in its process.
@@ -333,14 +332,21 @@ class Runner:
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
-    def _resources(self) -> dict[str, float]:
+    def resources(self) -> dict[str, float] | tune.PlacementGroupFactory:
         """What Tune sets aside for a trial."""
         shares = self.shares
+        turn = {HEAD: part_of_head(shares.concurrent)}
         if self.work.recipe.workers > 1:
-            return {"CPU": 0, HEAD: math.floor(900 / shares.concurrent) / 1000}
-        cpus = sum(cpu for cpu, _ in machines()) // shares.concurrent
-        taken = max(shares.cpus, cpus) if self.work.hands_over else shares.cpus
-        return {"CPU": taken, **({"GPU": shares.gpu} if shares.gpu else {})}
+            return {"CPU": 0, **turn}
+        own = {"CPU": shares.cpus, **({"GPU": shares.gpu} if shares.gpu else {})}
+        # Two bundles: the trial runs in the first, on any machine.
+        return tune.PlacementGroupFactory([own, turn]) if self.work.hands_over else own
+
+
+def part_of_head(concurrent: int) -> float:
+    """A trial's part of `HEAD`, of which so many fit and no more; Ray counts ten-thousandths, which
+    is exact for 99 at most."""
+    return round(1 / (concurrent + 0.5), 4)
 
 
 def _nobody(trial: Trial) -> None:

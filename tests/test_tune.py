@@ -33,7 +33,8 @@ from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
 from raybert.space import make_space
 from raybert.steering import make_scheduler, remember
-from raybert.tuning import Ending
+from raybert.trial import Work
+from raybert.tuning import HEAD, Ending, Runner, part_of_head
 
 GB = 1_000_000_000
 METRICS = ("accuracy", "f1")
@@ -155,6 +156,29 @@ def test_all_trials_that_start_find_room(keys, nodes, asked, wanted):
 def test_what_would_wait_for_ever_is_refused(keys, nodes, asked, message):
     with pytest.raises(UserError, match=message):
         share_out(recipe_from({"teacher": "t", **keys}), nodes, **{"trials": 8, **asked})
+
+
+@pytest.mark.parametrize(
+    ("keys", "hands_over", "wanted"),
+    [
+        ({}, False, {"CPU": 2, "GPU": 0.5}),
+        ({}, True, [{"CPU": 2, "GPU": 0.5}, {HEAD: 0.2857}]),
+        ({"workers": 2}, True, {"CPU": 0, HEAD: 0.2857}),
+    ],
+)
+def test_a_trial_takes_its_own_share_and_no_more(tmp_path, keys, hands_over, wanted):
+    """A population of three on ten machines of two CPUs: none has the CPUs of three."""
+    recipe = recipe_from({"teacher": "t", **keys})
+    work = Work(recipe, tmp_path, SCORE_BYTES, 2, 0.5, hands_over, (), {}, None)
+    how = {"retries": 0, "deadline": 0.0, "last_start": 0.0, "loggers": [], "tell": print}
+    taken = Runner(work, Shares(2, 0.5, 3), Ledger(tmp_path), **how).resources()
+    assert (taken if isinstance(taken, dict) else taken.bundles) == wanted
+
+
+@pytest.mark.parametrize("concurrent", [1, 2, 3, 10, 16, 45, 99])
+def test_as_many_trials_as_are_wanted_find_a_part_of_the_head(concurrent):
+    units = round(10_000 * part_of_head(concurrent))  # as Ray counts them
+    assert concurrent * units <= 10_000 < (concurrent + 1) * units
 
 
 # -- drawing ---------------------------------------------------------------------------------------
