@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from raybert import side_by_side
@@ -29,6 +28,7 @@ from raybert.draws import Plain, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import write_whole
 from raybert.ledger import DONE, Ledger, Trial
+from raybert.loggers import make_loggers
 from raybert.objectives import LATENCY, in_trials
 from raybert.predictions import takes_saved
 from raybert.recipe_file import portable
@@ -42,12 +42,12 @@ from raybert.search_plan import (
     check_place,
     make_search,
     plan_of,
+    shares_of,
 )
 from raybert.search_results import Answer, answer_of, write_tables
-from raybert.shares import Shares, share_out
 from raybert.space import Space, apply
 from raybert.trial import Work
-from raybert.tuning import Runner, machines, make_loggers
+from raybert.tuning import Runner
 
 Tell = Callable[[str], None]
 
@@ -90,11 +90,17 @@ def tune(
 def run_search(search: Search, *, tell: Tell = print) -> Answer:
     """Carry out a checked search; see `tune`."""
     loggers = make_loggers(search.settings.loggers, search.folder)
-    tell(f"{'continuing' if check_place(search) else 'searching'} {search.folder}")
+    goes_on = check_place(search)
+    if "RAY_ADDRESS" in os.environ and not (goes_on or search.recipe.resources.wait):
+        with ray_up():  # what does not fit the cluster is told before anything is trained
+            shares_of(search)
+    tell(f"{'continuing' if goes_on else 'searching'} {search.folder}")
     search.folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(search.settings)))  # without tuples
     held = {**search.identity, "settings": settings}
     write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False))
+    for text in search.notes:
+        tell(f"note: {text}")
     if search.teacher is not None:
         tell("fine-tuning the teacher")
         finetune(search.teacher, tell=tell)
@@ -157,7 +163,7 @@ def _train(
     began, seconds = time.time(), 60 * (settings.minutes or float("inf"))
     repeats = settings.finalists > 0 and settings.seeds > 1
     with ray_up(dashboard=recipe.workers > 1):
-        shares = _shares(search)
+        shares = shares_of(search)
         tell(
             f"{shares.concurrent} trials at once, {recipe.workers} worker(s) of {shares.cpus} "
             f"CPU(s){f' and {shares.gpu:g} GPU' if shares.gpu else ''} each"
@@ -247,19 +253,6 @@ def write_answer(answer: Answer) -> None:
     """Write all that a search folder says of its answer: recipes, tables and the page."""
     write_tables(answer)
     write_page(answer)
-
-
-def _shares(search: Search) -> Shares:
-    free = None if "RAY_ADDRESS" in os.environ else psutil.virtual_memory().available
-    return share_out(
-        search.recipe,
-        machines(),
-        trials=search.settings.trials,
-        concurrent=search.settings.concurrent,
-        gpu=search.settings.gpu,
-        memory=max(plan.memory for plan in search.plans),
-        free=free,
-    )
 
 
 def _measure(search: Search, ledger: Ledger, tell: Tell) -> None:

@@ -15,9 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import torch
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -25,6 +25,7 @@ from raybert.cluster import last_line
 from raybert.config import UserError
 from raybert.draws import SKIPS, Check, Draws, Source, config_of
 from raybert.ledger import DONE, Ledger, Trial
+from raybert.plan import own_cores
 from raybert.shares import Shares
 from raybert.space import Space
 from raybert.steering import make_scheduler, remember
@@ -33,12 +34,9 @@ from raybert.trial import Work, number_of, run_trial
 Tell = Callable[[str], None]
 
 HEAD = "node:__internal_head__"
-"""A resource of the machine that the search runs on, 1 in all. Where CPUs do not say how many trials
-run at once, each takes its part of this: those of several workers only watch them, and would hold
-the CPUs that these need; a population is told of all its trials, and must not be counted."""
-
-LOGGERS = {"mlflow": "mlflow", "wandb": "wandb"}
-"""Loggers by name, and the package that each needs."""
+"""A resource of the machine that the search runs on, 1 in all. Where CPUs do not say how many
+trials run at once, each takes its part of this: those of several workers only watch them, and
+would hold the CPUs that these need; a population is told of all its trials, and not counted."""
 
 
 class Scribe(tune.Callback):
@@ -381,35 +379,11 @@ def _quiet() -> Iterator[None]:
 
 
 def machines() -> list[tuple[int, int]]:
-    """CPUs and GPUs of each machine of the cluster that Ray is connected to."""
+    """CPUs and GPUs of each machine of the cluster that Ray is connected to, or will be: of this
+    one where no cluster is named and Ray has not been started."""
     import ray
 
+    if not ray.is_initialized():
+        return [(own_cores(), torch.cuda.device_count())]
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found]
-
-
-def make_loggers(names: Sequence[str], folder: Path) -> list[Any]:
-    """Tune's callbacks for MLflow and Weights & Biases.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    from importlib.util import find_spec
-
-    for name in names:
-        if find_spec(LOGGERS[name]) is None:
-            raise UserError(
-                f'{name} is not installed: pip install "raybert[{name}]", or leave --log {name} '
-                "out."
-            )
-    found: list[Any] = []
-    if "mlflow" in names:
-        from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-        # Where: MLFLOW_TRACKING_URI, as MLflow itself has it.
-        found.append(MLflowLoggerCallback(experiment_name=folder.name))
-    if "wandb" in names:
-        from ray.air.integrations.wandb import WandbLoggerCallback
-
-        found.append(WandbLoggerCallback(project=folder.name))
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -27,7 +28,7 @@ from raybert.objectives import front, in_trials, parse_objectives
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
 from raybert.results import build, latency_ms
-from raybert.search import write_answer
+from raybert.search import run_search, write_answer
 from raybert.search_plan import Settings, check_place, describe, make_search
 from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
@@ -637,12 +638,63 @@ def test_a_search_is_described_before_it_starts(toy, teacher, tmp_path):
         ({"objectives": "score,latency"}, r"measure\.batches is empty"),
         ({"objectives": "score,min:onnx.bytes"}, "tells no trial from another"),
         ({"scheduler": "pbt"}, "lobert settles its parameters"),
+        ({"gpu": 2.0}, "share of a GPU is 2"),
+        ({"gpu": 0.0}, "share of a GPU is 0"),
+        ({"trials": 999, "concurrent": 999}, "999 trials at once .* do not fit"),
+        ({"loggers": ("mlflow",)}, r"mlflow is not installed: pip install \"raybert\[mlflow\]\""),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(toy, teacher, tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
         search_of(toy, teacher, tmp_path / "s", **keys)
     assert not (tmp_path / "s").exists()
+
+
+def test_logging_where_nobody_is_logged_in_is_refused(toy, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("raybert.loggers.find_spec", lambda name: name)
+
+    def setup(self) -> None:
+        raise ValueError("No WandB API key found.")
+
+    monkeypatch.setattr("ray.air.integrations.wandb.wandb", object())
+    monkeypatch.setattr("ray.air.integrations.wandb.WandbLoggerCallback.setup", setup)
+    with pytest.raises(UserError, match="run `wandb login`, or set WANDB_API_KEY"):
+        search_of(toy, teacher, tmp_path / "s", loggers=("wandb",))
+
+
+def test_what_does_not_fit_a_cluster_is_told_before_the_teacher_is_trained(
+    toy, tmp_path, monkeypatch
+):
+    trained: list[str] = []
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    monkeypatch.setattr("raybert.search.ray_up", contextlib.nullcontext)
+    monkeypatch.setattr("raybert.search.finetune", lambda recipe, tell: trained.append(recipe.out))
+    monkeypatch.setattr("raybert.search_plan.machines", lambda: [(4, 0)])
+    recipe = toy(tmp_path / "s", method=["lobert"])
+    search = make_search(recipe, AXES, Settings(concurrent=5))  # which knows no cluster yet
+    with pytest.raises(UserError, match=r"5 trials at once .* at most --concurrent 4"):
+        run_search(search, tell=trained.append)
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "noted"),
+    [
+        ({"algorithm": "grid", "trials": 5}, ["6 points, of which the first 5 .*--trials 6 tries"]),
+        ({"algorithm": "random", "trials": 2}, ["3 points, of which the first 2"]),
+        ({"algorithm": "grid", "trials": 6}, []),
+    ],
+)
+def test_a_grid_that_is_cut_says_so_before_it_starts(toy, teacher, tmp_path, settings, noted):
+    axes = {
+        "train.lr": ray_tune.grid_search([1e-4, 2e-4, 3e-4]),
+        "kd.cls": ray_tune.choice([0.0, 1.0]),
+    }
+    search = search_of(toy, teacher, tmp_path / "s", axes, **settings)
+    assert len(search.notes) == len(noted)
+    for text, pattern in zip(search.notes, noted, strict=True):
+        assert re.search(pattern, text)
+        assert f"note      {text}" in describe(search)
 
 
 def test_a_range_of_workers_is_refused(toy, teacher, tmp_path):
