@@ -78,7 +78,8 @@ def tune(
         settings: see `Settings`.
 
     Returns:
-        The answer; its files lie in the search folder.
+        The answer; its files lie in the search folder, and its `failures` are models that could
+        not be exported or timed.
 
     Raises:
         UserError: a mistake in recipe, space, settings or folder, or no trial succeeded; what
@@ -113,13 +114,13 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
         if not _is_done(search, ledger):
             _train(search, teacher, ledger, loggers, tell)
         tell("measuring")
-        _measure(search, ledger, tell)
+        failures = _measure(search, ledger, tell)
     except KeyboardInterrupt:
         if any(trial.state == "finished" for trial in ledger.trials):
             write_answer(_answer(search, ledger))
             tell(f"interrupted; the best so far: {search.folder / 'best.yaml'}")
         raise
-    answer = _answer(search, ledger)
+    answer = _answer(search, ledger, failures)
     write_answer(answer)
     return answer
 
@@ -255,8 +256,12 @@ def write_answer(answer: Answer) -> None:
     write_page(answer)
 
 
-def _measure(search: Search, ledger: Ledger, tell: Tell) -> None:
-    """Export and time what the answer may be, in turns and with nothing else running."""
+def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
+    """Export and time what the answer may be, in turns and with nothing else running.
+
+    Returns:
+        Names of trials that could not be, and why: the answer is written without.
+    """
     finished = read_finished(ledger, search.folder)
     objectives = in_trials(search.objectives)
     chosen = finalists_of(finished, objectives, search.loss, search.settings.finalists or 1)
@@ -265,10 +270,11 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> None:
         chosen += [entry for entry, wanted in zip(finished, there, strict=True) if wanted]
     numbers = sorted({entry.trial.number for entry in chosen})
     folders = [search.folder / "trials" / f"{number:03d}" for number in numbers]
-    side_by_side.measure(folders, search.recipe, tell)
+    failed = side_by_side.measure(folders, search.recipe, tell)
+    return {folder.name: reason for folder, reason in failed.items()}
 
 
-def _answer(search: Search, ledger: Ledger) -> Answer:
+def _answer(search: Search, ledger: Ledger, failures: dict[str, str] | None = None) -> Answer:
     return answer_of(
         search.recipe,
         search.space,
@@ -276,4 +282,6 @@ def _answer(search: Search, ledger: Ledger) -> Answer:
         search.loss,
         search.settings.finalists,
         ledger,
+        failures,
+        search.notes,
     )

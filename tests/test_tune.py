@@ -505,10 +505,10 @@ def folder(tmp_path: Path) -> Path:
     return out
 
 
-def answer(folder: Path, words: str = "score,bytes"):
+def answer(folder: Path, words: str = "score,bytes", **how):
     recipe = BASE.model_copy(update={"out": str(folder)})
     objectives = parse_objectives(words, METRICS)
-    return answer_of(recipe, SPACE, objectives, parse_loss("0.05"), 2, Ledger(folder))
+    return answer_of(recipe, SPACE, objectives, parse_loss("0.05"), 2, Ledger(folder), **how)
 
 
 def test_the_answer_is_written_for_people_and_programs(folder):
@@ -550,6 +550,54 @@ def test_the_page_shows_recipes_under_the_mouse_and_loads_nothing(folder):
     assert not re.search(r"<script|<link|src=|https?://(?!www\.w3\.org)", page)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+def test_a_finalist_that_cannot_be_measured_leaves_the_answer_to_the_others(folder):
+    again = folder / "finalists" / "001-seed43"
+    shutil.copytree(folder / "trials" / "001", again)
+    Ledger(folder).write(Trial(1, {}, "finished", seed=43))
+    assert answer(folder).winner.trial.number == 0
+    found = answer(folder, failures={"000": "its graph <differs>."}, notes=["the grid is cut"])
+    write_answer(found)
+    assert found.winner.trial.number == 1
+    assert load_recipe(str(folder / "best.yaml")).method[0].model_dump()["share"] == 0.55
+    page = (folder / "report.html").read_text()
+    assert "Trial 000 could not be measured" in page
+    assert "its graph &lt;differs&gt;." in page
+    assert "The grid is cut." in page
+    assert "trial 000 could not be measured: its graph <differs>." in summary(found)
+    none = answer(folder, failures={"000": "why", "001": "why"})
+    assert none.winner.trial.number == 0, "none could be, so that all are judged as they are"
+
+
+def test_where_nothing_could_be_timed_flops_decide(folder):
+    for run, size in (("trials/000", 300), ("trials/001", 800), ("finalists/000-seed43", 300)):
+        write_run_report(folder / run, report_of(0.9, size))
+    found = answer(folder, "score,latency", failures={"000": "why"})
+    assert found.front == (0,)
+    assert "the least flops" in found.rule
+    write_answer(found)
+    assert (folder / "front" / "000.yaml").is_file()
+
+
+def test_a_search_that_could_not_measure_all_says_so_at_the_end(
+    toy, teacher, folder, monkeypatch, capsys
+):
+    """The answer is written, and the command's status is that of a failure."""
+    failed = {folder / "trials" / "000": "the graph does not compute what the model does."}
+    monkeypatch.setattr("raybert.search_plan.make_search", lambda *args: search)
+    monkeypatch.setattr("raybert.search._save_predictions", lambda *args: None)
+    monkeypatch.setattr("raybert.search._teacher_metrics", lambda *args: {})
+    monkeypatch.setattr("raybert.search._is_done", lambda *args: True)
+    monkeypatch.setattr("raybert.search.side_by_side.measure", lambda *args: failed)
+    monkeypatch.setattr("raybert.search.check_place", lambda *args: True)
+    search = replace(
+        search_of(toy, teacher, folder.parent / "s", loss="5%"),
+        recipe=BASE.model_copy(update={"out": str(folder), "teacher": str(teacher / "model")}),
+    )
+    assert main(["tune", "method=lobert", f"teacher={teacher}"]) == 1
+    assert "trial 000 could not be measured: the graph does not" in capsys.readouterr().out
+    assert (folder / "best.yaml").is_file()
 
 
 def test_runs_started_from_the_front_outlive_the_next_answer(folder):
