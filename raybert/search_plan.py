@@ -22,7 +22,7 @@ from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
 from raybert.recipe_file import dump_recipe
 from raybert.shares import Shares, check_gpu, share_out
 from raybert.space import Space, apply, chain_of, make_space, read_space, sample_text
-from raybert.steering import SCHEDULERS, check_schedules
+from raybert.steering import SCHEDULERS, check_schedules, check_stopping
 from raybert.teacher import teacher_digest
 from raybert.tuning import machines
 from raybert.yaml_file import read_yaml
@@ -219,6 +219,7 @@ def make_search(
         settings.algorithm or "", space, recipe, in_trials(objectives), recipe.train.seed
     )
     notes = _cut_grid(source, settings)
+    notes += check_stopping(settings.scheduler, in_trials(objectives), plans)
     make_loggers(settings.loggers, recipe.folder)
     teacher = None
     if recipe.teacher is None:

@@ -520,7 +520,8 @@ class Trainer:
             position.best, position.best_step = score, position.step
             if train.keep == "best":
                 self._save_best(engine)
-        self.hooks.report({**metrics, "phase": phase.name, "step": position.steps})
+        spent = {"seconds": position.seconds, "tokens": position.tokens}
+        self.hooks.report({**metrics, **spent, "phase": phase.name, "step": position.steps})
 
     def _best(self) -> Path:
         return self.folder / f"phase{self.position.phase}-best.safetensors"

@@ -27,11 +27,12 @@ from transformers.utils.logging import disable_progress_bar
 from raybert.cluster import run_group
 from raybert.config import Recipe, UserError
 from raybert.job import Job
+from raybert.metrics import floor
 from raybert.objectives import Objective
 from raybert.plan import Plan, make_plan, resolve_paths
 from raybert.progress import NoBar
 from raybert.recipe_file import dump_recipe, load_recipe
-from raybert.results import RunReport, read_run
+from raybert.results import RunReport, read_run, retained
 from raybert.run import compress, run_here
 from raybert.space import apply, values_of
 
@@ -193,31 +194,26 @@ class _TuneHooks:
     def __init__(self, carrier: _Carrier, plan: Plan) -> None:
         self.carrier, self.folder = carrier, plan.recipe.folder
         self.total = max(1, sum(steps for _, steps in plan.phases))
-        self.main = plan.data.task.main
-        after = plan.after
-        sizes = {
-            ("student", "parameters", "total"): after["parameters"]["total"],
-            ("student", "bytes", "weights"): after["bytes"],
-            ("student", "flops"): after["flops"],
-        }
-        found = {o.name: sizes.get(o.path) for o in carrier.work.objectives}
-        self.sizes = {name: float(value) for name, value in found.items() if value is not None}
+        self.plan = plan
+        task = plan.data.task
+        self.main, self.floor = task.main, floor(task, plan.data, "dev")[task.main]
         self.last: dict[str, Any] = {}
 
     def report(self, metrics: dict[str, Any]) -> None:
+        work = self.carrier.work
         percent = 100 * metrics["step"] / self.total
-        score = float(metrics[self.main])
-        named = {o.name: score for o in self.carrier.work.objectives if o.path[-1:] == ("score",)}
+        goal = work.teacher_metrics.get(self.main)
+        known = so_far(metrics, self.plan.after, float(metrics[self.main]), goal, self.floor)
+        found = {o.name: o.at(known) for o in work.objectives}
         self.last = {
-            **self.sizes,
-            **named,
-            "score": score,
+            **{name: value for name, value in found.items() if value is not None},
+            "score": known["student"]["score"],
             "percent": percent,
             "step": metrics["step"],
             "values": self.carrier.values,
         }
         # What has trained to the end is not stopped any more: the finished model is reported next.
-        if percent < 100 and not self.carrier.work.hands_over:
+        if percent < 100 and not work.hands_over:
             tune.report(self.last)
 
     def saved(self, checkpoint: Path) -> None:
@@ -239,6 +235,40 @@ class _TuneHooks:
 
     def note(self, text: str) -> None:
         """The run's report has it."""
+
+
+def so_far(
+    metrics: Mapping[str, Any],
+    after: Mapping[str, Any],
+    score: float,
+    goal: float | None,
+    floor: float,
+) -> dict[str, Any]:
+    """As much of a trial's report as is known at an evaluation: `raybert.objectives.RUNNING`.
+
+    Args:
+        metrics: of the evaluation, with the run's ``step``, ``seconds`` and ``tokens`` so far.
+        after: what the finished model will be, as `raybert.plan.Plan` has it.
+        score: the main metric.
+        goal: the teacher's, if there is one.
+        floor: that of a model that has learned nothing.
+    """
+    return {
+        "student": {
+            "score": score,
+            "metrics": metrics,
+            "parameters": after["parameters"],
+            "bytes": {"weights": after["bytes"]},
+            "flops": after["flops"],
+        },
+        "retained": None if goal is None else retained(score, goal, floor),
+        "ratio": score / goal if goal else None,
+        "training": {
+            "seconds": metrics["seconds"],
+            "steps": metrics["step"],
+            "tokens": metrics["tokens"],
+        },
+    }
 
 
 def _link(source: str, target: str) -> None:

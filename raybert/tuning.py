@@ -92,14 +92,15 @@ class Scribe(tune.Callback):
         else:
             # Not finished any more where Tune lets it train on from another's checkpoint.
             own.state = "finished" if result.get("finished") else "running"
-            if not own.curve or own.curve[-1][0] < result["percent"]:
-                own.curve.append([result["percent"], result["score"]])
             skipped = ("values", "config")
             own.results = {
                 key: float(value)
                 for key, value in result.items()
                 if key not in skipped and type(value) in (int, float) and key not in _TUNES_OWN
             }
+            if not own.curve or own.curve[-1][0] < result["percent"]:
+                own.curve.append([result["percent"], result["score"]])
+                own.points.append(own.results)
         self.ledger.write(own)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:

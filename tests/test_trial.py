@@ -14,7 +14,7 @@ from raybert.config import UserError
 from raybert.objectives import parse_objectives
 from raybert.plan import make_plan, resolve_paths
 from raybert.search_plan import plan_of
-from raybert.trial import Work, run_trial
+from raybert.trial import Work, _Carrier, _TuneHooks, run_trial
 
 
 @pytest.fixture
@@ -74,3 +74,36 @@ def test_a_trial_runs_beside_others_and_gives_gpu_memory_back(toy, tmp_path, tol
     run_trial(config, work_of(recipe, tmp_path))
     assert seen == [False, "emptied"]
     assert told == [{"failed": "it saves nothing.", "values": {"train.lr": 1e-3}}]
+
+
+def test_a_running_trial_reports_what_is_known_of_every_objective(toy, teacher, tmp_path, told):
+    """As the finished report will count them; what comes to its end is not told."""
+    recipe = resolve_paths(toy(tmp_path / "r", teacher=str(teacher), method=["lobert"]))
+    planned = make_plan(recipe)
+    words = "score,retained,bytes,parameters,flops,seconds,min:student.parameters.rest"
+    words += ",max:student.metrics.accuracy,max:ratio,min:training.tokens"
+    objectives = parse_objectives(words, ("accuracy",))
+    assert all(objective.while_running for objective in objectives)
+    work = work_of(recipe, tmp_path, objectives=objectives)
+    hooks = _TuneHooks(_Carrier(work, 0, {"train.lr": 1e-3}), planned)
+    steps = sum(count for _, count in planned.phases)
+    spent = {"seconds": 2.5, "tokens": 640}
+    hooks.report({"accuracy": 0.8, "f1": 0.7, **spent, "phase": "lobert", "step": steps // 2})
+    hooks.report({"accuracy": 0.8, "f1": 0.7, **spent, "phase": "lobert", "step": steps})
+    (found,) = told
+    majority = hooks.floor
+    assert found == {
+        "score": 0.8,
+        "retained": pytest.approx((0.8 - majority) / (0.9 - majority)),
+        "bytes": planned.after["bytes"],
+        "parameters": planned.after["parameters"]["total"],
+        "flops": planned.after["flops"],
+        "seconds": 2.5,
+        "min:student.parameters.rest": planned.after["parameters"]["rest"],
+        "max:student.metrics.accuracy": 0.8,
+        "max:ratio": pytest.approx(0.8 / 0.9),
+        "min:training.tokens": 640,
+        "percent": 100 * (steps // 2) / steps,
+        "step": steps // 2,
+        "values": {"train.lr": 1e-3},
+    }

@@ -334,6 +334,23 @@ def test_asha_remembers_trials_of_before_and_spares_the_front():
     assert decision(SCORE_BYTES, 0.65, 85.0) == "STOP", "a smaller one is better"
 
 
+def test_asha_remembers_what_trials_of_before_had_spent_on_the_way():
+    """Not what they had spent at their ends, by which every trial that runs would be cheaper."""
+    objectives = parse_objectives("score,seconds", METRICS)
+    before = [
+        Trial(n, {}, "finished", results={"seconds": 100.0}, curve=[[25.0, 0.9], [100.0, 0.9]],
+              points=[{"seconds": 20.0 + n}, {"seconds": 100.0}])
+        for n in range(4)
+    ]  # fmt: skip
+    scheduler = make_scheduler("asha", SPACE, objectives)
+    remember(scheduler, before)
+    for seconds, decision in ((50.0, "STOP"), (10.0, "CONTINUE")):
+        stub = SimpleTrial(f"of {seconds}")
+        scheduler.on_trial_add(None, stub)
+        result = {"percent": 25.0, "score": 0.6, "seconds": seconds}
+        assert scheduler.on_trial_result(None, stub, result) == decision
+
+
 def test_median_stopping_knows_no_score_of_a_failed_trial():
     scheduler = make_scheduler("median", SPACE, SCORE_BYTES[:1])
     remember(
@@ -529,6 +546,7 @@ def test_the_answer_is_written_for_people_and_programs(folder):
     ]  # fmt: skip
     assert rows[0]["seeds"] == "2"
     assert float(rows[0]["mean_score"]) == pytest.approx(0.87)
+    assert [row["trial_seconds"] for row in rows] == ["10.0", "10.0", "0.0", "0.0", "0.0"]
     read = pq.read_table(folder / "trials.parquet").to_pylist()
     assert [row["bytes"] for row in read] == [300.0, 800.0, None, None, None]
     assert read[2]["reason"] == "it saves <nothing>."
@@ -598,6 +616,12 @@ def test_a_search_that_could_not_measure_all_says_so_at_the_end(
     assert main(["tune", "method=lobert", f"teacher={teacher}"]) == 1
     assert "trial 000 could not be measured: the graph does not" in capsys.readouterr().out
     assert (folder / "best.yaml").is_file()
+
+
+def test_what_a_trial_took_is_told_beside_the_objective_of_seconds(folder):
+    write_answer(answer(folder, "score,seconds"))
+    (row, *_) = csv.DictReader((folder / "trials.csv").open())
+    assert (row["seconds"], row["trial_seconds"]) == ("1.0", "10.0"), "of training, and of all"
 
 
 def test_runs_started_from_the_front_outlive_the_next_answer(folder):
@@ -686,6 +710,10 @@ def test_a_search_is_described_before_it_starts(toy, teacher, tmp_path):
         ({"objectives": "score,latency"}, r"measure\.batches is empty"),
         ({"objectives": "score,min:onnx.bytes"}, "tells no trial from another"),
         ({"scheduler": "pbt"}, "lobert settles its parameters"),
+        (
+            {"objectives": "score,min:student.bytes.total", "scheduler": "asha"},
+            "known only when a trial has ended, so that scheduler asha would stop",
+        ),
         ({"gpu": 2.0}, "share of a GPU is 2"),
         ({"gpu": 0.0}, "share of a GPU is 0"),
         ({"trials": 999, "concurrent": 999}, "999 trials at once .* do not fit"),
@@ -743,6 +771,25 @@ def test_a_grid_that_is_cut_says_so_before_it_starts(toy, teacher, tmp_path, set
     for text, pattern in zip(search.notes, noted, strict=True):
         assert re.search(pattern, text)
         assert f"note      {text}" in describe(search)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "train", "notes"),
+    [
+        ("asha", {"epochs": 1}, 1),
+        ("median", {"epochs": 2, "eval_every": 999}, 1),
+        ("asha", {"epochs": 1, "eval_every": 2}, 0),
+        ("asha", {"epochs": 2}, 0),
+        ("none", {"epochs": 1}, 0),
+    ],
+)
+def test_early_stopping_that_can_stop_nothing_says_so(
+    toy, teacher, tmp_path, scheduler, train, notes
+):
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], train=train)
+    search = make_search(recipe, AXES, Settings(scheduler=scheduler))
+    assert len(search.notes) == notes
+    assert all("can stop nothing" in text for text in search.notes)
 
 
 def test_a_range_of_workers_is_refused(toy, teacher, tmp_path):
