@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,9 @@ from raybert import plan, trial
 from raybert.config import UserError
 from raybert.objectives import parse_objectives
 from raybert.plan import make_plan, resolve_paths
+from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.search_plan import plan_of
-from raybert.trial import Work, _Carrier, _TuneHooks, run_trial
+from raybert.trial import ORIGIN, Work, _Carrier, _take_over, _TuneHooks, run_trial
 
 
 @pytest.fixture
@@ -107,3 +110,66 @@ def test_a_running_trial_reports_what_is_known_of_every_objective(toy, teacher, 
         "step": steps // 2,
         "values": {"train.lr": 1e-3},
     }
+
+
+# -- taking over -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hand(toy, teacher, tmp_path, told, monkeypatch):
+    """Hands trial 0 a checkpoint of a trial's, as Tune does; returns what it goes on with."""
+    recipe = toy(tmp_path / "base", teacher=str(teacher), method=["lobert"])
+    work = work_of(recipe, tmp_path, hands_over=True)
+    given = tmp_path / "given"
+
+    def take(number: int | None, values: dict[str, Any]) -> dict[str, Any]:
+        checkpoint = None
+        if number is not None:
+            given.mkdir()
+            (given / "state.pt").write_text("weights of another")
+            (given / "metrics.jsonl").write_text("its log")
+            (given / ORIGIN).write_text(json.dumps({"number": number, "checkpoint": "step-8"}))
+            checkpoint = SimpleNamespace(as_directory=lambda: contextlib.nullcontext(given))
+        monkeypatch.setattr(trial.tune, "get_checkpoint", lambda: checkpoint)
+        return _take_over(work, 0, values, work.place(0, None))
+
+    def begin() -> Path:
+        """The run folder as the trial itself has left it."""
+        folder = work.place(0, None)
+        (folder / "checkpoints" / "step-8").mkdir(parents=True)
+        (folder / "checkpoints" / "step-8" / "state.pt").write_text("its own weights")
+        own = work.recipe_for(0, None, {"train.lr": 3e-3})
+        (folder / "recipe.yaml").write_text(dump_recipe(make_plan(resolve_paths(own)).recipe))
+        return folder
+
+    return SimpleNamespace(take=take, begin=begin)
+
+
+def test_a_trial_goes_on_from_anothers_checkpoint_with_changed_values(hand):
+    folder = hand.begin()
+    (folder / "checkpoints" / "step-16").mkdir()
+    assert hand.take(1, {"train.lr": 4e-3}) == {"train.lr": 4e-3}
+    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert there == {"recipe.yaml", "metrics.jsonl", "checkpoints/step-8/state.pt"}, "alone"
+    assert (folder / "checkpoints" / "step-8" / "state.pt").read_text() == "weights of another"
+    assert (folder / "metrics.jsonl").read_text() == "its log"
+    assert load_recipe(str(folder / "recipe.yaml")).train.lr == 4e-3
+    assert not list(folder.parent.glob(".partial-*"))
+
+
+def test_a_trial_that_had_nothing_yet_takes_over_too(hand, tmp_path):
+    assert hand.take(1, {"train.lr": 4e-3}) == {"train.lr": 4e-3}
+    assert (tmp_path / "trials" / "000" / "checkpoints" / "step-8" / "state.pt").is_file()
+
+
+@pytest.mark.parametrize("number", [0, None])
+def test_a_trial_that_goes_on_from_its_own_keeps_what_it_has(hand, number):
+    """After a pause, or a search that was killed: what was changed is in the run folder."""
+    folder = hand.begin()
+    assert hand.take(number, {"train.lr": 1e-3}) == {"train.lr": 3e-3}
+    assert (folder / "checkpoints" / "step-8" / "state.pt").read_text() == "its own weights"
+
+
+def test_a_trial_without_anything_starts_with_what_was_drawn(hand, tmp_path):
+    assert hand.take(None, {"train.lr": 1e-3}) == {"train.lr": 1e-3}
+    assert not (tmp_path / "trials").exists()
