@@ -127,7 +127,7 @@ def test_keys_that_cannot_be_searched_are_refused(axes, message):
         (tune.randint(5, 5), "no value can be drawn"),
         (tune.choice([]), "choice of nothing"),
         (tune.grid_search([]), "grid of nothing"),
-        (tune.sample_from(lambda: 1 / 0), r"sample_from.*Use tune\.choice"),
+        (tune.sample_from(lambda spec: 1 / 0), r"sample_from.*Use tune\.choice"),
         (tune.uniform, "no value can be drawn"),
     ],
 )
