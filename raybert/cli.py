@@ -328,7 +328,7 @@ def _tune(args: argparse.Namespace) -> int:
     print(summary(answer))
     print(f"recipe   {answer.folder / 'best.yaml'}\nmodel    {answer.model}")
     print(f"report   {answer.folder / 'report.html'}")
-    return 0
+    return 1 if answer.failures else 0
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -339,7 +339,7 @@ def _demo(args: argparse.Namespace) -> int:
         answer = tune_demo(Path(args.out or "demo-tune"), tell=_tell)
         print(summary(answer))
         print(f"report   {answer.folder / 'report.html'}")
-        return 0
+        return 1 if answer.failures else 0
     run_demo(Path(args.out or "demo"), workers=args.workers, tell=_tell)
     return 0
 

@@ -146,7 +146,8 @@ def compare(comparison: Comparison, *, tell: Callable[[str], None] = print) -> P
 
     Raises:
         UserError: before anything is trained, the folder holds something else or a chain cannot be
-            run; or as `raybert.run.compress` does, and runs that were finished are kept.
+            run; after the report is written, a model could not be exported or timed; or as
+            `raybert.run.compress` does, and runs that were finished are kept.
     """
     check_place(comparison.out)
     comparison.plans()
@@ -158,10 +159,13 @@ def compare(comparison: Comparison, *, tell: Callable[[str], None] = print) -> P
         chain = " + ".join(method.name for method in student.method)
         tell(f"{number}. compressing: {chain}, seed {student.train.seed}")
         runs.append(compress(student, tell=tell, timed=False))
-    side_by_side.measure(runs, comparison.students[0], tell)
+    failed = side_by_side.measure(runs, comparison.students[0], tell)
     found = read_runs(runs)
     _, page = write_report(found, comparison.out)
     tell("")
     tell(summary_table(found))
     tell(f"report  {page}")
+    if failed:
+        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in failed.items())
+        raise UserError(f"all is trained, and the report written; not measured: {reasons}")
     return page

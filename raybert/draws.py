@@ -118,7 +118,12 @@ class Optuna:
         self.ends = False
         self.space, self.recipe, self.objectives = space, recipe, objectives
         domains = {key: axis for key, axis in space.axes.items() if isinstance(axis, Domain)}
-        self.distributions = OptunaSearch.convert_search_space(domains)
+        try:
+            self.distributions = OptunaSearch.convert_search_space(domains)
+        except ValueError as error:
+            raise UserError(
+                f"space {space.name} has what Optuna cannot sample: {error} Use --algorithm random."
+            ) from None
         self.failed = optuna.trial.TrialState.FAIL
         self.study = optuna.create_study(
             directions=["maximize" if o.sign > 0 else "minimize" for o in objectives],

@@ -10,7 +10,7 @@ from pathlib import Path
 from raybert.config import UserError
 from raybert.groups import Spread
 from raybert.ledger import Ledger, Trial
-from raybert.objectives import Objective, front
+from raybert.objectives import LATENCY, Objective, front, in_trials
 from raybert.results import RunReport, read_run
 
 RULE = (
@@ -97,6 +97,15 @@ def read_finished(ledger: Ledger, folder: Path) -> list[Finished]:
 def cost_of(objectives: Sequence[Objective]) -> Objective | None:
     """What is to be small: the first objective that is; None where only scores count."""
     return next((o for o in objectives if o.mode == "min"), None)
+
+
+def judged_by(
+    finished: Sequence[Finished], objectives: Sequence[Objective]
+) -> tuple[Objective, ...]:
+    """What can be judged by: where latency is asked for and none could be timed, FLOPs."""
+    timed = [f.number(o) for f in finished for o in objectives if o.path == (LATENCY,)]
+    lacking = bool(timed) and not any(value is not None for value in timed)
+    return in_trials(objectives) if lacking else tuple(objectives)
 
 
 def least_score(finished: Sequence[Finished], loss: Loss) -> float:

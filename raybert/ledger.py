@@ -31,6 +31,7 @@ class Trial:
         reason: why it failed or was skipped.
         results: objectives and other numbers of its last report.
         curve: ``[percent of its steps, score]`` of each evaluation.
+        points: objectives and other numbers of each evaluation of the curve.
         seconds: wall-clock seconds, those of killed attempts as far as they were reported.
         cores: CPU cores that it held for so long.
         seed: of a finalist's run; None for the search's own trials.
@@ -42,6 +43,7 @@ class Trial:
     reason: str = ""
     results: dict[str, float] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)
+    points: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     cores: float = 0.0
     seed: int | None = None

@@ -28,6 +28,14 @@ median in milliseconds of the smallest batch that was timed, in the fastest back
 
 LATENCY = "latency"
 
+RUNNING = {
+    *(("student", key) for key in ("score", "metrics", "parameters", "flops")),
+    *(("training", key) for key in ("seconds", "steps", "tokens")),
+    *(("student", "bytes", "weights"), ("retained",), ("ratio",)),
+}
+"""Places in a report, or the beginnings of places, that running trials fill; see
+`raybert.trial.so_far`."""
+
 STAND_IN = "flops"
 """What trials are judged by where latency is asked for: it cannot be timed while others run."""
 
@@ -49,10 +57,20 @@ class Objective:
         """The number in a report; None where it was not measured."""
         if self.path == (LATENCY,):
             return latency_ms(report)
-        value: Any = report.model_dump()
+        return self.at(report.model_dump())
+
+    def at(self, report: Mapping[str, Any]) -> float | None:
+        """The number in as much of a report as there is; None where it is not there."""
+        value: Any = report
         for part in self.path:
             value = None if value is None else value.get(part)
         return None if value is None else float(value)
+
+    @property
+    def while_running(self) -> bool:
+        """Whether a trial knows it before its end: the size that its model will have, what it has
+        scored and what it has spent so far."""
+        return self.path in RUNNING or self.path[:2] in RUNNING
 
 
 def parse_objectives(words: str | Sequence[str], metrics: Sequence[str]) -> tuple[Objective, ...]:

@@ -185,8 +185,13 @@ def _differences(there: Any, here: Any, path: str = "") -> list[str]:
     return [] if there == here else [f"{path} is {short(there)} there and {short(here)} here"]
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, alone: bool = True) -> Plan:
     """Check a recipe whose paths are resolved, and predict what it makes; prepares the data.
+
+    Args:
+        recipe: what to do.
+        alone: whether it has the machine to itself, so that it must fit the free memory. What other
+            trials of a search hold they give back: for one of them all the memory there is counts.
 
     Raises:
         UserError: anything that would stop the run later.
@@ -217,7 +222,7 @@ def make_plan(recipe: Recipe) -> Plan:
     before = _predict_start(config, data, length)
     after = _predict(config, data, chain, length)
     memory = _memory(recipe, config, before, after)
-    _check_memory(memory, recipe)
+    _check_memory(memory, recipe, alone)
     notes = [
         text
         for entry, (_, steps) in zip(phases_of(recipe, config), phases, strict=True)
@@ -225,7 +230,7 @@ def make_plan(recipe: Recipe) -> Plan:
     ]
     notes += [text for method in chain for text in method.advice(recipe, config)]
     needs_teacher = bool(recipe.method) and recipe.teacher is None
-    first = make_plan(teacher_recipe(recipe)) if needs_teacher else None
+    first = make_plan(teacher_recipe(recipe), alone=alone) if needs_teacher else None
     return Plan(recipe, data, source, first, phases, before, after, memory, notes, saved)
 
 
@@ -482,17 +487,19 @@ def _memory(recipe: Recipe, config: Any, before: dict, after: dict) -> int:
     return weights + rows * length * a_token * 4
 
 
-def _check_memory(memory: int, recipe: Recipe) -> None:
+def _check_memory(memory: int, recipe: Recipe, alone: bool) -> None:
     if "RAY_ADDRESS" in os.environ:
         return
-    workers = recipe.fewest
-    free = psutil.virtual_memory().available
-    if torch.cuda.device_count() >= workers and recipe.resources.gpu is not False:
-        free = torch.cuda.mem_get_info()[0] * torch.cuda.device_count()
-    if memory * workers > free:
+    workers, gpus = recipe.fewest, torch.cuda.device_count()
+    machine = psutil.virtual_memory()
+    free, total = machine.available, machine.total
+    if gpus >= workers and recipe.resources.gpu is not False:
+        free, total = (gpus * size for size in torch.cuda.mem_get_info())
+    room, there = (free, "are free") if alone else (total, "are all there is")
+    if memory * workers > room:
         raise UserError(
-            f"this run needs about {memory * workers / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
-            "are free. Use a smaller train.batch_size, a larger train.accumulation, or "
+            f"this run needs about {memory * workers / 2**30:.1f} GiB and {room / 2**30:.1f} GiB "
+            f"{there}. Use a smaller train.batch_size, a larger train.accumulation, or "
             "train.zero 1 "
             "or 2 on several workers."
         )

@@ -62,6 +62,7 @@ def compress(
     tell: Callable[[str], None] = print,
     fit: Fit | None = None,
     timed: bool = True,
+    alone: bool = True,
 ) -> Path:
     """Carry out a recipe: fine-tune a teacher when none is given, compress it, measure the result.
 
@@ -73,6 +74,7 @@ def compress(
         tell: gets one line for each thing that happens.
         fit: carries the training out; nothing: this process, or a Ray Train worker group.
         timed: False leaves latency to `raybert.side_by_side`.
+        alone: whether it has the machine to itself; see `raybert.plan.make_plan`.
 
     Returns:
         The run folder, with model/, report.json, report.html and the recipe.
@@ -81,16 +83,20 @@ def compress(
         UserError: a mistake in the recipe, the data or the machine; nothing was lost.
     """
     check_command(recipe, "compress")
-    return _drive(resolve_paths(recipe), tell, fit, timed)
+    return _drive(resolve_paths(recipe), tell, fit, timed, alone)
 
 
 def _drive(
-    recipe: Recipe, tell: Callable[[str], None], fit: Fit | None = None, timed: bool = True
+    recipe: Recipe,
+    tell: Callable[[str], None],
+    fit: Fit | None = None,
+    timed: bool = True,
+    alone: bool = True,
 ) -> Path:
     folder = recipe.folder
     if pull(folder / "recipe.yaml"):
         pull(folder, deep=False)
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, alone=alone)
     if check_folder(plan.recipe if (folder / "recipe.yaml").is_file() else recipe):
         if (folder / "report.json").is_file():
             tell(f"{folder} is finished already")

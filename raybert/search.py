@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from raybert import side_by_side
@@ -29,6 +28,7 @@ from raybert.draws import Plain, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import write_whole
 from raybert.ledger import DONE, Ledger, Trial
+from raybert.loggers import make_loggers
 from raybert.objectives import LATENCY, in_trials
 from raybert.predictions import takes_saved
 from raybert.recipe_file import portable
@@ -42,12 +42,12 @@ from raybert.search_plan import (
     check_place,
     make_search,
     plan_of,
+    shares_of,
 )
 from raybert.search_results import Answer, answer_of, write_tables
-from raybert.shares import Shares, share_out
 from raybert.space import Space, apply
 from raybert.trial import Work
-from raybert.tuning import Runner, machines, make_loggers
+from raybert.tuning import Runner
 
 Tell = Callable[[str], None]
 
@@ -78,7 +78,8 @@ def tune(
         settings: see `Settings`.
 
     Returns:
-        The answer; its files lie in the search folder.
+        The answer; its files lie in the search folder, and its `failures` are models that could
+        not be exported or timed.
 
     Raises:
         UserError: a mistake in recipe, space, settings or folder, or no trial succeeded; what
@@ -90,11 +91,17 @@ def tune(
 def run_search(search: Search, *, tell: Tell = print) -> Answer:
     """Carry out a checked search; see `tune`."""
     loggers = make_loggers(search.settings.loggers, search.folder)
-    tell(f"{'continuing' if check_place(search) else 'searching'} {search.folder}")
+    goes_on = check_place(search)
+    if "RAY_ADDRESS" in os.environ and not (goes_on or search.recipe.resources.wait):
+        with ray_up():  # what does not fit the cluster is told before anything is trained
+            shares_of(search)
+    tell(f"{'continuing' if goes_on else 'searching'} {search.folder}")
     search.folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(search.settings)))  # without tuples
     held = {**search.identity, "settings": settings}
     write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False))
+    for text in search.notes:
+        tell(f"note: {text}")
     if search.teacher is not None:
         tell("fine-tuning the teacher")
         finetune(search.teacher, tell=tell)
@@ -107,13 +114,13 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
         if not _is_done(search, ledger):
             _train(search, teacher, ledger, loggers, tell)
         tell("measuring")
-        _measure(search, ledger, tell)
+        failures = _measure(search, ledger, tell)
     except KeyboardInterrupt:
         if any(trial.state == "finished" for trial in ledger.trials):
             write_answer(_answer(search, ledger))
             tell(f"interrupted; the best so far: {search.folder / 'best.yaml'}")
         raise
-    answer = _answer(search, ledger)
+    answer = _answer(search, ledger, failures)
     write_answer(answer)
     return answer
 
@@ -157,7 +164,7 @@ def _train(
     began, seconds = time.time(), 60 * (settings.minutes or float("inf"))
     repeats = settings.finalists > 0 and settings.seeds > 1
     with ray_up(dashboard=recipe.workers > 1):
-        shares = _shares(search)
+        shares = shares_of(search)
         tell(
             f"{shares.concurrent} trials at once, {recipe.workers} worker(s) of {shares.cpus} "
             f"CPU(s){f' and {shares.gpu:g} GPU' if shares.gpu else ''} each"
@@ -249,21 +256,12 @@ def write_answer(answer: Answer) -> None:
     write_page(answer)
 
 
-def _shares(search: Search) -> Shares:
-    free = None if "RAY_ADDRESS" in os.environ else psutil.virtual_memory().available
-    return share_out(
-        search.recipe,
-        machines(),
-        trials=search.settings.trials,
-        concurrent=search.settings.concurrent,
-        gpu=search.settings.gpu,
-        memory=max(plan.memory for plan in search.plans),
-        free=free,
-    )
+def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
+    """Export and time what the answer may be, in turns and with nothing else running.
 
-
-def _measure(search: Search, ledger: Ledger, tell: Tell) -> None:
-    """Export and time what the answer may be, in turns and with nothing else running."""
+    Returns:
+        Names of trials that could not be, and why: the answer is written without.
+    """
     finished = read_finished(ledger, search.folder)
     objectives = in_trials(search.objectives)
     chosen = finalists_of(finished, objectives, search.loss, search.settings.finalists or 1)
@@ -272,10 +270,11 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> None:
         chosen += [entry for entry, wanted in zip(finished, there, strict=True) if wanted]
     numbers = sorted({entry.trial.number for entry in chosen})
     folders = [search.folder / "trials" / f"{number:03d}" for number in numbers]
-    side_by_side.measure(folders, search.recipe, tell)
+    failed = side_by_side.measure(folders, search.recipe, tell)
+    return {folder.name: reason for folder, reason in failed.items()}
 
 
-def _answer(search: Search, ledger: Ledger) -> Answer:
+def _answer(search: Search, ledger: Ledger, failures: dict[str, str] | None = None) -> Answer:
     return answer_of(
         search.recipe,
         search.space,
@@ -283,4 +282,6 @@ def _answer(search: Search, ledger: Ledger) -> Answer:
         search.loss,
         search.settings.finalists,
         ledger,
+        failures,
+        search.notes,
     )

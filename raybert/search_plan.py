@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from raybert.config import Recipe, UserError
-from raybert.draws import ALGORITHMS, Plain, has_optuna, make_source
+from raybert.draws import ALGORITHMS, Plain, Source, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
+from raybert.loggers import LOGGERS, make_loggers
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
 from raybert.places import uri_of
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
 from raybert.recipe_file import dump_recipe
+from raybert.shares import Shares, check_gpu, share_out
 from raybert.space import Space, apply, chain_of, make_space, read_space, sample_text
-from raybert.steering import SCHEDULERS, check_schedules
+from raybert.steering import SCHEDULERS, check_schedules, check_stopping
 from raybert.teacher import teacher_digest
-from raybert.tuning import LOGGERS
+from raybert.tuning import machines
 from raybert.yaml_file import read_yaml
 
 SEARCH = "search.yaml"
@@ -87,7 +91,7 @@ class Settings:
         for word, known, what in (
             (algorithm, ALGORITHMS, "algorithm"),
             (self.scheduler, SCHEDULERS, "scheduler"),
-            *((logger, tuple(LOGGERS), "logger") for logger in self.loggers),
+            *((logger, LOGGERS, "logger") for logger in self.loggers),
         ):
             if word not in known:
                 raise UserError(f"no {what} {word!r}; there are {', '.join(known)}.")
@@ -98,6 +102,7 @@ class Settings:
             )
         if self.minutes is not None and self.minutes <= 0:
             raise UserError(f"{self.minutes:g} minutes leave no time to train; give more.")
+        check_gpu(self.gpu)
         return replace(self, algorithm=algorithm)
 
 
@@ -123,6 +128,7 @@ class Search:
         loss: the accuracy that one can afford.
         teacher: the recipe of the teacher that is fine-tuned before, if none was given.
         samples: the first ones.
+        notes: what the user should know before it starts.
     """
 
     recipe: Recipe
@@ -132,6 +138,7 @@ class Search:
     loss: Loss
     teacher: Recipe | None
     samples: tuple[Sample, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -208,13 +215,50 @@ def make_search(
         check_schedules(space, plans)
     objectives = parse_objectives(settings.objectives, plans[0].data.task.metrics)
     _check_measured(objectives, recipe)
-    make_source(settings.algorithm or "", space, recipe, in_trials(objectives), recipe.train.seed)
+    source = make_source(
+        settings.algorithm or "", space, recipe, in_trials(objectives), recipe.train.seed
+    )
+    notes = _cut_grid(source, settings)
+    notes += check_stopping(settings.scheduler, in_trials(objectives), plans)
+    make_loggers(settings.loggers, recipe.folder)
     teacher = None
     if recipe.teacher is None:
         teacher = shared_teacher(recipe)
         place = str(teacher.folder / "model")
         recipe = recipe.model_copy(update={"model": None, "teacher": place})
-    return Search(recipe, space, settings, objectives, loss, teacher, looked)
+    search = Search(recipe, space, settings, objectives, loss, teacher, looked, tuple(notes))
+    if "RAY_ADDRESS" not in os.environ:  # what a cluster has is known when it is connected to
+        shares_of(search)
+    return search
+
+
+def shares_of(search: Search) -> Shares:
+    """What each trial gets of this machine, or of the cluster that Ray is connected to.
+
+    Raises:
+        UserError: not one fits, or not as many at once as were asked for.
+    """
+    free = None if "RAY_ADDRESS" in os.environ else psutil.virtual_memory().available
+    return share_out(
+        search.recipe,
+        machines(),
+        trials=search.settings.trials,
+        concurrent=search.settings.concurrent,
+        gpu=search.settings.gpu,
+        memory=max(plan.memory for plan in search.plans),
+        free=free,
+    )
+
+
+def _cut_grid(source: Source, settings: Settings) -> list[str]:
+    """That a grid has more points than there are to be trials, where it has."""
+    points = len(source.grid) if isinstance(source, Plain) and source.ends else 0
+    if points <= settings.trials:
+        return []
+    return [
+        f"the grid has {points} points, of which the first {settings.trials} that can be run are "
+        f"tried; --trials {points} tries all"
+    ]
 
 
 def _check_measured(objectives: tuple[Objective, ...], recipe: Recipe) -> None:
@@ -257,7 +301,7 @@ def plan_of(recipe: Recipe, values: Mapping[str, Any]) -> Plan:
         raise UserError(
             "nothing to compress with: give method=lobert, or a space with a key `method`."
         )
-    return make_plan(trial)
+    return make_plan(trial, alone=False)
 
 
 def check_place(search: Search) -> bool:
@@ -312,6 +356,7 @@ def describe(search: Search) -> str:
     )
     again = f"{settings.finalists} finalists with {settings.seeds} seeds"
     lines.append(f"          {again if settings.finalists else 'no finalists'}")
+    lines += [f"note      {text}" for text in search.notes]
     for number, sample in enumerate(search.samples):
         lines.append(f"sample {number}  {sample_text(sample.values)}")
         if sample.plan is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from raybert.finalists import (
     Loss,
     choose,
     finalists_of,
+    judged_by,
     least_score,
     on_front,
     read_finished,
@@ -52,6 +53,9 @@ class Answer:
         least: the score that it must reach.
         rule: how it was chosen, in words.
         front: numbers of the trials that no other beats in all objectives.
+        failures: names of trials that could not be exported or timed, and why; one of them wins
+            only where none could be.
+        notes: what was said before the search started.
     """
 
     folder: Path
@@ -68,6 +72,8 @@ class Answer:
     least: float
     rule: str
     front: tuple[int, ...]
+    failures: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def best(self) -> Recipe:
@@ -91,14 +97,19 @@ def answer_of(
     loss: Loss,
     finalists: int,
     ledger: Ledger,
+    failures: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
 ) -> Answer:
     """The answer, from what the ledger and the run folders say; at least one trial has finished."""
+    failures = failures or {}
     folder = recipe.folder
     finished = read_finished(ledger, folder)
     chosen = finalists_of(finished, in_trials(objectives), loss, finalists) or finished
-    winner, within = choose(chosen, objectives, loss)
+    able = [entry for entry in chosen if entry.trial.name not in failures] or chosen
+    judged = judged_by(finished, objectives)
+    winner, within = choose(able, judged, loss)
     seeds = max(len(entry.reports) for entry in chosen)
-    there = on_front(finished, objectives)
+    there = on_front(finished, judged)
     return Answer(
         folder,
         recipe,
@@ -112,8 +123,10 @@ def answer_of(
         winner,
         within,
         least_score(chosen, loss),
-        rule(chosen, objectives, loss, seeds),
+        rule(chosen, judged, loss, seeds),
         tuple(f.trial.number for f, front in zip(finished, there, strict=True) if front),
+        failures,
+        tuple(notes),
     )
 
 
@@ -245,6 +258,8 @@ def summary(answer: Answer) -> str:
     if not answer.within:
         lines.append("         no finalist stayed within the loss: this is the best score")
     lines.append(f"         {sample_text(answer.winner.trial.values)}")
+    for name, reason in answer.failures.items():
+        lines.append(f"failed   trial {name} could not be measured: {reason}")
     lines.append(
         f"spent    {answer.core_seconds / 3600:.2f} core-hours, "
         f"{answer.seconds / 60:.1f} minutes of trials"

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from raybert.config import Recipe, UserError
 
+LIBRARIES = 700_000_000
+"""Bytes that a process takes before it has loaded a model, about."""
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -35,8 +38,8 @@ def share_out(
 ) -> Shares:
     """Share nodes out among trials, so that all that are started can run: none waits for another.
 
-    A trial takes its CPUs for good: where `resources.cpus` leaves it open, as many as there are for
-    each of the trials that run at once.
+    How many run at once is settled first, by GPUs, memory and what was asked for: where
+    `resources.cpus` leaves it open, each of them then gets as many CPUs as there are for it.
 
     Args:
         recipe: gives `workers` and `resources`.
@@ -44,29 +47,21 @@ def share_out(
         trials: how many there are to be.
         concurrent: how many may run at once; None: as many as fit.
         gpu: GPUs of a trial of one worker; a worker among several has a whole one.
-        memory: bytes that a worker needs.
+        memory: bytes that a worker needs beside its libraries; 0: not known.
         free: bytes that there are; None: not known.
 
     Raises:
         UserError: not one trial fits, or not as many at once as were asked for; it says what fits.
     """
     workers, total = recipe.workers, sum(cpu for cpu, _ in nodes)
-    if not 0 < gpu <= 1:
-        raise UserError(f"a trial's share of a GPU is {gpu:g}; use more than 0, and 1 at most.")
+    check_gpu(gpu)
     each = gpu if workers == 1 else 1.0
     on_gpu = recipe.resources.gpu
     if on_gpu is None:
         on_gpu = _slots(nodes, 1, each) >= workers
     share = each if on_gpu else 0.0
-    wanted = min(concurrent or trials, max(1, total // workers))
-    cpus = recipe.resources.cpus or max(1, total // (workers * wanted))
-    if recipe.resources.cpus is None:
-        # CPUs of several machines do not add up to one worker's.
-        while cpus > 1 and _slots(nodes, cpus, share) < workers * wanted:
-            cpus -= 1
+    cpus = recipe.resources.cpus or 1
     fits = _slots(nodes, cpus, share) // workers
-    if memory and free is not None and not on_gpu:
-        fits = min(fits, max(1, free // (memory * workers)))
     what = f"{workers} worker{'s' if workers > 1 else ''} of {cpus} CPU{'s' if cpus > 1 else ''}"
     what += f" and {share:g} GPU" if share else ""
     there = f"{total} CPUs and {sum(g for _, g in nodes)} GPUs on {len(nodes)} machine(s)"
@@ -75,12 +70,38 @@ def share_out(
             f"a trial of {what} fits nowhere: there are {there}. It would wait for ever; use at "
             f"most workers={_slots(nodes, 1, share)}, fewer resources.cpus, or resources.gpu=false."
         )
+    mend = "fewer workers or fewer resources.cpus"
+    if memory and free is not None and not on_gpu:
+        # Several workers are watched by one process more.
+        needed = workers * (memory + LIBRARIES) + (LIBRARIES if workers > 1 else 0)
+        if free // needed < fits:
+            fits = max(1, free // needed)
+            there += f", and {free / 2**30:.1f} GiB for trials of {needed / 2**30:.1f} GiB"
+            mend = "a smaller train.batch_size"
     if concurrent and concurrent > fits:
         raise UserError(
             f"{concurrent} trials at once of {what} do not fit: there are {there}. Use at most "
-            f"--concurrent {fits}, fewer workers or fewer resources.cpus."
+            f"--concurrent {fits}, {mend}."
         )
-    return Shares(cpus, share, min(fits, trials, concurrent or fits))
+    at_once = min(fits, trials, concurrent or fits)
+    if recipe.resources.cpus is None:
+        # A worker's are of one machine: those of several do not add up.
+        most = max(cpu for cpu, _ in nodes)
+        enough = (n for n in range(most, 0, -1) if _slots(nodes, n, share) >= workers * at_once)
+        cpus = next(enough)
+    return Shares(cpus, share, at_once)
+
+
+def check_gpu(gpu: float) -> None:
+    """Refuse a share of a GPU that there is not.
+
+    Raises:
+        UserError: it is not above 0, or above 1.
+    """
+    if not 0 < gpu <= 1:
+        raise UserError(
+            f"a trial's share of a GPU is {gpu:g}; use more than 0, and 1 at most, as in --gpu 0.5."
+        )
 
 
 def _slots(nodes: Sequence[tuple[int, int]], cpus: int, gpu: float) -> int:

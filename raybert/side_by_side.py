@@ -19,18 +19,16 @@ import psutil
 from raybert.artifact import add_export
 from raybert.bench import disk_bytes
 from raybert.compressed import longest_input
-from raybert.config import MeasureConfig, Recipe
+from raybert.config import MeasureConfig, Recipe, UserError
 from raybert.export import add_latency, export, export_graph
 from raybert.latency import Backend, latency, speedups
 from raybert.models import model_folder, read_config
 from raybert.recipe_file import load_recipe
 from raybert.report import write_run_report
 from raybert.results import RunReport, read_run, validated
+from raybert.shares import LIBRARIES
 
 TEACHER = "teacher"
-
-LIBRARIES = 700e6
-"""Bytes that a process takes before it has loaded a model, about."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,9 @@ class Student:
         return read_run(self.folder).report
 
 
-def measure(folders: Sequence[Path], recipe: Recipe, tell: Callable[[str], None]) -> None:
+def measure(
+    folders: Sequence[Path], recipe: Recipe, tell: Callable[[str], None]
+) -> dict[Path, str]:
     """Export and time finished runs that were not yet, as a recipe says; their reports are written
     anew.
 
@@ -67,23 +67,55 @@ def measure(folders: Sequence[Path], recipe: Recipe, tell: Callable[[str], None]
         recipe: its ``measure`` and ``export`` count.
         tell: gets one line for each thing that happens.
 
+    Returns:
+        The folders of models that cannot be exported or timed, and why; the others are measured
+        all the same.
+
     Raises:
-        UserError: a model cannot be exported or timed; runs that were done before it keep theirs.
+        UserError: a folder is no finished run.
     """
     students = [student for folder in folders if (student := _student(folder, recipe.measure))]
+    failed: dict[Path, str] = {}
     if recipe.export:
         for student in students:
             if student.report.onnx is None:
-                own = load_recipe(str(student.folder / "recipe.yaml"))
-                own = own.model_copy(update={"measure": recipe.measure})
-                export(student.folder, own, time=False, overwrite=True, tell=tell)
-                add_export(student.folder)
+                try:
+                    _export(student, recipe, tell)
+                except UserError as error:
+                    failed[student.folder] = str(error)
     if recipe.measure.batches:
         for backend, time in (("torch", _time_torch), ("onnx", _time_onnx)):
             for group in _groups([s for s in students if _lacks(s, backend)]):
                 names = ", ".join(student.folder.name for student in group)
                 tell(f"timing in turns, {backend}: the teacher, {names}")
-                time(group, recipe.measure)
+                failed = {**_try(time, group, recipe.measure), **failed}
+    for folder, reason in failed.items():
+        tell(f"{folder.name} could not be measured: {reason}")
+    return failed
+
+
+def _export(student: Student, recipe: Recipe, tell: Callable[[str], None]) -> None:
+    own = load_recipe(str(student.folder / "recipe.yaml"))
+    own = own.model_copy(update={"measure": recipe.measure})
+    export(student.folder, own, time=False, overwrite=True, tell=tell)
+    add_export(student.folder)
+
+
+def _try(
+    time: Callable[[Sequence[Student], MeasureConfig], None],
+    group: Sequence[Student],
+    measured: MeasureConfig,
+) -> dict[Path, str]:
+    """Time a group, or each by itself where one of it cannot be timed; the folders of those, and
+    why."""
+    try:
+        time(group, measured)
+    except UserError as error:
+        if len(group) == 1:
+            return {group[0].folder: str(error)}
+        each = [_try(time, [student], measured) for student in group]
+        return {folder: reason for found in each for folder, reason in found.items()}
+    return {}
 
 
 def _student(folder: Path, measured: MeasureConfig) -> Student | None:

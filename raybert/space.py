@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ray import tune
-from ray.tune.search.sample import Categorical, Domain
+from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer
 
 from raybert.config import KDConfig, Recipe, TrainConfig, UserError
 from raybert.explain import nearest
@@ -86,17 +87,6 @@ def describe(axis: Any) -> str:
     return f"{kind} {bounds.lower:g} to {bounds.upper:g}{step}"
 
 
-def contains(axis: Any, value: Any) -> bool:
-    """Whether a value lies inside what an axis covers."""
-    values = listed(axis)
-    if values is not None:
-        return value in values
-    if not isinstance(axis, Domain):
-        return value == axis
-    bounds: Any = axis
-    return value is not None and bounds.lower <= value <= bounds.upper
-
-
 # -- reading ---------------------------------------------------------------------------------------
 
 
@@ -135,12 +125,19 @@ def make_space(axes: Mapping[str, Any], name: str, recipe: Recipe) -> Space:
     """A space from its dictionary, checked against the recipe that all trials share.
 
     Raises:
-        UserError: it is empty, or names what is no recipe key or cannot differ between trials.
+        UserError: it is empty, names what is no recipe key or cannot differ between trials, or has
+            an axis that no value can be drawn of.
     """
     if not axes:
         raise UserError(f"space {name} is empty; give it dotted recipe keys and distributions.")
-    for key in axes:
-        _check_key(name, str(key))
+    # A grid may be any iterable, perhaps one that can be read only once.
+    axes = {
+        str(key): {"grid_search": listed(axis)} if is_grid(axis) else axis
+        for key, axis in axes.items()
+    }
+    for key, axis in axes.items():
+        _check_key(name, key)
+        _check_axis(f"space {name}: `{key}`", axis)
     chains = [entry.name for entry in recipe.method]
     own = {key.split(".")[1] for key in axes if key.startswith("method.")}
     used = _methods_in(axes.get("method"), chains)
@@ -150,7 +147,7 @@ def make_space(axes: Mapping[str, Any], name: str, recipe: Recipe) -> Space:
             f"has {', '.join(chains) or 'no method'}. Add method={','.join([*chains, *idle])}, or "
             "give the space a key `method` with the chains to choose from."
         )
-    return Space(name, dict(axes))
+    return Space(name, axes)
 
 
 def _methods_in(axis: Any, default: Sequence[str]) -> set[str]:
@@ -188,6 +185,34 @@ def _check_key(space: str, key: str) -> None:
         )
 
 
+def _check_axis(what: str, axis: Any) -> None:
+    """Refuse what no value can be drawn of."""
+    if listed(axis) == []:
+        kind = "grid" if is_grid(axis) else "choice"
+        raise UserError(f"{what} is a {kind} of nothing; give it the values to choose from.")
+    if isinstance(axis, Function):
+        raise UserError(
+            f"{what} is tune.sample_from: a function has no bounds to show, and a search that goes "
+            "on could not tell it from another. Use tune.choice, or a distribution such as "
+            "tune.loguniform."
+        )
+    bounds: Any = axis
+    if isinstance(axis, (Float, Integer)) and not bounds.lower <= bounds.upper:
+        raise UserError(
+            f"{what} goes from {bounds.lower:g} to {bounds.upper:g}; give the lower bound first, "
+            f"as in [{bounds.upper:g}, {bounds.lower:g}]."
+        )
+    try:
+        if isinstance(axis, Domain):
+            axis.sample(random_state=np.random.RandomState(0))
+        describe(axis)
+    except Exception as error:  # the sampler's own, whatever it is
+        raise UserError(
+            f"{what}: no value can be drawn of {axis!r} ({error}). Give a number, a word, or one "
+            f"of ray.tune's {', '.join(DISTRIBUTIONS)} and grid_search."
+        ) from None
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = read_yaml(path, "space")
@@ -201,7 +226,7 @@ def _axis(path: Path, key: str, value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     ((name, arguments),) = value.items() if len(value) == 1 else [("", None)]
-    if name == "grid" and isinstance(arguments, list) and arguments:
+    if name == "grid" and isinstance(arguments, list):
         return tune.grid_search(arguments)
     if name not in DISTRIBUTIONS or not isinstance(arguments, list):
         raise UserError(

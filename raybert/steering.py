@@ -15,6 +15,7 @@ from ray.tune.schedulers import (
 from ray.tune.search.sample import Domain
 
 from raybert.config import MethodConfig, UserError
+from raybert.data import steps_per_epoch
 from raybert.ledger import Trial
 from raybert.methods import METHODS
 from raybert.objectives import Objective, front
@@ -193,6 +194,50 @@ def check_schedules(space: Space, plans: Sequence[Plan]) -> None:
         )
 
 
+def check_stopping(
+    scheduler: str, objectives: Sequence[Objective], plans: Sequence[Plan]
+) -> list[str]:
+    """Refuse objectives by which early stopping cannot spare a trial.
+
+    Args:
+        scheduler: ``asha`` or ``median``; others stop nothing.
+        objectives: what trials are judged by.
+        plans: those of several samples.
+
+    Returns:
+        What the user should know: that nothing will be stopped.
+
+    Raises:
+        UserError: running trials do not know one of the objectives.
+    """
+    if scheduler not in ("asha", "median"):
+        return []
+    for objective in objectives:
+        if not objective.while_running:
+            raise UserError(
+                f"objective {objective.name!r} is known only when a trial has ended, so that "
+                f"scheduler {scheduler} would stop what is good in it. Use --scheduler none, or "
+                "objectives of score, retained, bytes, parameters, flops, latency and seconds."
+            )
+    if any(_is_watched(plan) for plan in plans):
+        return []
+    return [
+        f"scheduler {scheduler} can stop nothing: trials are evaluated at their end alone; give "
+        "train.eval_every, for example a tenth of the steps"
+    ]
+
+
+def _is_watched(plan: Plan) -> bool:
+    """Whether a trial is evaluated between its start and its end."""
+    train, rows = plan.recipe.train, len(plan.data.splits["train"])
+    every = train.eval_every
+    if every == "epoch":
+        workers = plan.recipe.workers
+        every = steps_per_epoch(rows, train.batch_size, train.accumulation, workers)
+    trained = [steps for _, steps in plan.phases if steps]
+    return len(trained) > 1 or any(steps > every for steps in trained)
+
+
 @dataclass(eq=False)
 class _Before:
     """A trial of before the interruption, as schedulers know trials."""
@@ -208,6 +253,8 @@ def remember(scheduler: Any, trials: Sequence[Trial]) -> None:
         stub: Any = _Before(f"before-{trial.name}")
         controller: Any = None
         scheduler.on_trial_add(controller, stub)
-        for percent, score in trial.curve:
-            result = {**trial.results, TIME: percent, "score": score}
+        # A ledger of before has no points: what does not change on the way, as a size, holds.
+        points = trial.points or [trial.results] * len(trial.curve)
+        for (percent, score), point in zip(trial.curve, points, strict=False):
+            result = {**point, TIME: percent, "score": score}
             scheduler.on_trial_result(controller, stub, result)

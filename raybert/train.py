@@ -131,6 +131,9 @@ class Trainer:
         self.saved = Predictions(job.predictions, cls=cls) if job.predictions else None
         self.log = MetricsLog(self.recipe.folder, writes=world.rank == 0)
         self.position = Position()
+        self.kept: dict[str, float] | None = None
+        """Dev metrics of the weights that the phase keeps, as far as this process evaluated them
+        and the finished model is the one that was evaluated."""
 
     # -- phases ------------------------------------------------------------------------------------
 
@@ -262,6 +265,7 @@ class Trainer:
     ) -> Any:
         phase, train = entry.phase, self.recipe.train
         total = phase_steps(self.recipe, phase, len(self.lengths))
+        self.kept = None
         if total == 0:
             phase.prepare(model)
             self._finish_phase(entry, model)
@@ -303,6 +307,8 @@ class Trainer:
         else:
             engine.destroy()
             self._finish_phase(entry, model)
+        if stage == 3 or type(entry.phase).finish is not Phase.finish:
+            self.kept = None  # it is another model now
         spent = self.position.seconds - sum(done["seconds"] for done in self.position.finished)
         self.position.finished.append(
             {"name": entry.phase.name, "steps": self.position.step, "seconds": round(spent, 3)}
@@ -518,9 +524,13 @@ class Trainer:
         counts = position.step or phase.start_counts
         if counts and (position.best is None or score > position.best):
             position.best, position.best_step = score, position.step
+            self.kept = metrics
             if train.keep == "best":
                 self._save_best(engine)
-        self.hooks.report({**metrics, "phase": phase.name, "step": position.steps})
+        if train.keep == "last":
+            self.kept = metrics
+        spent = {"seconds": position.seconds, "tokens": position.tokens}
+        self.hooks.report({**metrics, **spent, "phase": phase.name, "step": position.steps})
 
     def _best(self) -> Path:
         return self.folder / f"phase{self.position.phase}-best.safetensors"
@@ -542,10 +552,11 @@ class Trainer:
             self.hooks.note(text)
 
     def _finish(self, model: Any, teacher: Any, phases: list[Phase]) -> None:
-        """Evaluate what came out, beside its teacher, and write the finished model."""
+        """Evaluate what came out, unless it just was, beside its teacher; write the finished
+        model."""
         rows, world = self.recipe.train.eval_batch_size, self.world
         model.to(world.device).eval()
-        student_metrics = evaluate(model, self.data, "dev", world, rows)
+        student_metrics = self.kept or evaluate(model, self.data, "dev", world, rows)
         teacher_metrics = self.job.teacher_metrics
         if self.job.teacher and teacher_metrics is None:
             if not isinstance(teacher, nn.Module):

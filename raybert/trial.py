@@ -8,6 +8,7 @@ checkpoints when it was killed.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -19,17 +20,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray import tune
 from transformers.utils.logging import disable_progress_bar
 
 from raybert.cluster import run_group
 from raybert.config import Recipe, UserError
 from raybert.job import Job
+from raybert.metrics import floor
 from raybert.objectives import Objective
 from raybert.plan import Plan, make_plan, resolve_paths
 from raybert.progress import NoBar
 from raybert.recipe_file import dump_recipe, load_recipe
-from raybert.results import RunReport, read_run
+from raybert.results import RunReport, read_run, retained
 from raybert.run import compress, run_here
 from raybert.space import apply, values_of
 
@@ -114,12 +117,14 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
             values = _take_over(work, number, values, folder)
         recipe = work.recipe_for(number, seed, values)
         carrier = _Carrier(work, number, values)
-        compress(recipe, tell=_silent, fit=carrier.fit)
+        compress(recipe, tell=_silent, fit=carrier.fit, alone=False)
         report = read_run(folder).report
     except UserError as error:
         # Not raised: it would be tried again, to the same end.
         tune.report({"failed": str(error), "values": values})
         return
+    finally:
+        _give_back()
     # The finished model is in model/; what training left would fill the disk trial by trial.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     tune.report(
@@ -131,6 +136,13 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
             "values": values,
         }
     )
+
+
+def _give_back() -> None:
+    """GPU memory that this process keeps for its next trial: others of the GPU may need it now."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def number_of(config: dict[str, Any], trial_id: str) -> int:
@@ -182,31 +194,26 @@ class _TuneHooks:
     def __init__(self, carrier: _Carrier, plan: Plan) -> None:
         self.carrier, self.folder = carrier, plan.recipe.folder
         self.total = max(1, sum(steps for _, steps in plan.phases))
-        self.main = plan.data.task.main
-        after = plan.after
-        sizes = {
-            ("student", "parameters", "total"): after["parameters"]["total"],
-            ("student", "bytes", "weights"): after["bytes"],
-            ("student", "flops"): after["flops"],
-        }
-        found = {o.name: sizes.get(o.path) for o in carrier.work.objectives}
-        self.sizes = {name: float(value) for name, value in found.items() if value is not None}
+        self.plan = plan
+        task = plan.data.task
+        self.main, self.floor = task.main, floor(task, plan.data, "dev")[task.main]
         self.last: dict[str, Any] = {}
 
     def report(self, metrics: dict[str, Any]) -> None:
+        work = self.carrier.work
         percent = 100 * metrics["step"] / self.total
-        score = float(metrics[self.main])
-        named = {o.name: score for o in self.carrier.work.objectives if o.path[-1:] == ("score",)}
+        goal = work.teacher_metrics.get(self.main)
+        known = so_far(metrics, self.plan.after, float(metrics[self.main]), goal, self.floor)
+        found = {o.name: o.at(known) for o in work.objectives}
         self.last = {
-            **self.sizes,
-            **named,
-            "score": score,
+            **{name: value for name, value in found.items() if value is not None},
+            "score": known["student"]["score"],
             "percent": percent,
             "step": metrics["step"],
             "values": self.carrier.values,
         }
         # What has trained to the end is not stopped any more: the finished model is reported next.
-        if percent < 100 and not self.carrier.work.hands_over:
+        if percent < 100 and not work.hands_over:
             tune.report(self.last)
 
     def saved(self, checkpoint: Path) -> None:
@@ -228,6 +235,40 @@ class _TuneHooks:
 
     def note(self, text: str) -> None:
         """The run's report has it."""
+
+
+def so_far(
+    metrics: Mapping[str, Any],
+    after: Mapping[str, Any],
+    score: float,
+    goal: float | None,
+    floor: float,
+) -> dict[str, Any]:
+    """As much of a trial's report as is known at an evaluation: `raybert.objectives.RUNNING`.
+
+    Args:
+        metrics: of the evaluation, with the run's ``step``, ``seconds`` and ``tokens`` so far.
+        after: what the finished model will be, as `raybert.plan.Plan` has it.
+        score: the main metric.
+        goal: the teacher's, if there is one.
+        floor: that of a model that has learned nothing.
+    """
+    return {
+        "student": {
+            "score": score,
+            "metrics": metrics,
+            "parameters": after["parameters"],
+            "bytes": {"weights": after["bytes"]},
+            "flops": after["flops"],
+        },
+        "retained": None if goal is None else retained(score, goal, floor),
+        "ratio": score / goal if goal else None,
+        "training": {
+            "seconds": metrics["seconds"],
+            "steps": metrics["step"],
+            "tokens": metrics["tokens"],
+        },
+    }
 
 
 def _link(source: str, target: str) -> None:
@@ -305,7 +346,7 @@ def _take_over(work: Work, number: int, values: dict[str, Any], folder: Path) ->
         target = partial / "checkpoints" / origin["checkpoint"]
         shutil.copytree(place, target, ignore=shutil.ignore_patterns(LOG, ORIGIN))
         shutil.copyfile(Path(place) / LOG, partial / LOG)
-    recipe = make_plan(resolve_paths(work.recipe_for(number, None, values))).recipe
+    recipe = make_plan(resolve_paths(work.recipe_for(number, None, values)), alone=False).recipe
     (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

@@ -8,7 +8,6 @@ algorithm, and what was running runs on in its own run folder.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import signal
@@ -16,9 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import torch
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -26,6 +25,7 @@ from raybert.cluster import last_line
 from raybert.config import UserError
 from raybert.draws import SKIPS, Check, Draws, Source, config_of
 from raybert.ledger import DONE, Ledger, Trial
+from raybert.plan import own_cores
 from raybert.shares import Shares
 from raybert.space import Space
 from raybert.steering import make_scheduler, remember
@@ -34,12 +34,9 @@ from raybert.trial import Work, number_of, run_trial
 Tell = Callable[[str], None]
 
 HEAD = "node:__internal_head__"
-"""A resource of the machine that the search runs on, 1 in all. Trials of several workers only watch
-them, so they take none of the CPUs that those need, else they would hold all and wait for ever:
-they take their part of this."""
-
-LOGGERS = {"mlflow": "mlflow", "wandb": "wandb"}
-"""Loggers by name, and the package that each needs."""
+"""A resource of the machine that the search runs on, 1 in all. Where CPUs do not say how many
+trials run at once, each takes its part of this: those of several workers only watch them, and
+would hold the CPUs that these need; a population is told of all its trials, and not counted."""
 
 
 class Scribe(tune.Callback):
@@ -95,14 +92,15 @@ class Scribe(tune.Callback):
         else:
             # Not finished any more where Tune lets it train on from another's checkpoint.
             own.state = "finished" if result.get("finished") else "running"
-            if not own.curve or own.curve[-1][0] < result["percent"]:
-                own.curve.append([result["percent"], result["score"]])
             skipped = ("values", "config")
             own.results = {
                 key: float(value)
                 for key, value in result.items()
                 if key not in skipped and type(value) in (int, float) and key not in _TUNES_OWN
             }
+            if not own.curve or own.curve[-1][0] < result["percent"]:
+                own.curve.append([result["percent"], result["score"]])
+                own.points.append(own.results)
         self.ledger.write(own)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -300,7 +298,7 @@ class Runner:
     def _fit(self, axes: dict[str, Any], scribe: Scribe, samples: int, **how: Any) -> None:
         alone = self.work.recipe.workers == 1
         trainable = tune.with_resources(
-            tune.with_parameters(run_trial, work=self.work), self._resources()
+            tune.with_parameters(run_trial, work=self.work), self.resources()
         )
         place = self.work.folder / "ray"
         ending = Ending(self.deadline)
@@ -309,7 +307,7 @@ class Runner:
             param_space=axes,
             tune_config=tune.TuneConfig(
                 num_samples=samples,
-                # A population waits in turns: what is held back by a number is not part of it.
+                # A population waits in turns: what Tune holds back by a number is not part of it.
                 max_concurrent_trials=None if self.work.hands_over else self.shares.concurrent,
                 # An actor of its own a trial costs the seconds of importing torch; one worker's
                 # loop leaves nothing behind in its process.
@@ -333,14 +331,21 @@ class Runner:
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
-    def _resources(self) -> dict[str, float]:
+    def resources(self) -> dict[str, float] | tune.PlacementGroupFactory:
         """What Tune sets aside for a trial."""
         shares = self.shares
+        turn = {HEAD: part_of_head(shares.concurrent)}
         if self.work.recipe.workers > 1:
-            return {"CPU": 0, HEAD: math.floor(900 / shares.concurrent) / 1000}
-        cpus = sum(cpu for cpu, _ in machines()) // shares.concurrent
-        taken = max(shares.cpus, cpus) if self.work.hands_over else shares.cpus
-        return {"CPU": taken, **({"GPU": shares.gpu} if shares.gpu else {})}
+            return {"CPU": 0, **turn}
+        own = {"CPU": shares.cpus, **({"GPU": shares.gpu} if shares.gpu else {})}
+        # Two bundles: the trial runs in the first, on any machine.
+        return tune.PlacementGroupFactory([own, turn]) if self.work.hands_over else own
+
+
+def part_of_head(concurrent: int) -> float:
+    """A trial's part of `HEAD`, of which so many fit and no more; Ray counts ten-thousandths, which
+    is exact for 99 at most."""
+    return round(1 / (concurrent + 0.5), 4)
 
 
 def _nobody(trial: Trial) -> None:
@@ -375,35 +380,11 @@ def _quiet() -> Iterator[None]:
 
 
 def machines() -> list[tuple[int, int]]:
-    """CPUs and GPUs of each machine of the cluster that Ray is connected to."""
+    """CPUs and GPUs of each machine of the cluster that Ray is connected to, or will be: of this
+    one where no cluster is named and Ray has not been started."""
     import ray
 
+    if not ray.is_initialized():
+        return [(own_cores(), torch.cuda.device_count())]
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found]
-
-
-def make_loggers(names: Sequence[str], folder: Path) -> list[Any]:
-    """Tune's callbacks for MLflow and Weights & Biases.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    from importlib.util import find_spec
-
-    for name in names:
-        if find_spec(LOGGERS[name]) is None:
-            raise UserError(
-                f'{name} is not installed: pip install "raybert[{name}]", or leave --log {name} '
-                "out."
-            )
-    found: list[Any] = []
-    if "mlflow" in names:
-        from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-        # Where: MLFLOW_TRACKING_URI, as MLflow itself has it.
-        found.append(MLflowLoggerCallback(experiment_name=folder.name))
-    if "wandb" in names:
-        from ray.air.integrations.wandb import WandbLoggerCallback
-
-        found.append(WandbLoggerCallback(project=folder.name))
-    return found

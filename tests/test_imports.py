@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "raybert"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py"}
+SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py", "loggers.py"}
 """The rooms of `raybert tune` that are written in Ray Tune's words."""
 
 ONLY_HERE = {"ray": {"cluster.py", "network.py", *SEARCH}, "deepspeed": {"engine.py"}}
@@ -22,8 +22,19 @@ LAYERS = [
     {"places"},
     {"config", "losses", "demo_task", "factorise", "attention", "int8", "network"},
     {"buckets"},
-    {"ledger", "shares", "folders", "storage", "yaml_file", "surgery", "tasks", "readers", "timer"},
-    {"lowrank", "fake_quant", "gates", "metrics_log", "arguments"},
+    {
+        "ledger",
+        "shares",
+        "loggers",
+        "folders",
+        "storage",
+        "yaml_file",
+        "surgery",
+        "tasks",
+        "readers",
+        "timer",
+    },
+    {"lowrank", "fake_quant", "gates", "metrics_log", "arguments", "loggers"},
     {"skipping", "power_norm", "softmax_net", "onnx_int8"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
     {"first_token", "integer"},

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from raybert import side_by_side
 from raybert.compare import compare, make_comparison
+from raybert.config import UserError
+from raybert.recipe_file import recipe_from
 from raybert.results import read_run
 from raybert.side_by_side import Student
 
@@ -88,3 +91,40 @@ def test_one_that_fits_nowhere_is_timed_all_the_same(monkeypatch):
     monkeypatch.setattr(side_by_side, "_memory", lambda model: 1.0)
     students = [Student(Path(str(n)), Path("a"), 128) for n in range(2)]
     assert list(side_by_side._groups(students)) == [students[:1], students[1:]]
+
+
+def test_one_model_that_cannot_be_timed_leaves_the_others_theirs(tmp_path, monkeypatch):
+    students = [Student(tmp_path / name, tmp_path / "teacher", 16) for name in ("a", "b", "c")]
+    recipe = recipe_from({"teacher": "t", "measure": {"batches": [1]}})
+    timed: list[list[str]] = []
+
+    def time(group, measured):
+        if any(student.folder.name == "b" for student in group):
+            raise UserError("b: the process timing it ended.")
+        timed.append([student.folder.name for student in group])
+
+    monkeypatch.setattr(side_by_side, "_time_torch", time)
+    monkeypatch.setattr(side_by_side, "_student", lambda folder, measured: students.pop(0))
+    monkeypatch.setattr(side_by_side, "_lacks", lambda student, backend: backend == "torch")
+    monkeypatch.setattr(side_by_side, "_memory", lambda model: 1)
+    failed = side_by_side.measure([tmp_path] * 3, recipe, print)
+    assert failed == {tmp_path / "b": "b: the process timing it ended."}
+    assert timed == [["a"], ["c"]]
+
+
+def test_one_model_that_cannot_be_exported_leaves_the_others_theirs(tmp_path, monkeypatch):
+    students = [Student(tmp_path / name, tmp_path / "teacher", 16) for name in ("a", "b")]
+    recipe = recipe_from({"teacher": "t", "measure": {"batches": []}, "export": "onnx"})
+    exported: list[str] = []
+
+    def export(student, recipe, tell):
+        if student.folder.name == "a":
+            raise UserError("the graph does not compute what the model does.")
+        exported.append(student.folder.name)
+
+    monkeypatch.setattr(side_by_side, "_export", export)
+    monkeypatch.setattr(side_by_side, "_student", lambda folder, measured: students.pop(0))
+    monkeypatch.setattr(Student, "report", property(lambda self: SimpleNamespace(onnx=None)))
+    failed = side_by_side.measure([tmp_path] * 2, recipe, print)
+    assert list(failed) == [tmp_path / "a"]
+    assert exported == ["b"]

@@ -15,8 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from raybert.artifact import evaluate_model
 from raybert.checkpoint import find_last_good
 from raybert.config import UserError
+from raybert.evaluate import evaluate
+from raybert.plan import resolve_paths
 from raybert.recipe_file import dump_recipe
 from raybert.run import compress, finetune
 
@@ -129,6 +132,36 @@ def test_a_finished_run_is_not_trained_again(toy, tmp_path):
     finetune(recipe, tell=told.append)
     assert (tmp_path / "run" / "report.json").stat().st_mtime_ns == before
     assert any("finished already" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "passes"),
+    [
+        # The start and two epochs; what LoBERT ends with is what was evaluated last, or best.
+        ("lobert", "last", 3),
+        ("lobert", "best", 3),
+        ("q8bert", "best", 4),  # which makes integers of it first
+    ],
+)
+def test_a_model_that_was_evaluated_is_not_evaluated_again(
+    toy, teacher, tmp_path, monkeypatch, method, keep, passes
+):
+    evaluated: list[int] = []
+
+    def counted(model: Any, data: Any, *how: Any) -> dict[str, float]:
+        evaluated.append(1)
+        return evaluate(model, data, *how)
+
+    monkeypatch.setattr("raybert.train.evaluate", counted)
+    keys = {"method": [method], "train": {"keep": keep, "lr": 1e-2}}
+    recipe = resolve_paths(toy(tmp_path / "run", teacher=str(teacher), **keys))
+    run = compress(recipe, **QUIET)
+    report = json.loads((run / "report.json").read_text())
+    assert len(evaluated) == passes + 1, "the teacher is evaluated too"
+    assert report["student"]["metrics"] == evaluate_model(run, recipe)["metrics"]
+    scores = [line["accuracy"] for line in lines(run, "eval")[1:]]
+    if method == "lobert":
+        assert report["student"]["score"] == (max(scores) if keep == "best" else scores[-1])
 
 
 def test_accumulation_gives_the_losses_of_one_pass(toy, teacher, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -27,14 +28,16 @@ from raybert.objectives import front, in_trials, parse_objectives
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
 from raybert.results import build, latency_ms
-from raybert.search import write_answer
+from raybert.search import run_search, write_answer
 from raybert.search_plan import Settings, check_place, describe, make_search
 from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
 from raybert.space import make_space
 from raybert.steering import make_scheduler, remember
-from raybert.tuning import Ending
+from raybert.trial import Work
+from raybert.tuning import HEAD, Ending, Runner, part_of_head
 
+GB = 1_000_000_000
 METRICS = ("accuracy", "f1")
 SCORE_BYTES = parse_objectives("score,bytes", METRICS)
 BASE = recipe_from({"teacher": "teacher", "method": ["lobert"], "task": "demo"})
@@ -119,10 +122,16 @@ def test_the_front_is_what_no_other_beats():
         ({"workers": 2}, [(8, 0)], {"trials": 2}, Shares(2, 0, 2)),
         ({"workers": 3, "resources": {"cpus": 2}}, [(4, 0)] * 2, {"trials": 9}, Shares(2, 0, 1)),
         ({}, [(3, 0), (3, 0)], {"trials": 1}, Shares(3, 0, 1)),
-        ({}, [(8, 1)], {"trials": 9, "gpu": 0.25}, Shares(1, 0.25, 4)),
-        ({"workers": 2}, [(8, 4)], {"trials": 9, "gpu": 0.25}, Shares(1, 1, 2)),
+        ({}, [(8, 1)], {"trials": 9, "gpu": 0.25}, Shares(2, 0.25, 4)),
+        ({"resources": {"cpus": 1}}, [(8, 1)], {"trials": 9, "gpu": 0.5}, Shares(1, 0.5, 2)),
+        ({"workers": 2}, [(8, 4)], {"trials": 9, "gpu": 0.25}, Shares(2, 1, 2)),
         ({"resources": {"gpu": False}}, [(8, 1)], {"trials": 8}, Shares(1, 0, 8)),
-        ({}, [(8, 0)], {"trials": 8, "memory": 4, "free": 13}, Shares(1, 0, 3)),
+        ({}, [(8, 0)], {"trials": 8, "memory": 4 * GB, "free": 15 * GB}, Shares(2, 0, 3)),
+        ({}, [(8, 0)], {"trials": 8, "memory": 4 * GB, "free": 10 * GB}, Shares(4, 0, 2)),
+        ({}, [(8, 0)], {"trials": 8, "memory": 4 * GB, "free": 2 * GB}, Shares(8, 0, 1)),
+        # Each process takes its libraries too, one that watches several workers among them.
+        ({}, [(8, 0)], {"trials": 8, "memory": GB, "free": 6 * GB}, Shares(2, 0, 3)),
+        ({"workers": 2}, [(8, 0)], {"trials": 8, "memory": GB, "free": 8 * GB}, Shares(4, 0, 1)),
     ],
 )  # fmt: skip
 def test_all_trials_that_start_find_room(keys, nodes, asked, wanted):
@@ -137,11 +146,40 @@ def test_all_trials_that_start_find_room(keys, nodes, asked, wanted):
         ({"resources": {"gpu": True}}, [(4, 0)], {}, "1 GPU fits nowhere.*resources.gpu=false"),
         ({"workers": 2}, [(8, 0)], {"concurrent": 5}, "5 trials at once.*at most --concurrent 4"),
         ({}, [(8, 1)], {"gpu": 2.0}, "share of a GPU is 2"),
+        (
+            {},
+            [(8, 0)],
+            {"concurrent": 4, "memory": 4 * GB, "free": 10 * GB},
+            r"9\.3 GiB for trials of 4\.4 GiB.*at most --concurrent 2, a smaller train\.batch_size",
+        ),
     ],
 )
 def test_what_would_wait_for_ever_is_refused(keys, nodes, asked, message):
     with pytest.raises(UserError, match=message):
         share_out(recipe_from({"teacher": "t", **keys}), nodes, **{"trials": 8, **asked})
+
+
+@pytest.mark.parametrize(
+    ("keys", "hands_over", "wanted"),
+    [
+        ({}, False, {"CPU": 2, "GPU": 0.5}),
+        ({}, True, [{"CPU": 2, "GPU": 0.5}, {HEAD: 0.2857}]),
+        ({"workers": 2}, True, {"CPU": 0, HEAD: 0.2857}),
+    ],
+)
+def test_a_trial_takes_its_own_share_and_no_more(tmp_path, keys, hands_over, wanted):
+    """A population of three on ten machines of two CPUs: none has the CPUs of three."""
+    recipe = recipe_from({"teacher": "t", **keys})
+    work = Work(recipe, tmp_path, SCORE_BYTES, 2, 0.5, hands_over, (), {}, None)
+    how = {"retries": 0, "deadline": 0.0, "last_start": 0.0, "loggers": [], "tell": print}
+    taken = Runner(work, Shares(2, 0.5, 3), Ledger(tmp_path), **how).resources()
+    assert (taken if isinstance(taken, dict) else taken.bundles) == wanted
+
+
+@pytest.mark.parametrize("concurrent", [1, 2, 3, 10, 16, 45, 99])
+def test_as_many_trials_as_are_wanted_find_a_part_of_the_head(concurrent):
+    units = round(10_000 * part_of_head(concurrent))  # as Ray counts them
+    assert concurrent * units <= 10_000 < (concurrent + 1) * units
 
 
 # -- drawing ---------------------------------------------------------------------------------------
@@ -294,6 +332,23 @@ def test_asha_remembers_trials_of_before_and_spares_the_front():
     assert decision(only_score, 0.65, 50.0) == "STOP"
     assert decision(SCORE_BYTES, 0.65, 75.0) == "CONTINUE", "no smaller one is as good"
     assert decision(SCORE_BYTES, 0.65, 85.0) == "STOP", "a smaller one is better"
+
+
+def test_asha_remembers_what_trials_of_before_had_spent_on_the_way():
+    """Not what they had spent at their ends, by which every trial that runs would be cheaper."""
+    objectives = parse_objectives("score,seconds", METRICS)
+    before = [
+        Trial(n, {}, "finished", results={"seconds": 100.0}, curve=[[25.0, 0.9], [100.0, 0.9]],
+              points=[{"seconds": 20.0 + n}, {"seconds": 100.0}])
+        for n in range(4)
+    ]  # fmt: skip
+    scheduler = make_scheduler("asha", SPACE, objectives)
+    remember(scheduler, before)
+    for seconds, decision in ((50.0, "STOP"), (10.0, "CONTINUE")):
+        stub = SimpleTrial(f"of {seconds}")
+        scheduler.on_trial_add(None, stub)
+        result = {"percent": 25.0, "score": 0.6, "seconds": seconds}
+        assert scheduler.on_trial_result(None, stub, result) == decision
 
 
 def test_median_stopping_knows_no_score_of_a_failed_trial():
@@ -467,10 +522,10 @@ def folder(tmp_path: Path) -> Path:
     return out
 
 
-def answer(folder: Path, words: str = "score,bytes"):
+def answer(folder: Path, words: str = "score,bytes", **how):
     recipe = BASE.model_copy(update={"out": str(folder)})
     objectives = parse_objectives(words, METRICS)
-    return answer_of(recipe, SPACE, objectives, parse_loss("0.05"), 2, Ledger(folder))
+    return answer_of(recipe, SPACE, objectives, parse_loss("0.05"), 2, Ledger(folder), **how)
 
 
 def test_the_answer_is_written_for_people_and_programs(folder):
@@ -491,6 +546,7 @@ def test_the_answer_is_written_for_people_and_programs(folder):
     ]  # fmt: skip
     assert rows[0]["seeds"] == "2"
     assert float(rows[0]["mean_score"]) == pytest.approx(0.87)
+    assert [row["trial_seconds"] for row in rows] == ["10.0", "10.0", "0.0", "0.0", "0.0"]
     read = pq.read_table(folder / "trials.parquet").to_pylist()
     assert [row["bytes"] for row in read] == [300.0, 800.0, None, None, None]
     assert read[2]["reason"] == "it saves <nothing>."
@@ -512,6 +568,60 @@ def test_the_page_shows_recipes_under_the_mouse_and_loads_nothing(folder):
     assert not re.search(r"<script|<link|src=|https?://(?!www\.w3\.org)", page)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+def test_a_finalist_that_cannot_be_measured_leaves_the_answer_to_the_others(folder):
+    again = folder / "finalists" / "001-seed43"
+    shutil.copytree(folder / "trials" / "001", again)
+    Ledger(folder).write(Trial(1, {}, "finished", seed=43))
+    assert answer(folder).winner.trial.number == 0
+    found = answer(folder, failures={"000": "its graph <differs>."}, notes=["the grid is cut"])
+    write_answer(found)
+    assert found.winner.trial.number == 1
+    assert load_recipe(str(folder / "best.yaml")).method[0].model_dump()["share"] == 0.55
+    page = (folder / "report.html").read_text()
+    assert "Trial 000 could not be measured" in page
+    assert "its graph &lt;differs&gt;." in page
+    assert "The grid is cut." in page
+    assert "trial 000 could not be measured: its graph <differs>." in summary(found)
+    none = answer(folder, failures={"000": "why", "001": "why"})
+    assert none.winner.trial.number == 0, "none could be, so that all are judged as they are"
+
+
+def test_where_nothing_could_be_timed_flops_decide(folder):
+    for run, size in (("trials/000", 300), ("trials/001", 800), ("finalists/000-seed43", 300)):
+        write_run_report(folder / run, report_of(0.9, size))
+    found = answer(folder, "score,latency", failures={"000": "why"})
+    assert found.front == (0,)
+    assert "the least flops" in found.rule
+    write_answer(found)
+    assert (folder / "front" / "000.yaml").is_file()
+
+
+def test_a_search_that_could_not_measure_all_says_so_at_the_end(
+    toy, teacher, folder, monkeypatch, capsys
+):
+    """The answer is written, and the command's status is that of a failure."""
+    failed = {folder / "trials" / "000": "the graph does not compute what the model does."}
+    monkeypatch.setattr("raybert.search_plan.make_search", lambda *args: search)
+    monkeypatch.setattr("raybert.search._save_predictions", lambda *args: None)
+    monkeypatch.setattr("raybert.search._teacher_metrics", lambda *args: {})
+    monkeypatch.setattr("raybert.search._is_done", lambda *args: True)
+    monkeypatch.setattr("raybert.search.side_by_side.measure", lambda *args: failed)
+    monkeypatch.setattr("raybert.search.check_place", lambda *args: True)
+    search = replace(
+        search_of(toy, teacher, folder.parent / "s", loss="5%"),
+        recipe=BASE.model_copy(update={"out": str(folder), "teacher": str(teacher / "model")}),
+    )
+    assert main(["tune", "method=lobert", f"teacher={teacher}"]) == 1
+    assert "trial 000 could not be measured: the graph does not" in capsys.readouterr().out
+    assert (folder / "best.yaml").is_file()
+
+
+def test_what_a_trial_took_is_told_beside_the_objective_of_seconds(folder):
+    write_answer(answer(folder, "score,seconds"))
+    (row, *_) = csv.DictReader((folder / "trials.csv").open())
+    assert (row["seconds"], row["trial_seconds"]) == ("1.0", "10.0"), "of training, and of all"
 
 
 def test_runs_started_from_the_front_outlive_the_next_answer(folder):
@@ -600,12 +710,86 @@ def test_a_search_is_described_before_it_starts(toy, teacher, tmp_path):
         ({"objectives": "score,latency"}, r"measure\.batches is empty"),
         ({"objectives": "score,min:onnx.bytes"}, "tells no trial from another"),
         ({"scheduler": "pbt"}, "lobert settles its parameters"),
+        (
+            {"objectives": "score,min:student.bytes.total", "scheduler": "asha"},
+            "known only when a trial has ended, so that scheduler asha would stop",
+        ),
+        ({"gpu": 2.0}, "share of a GPU is 2"),
+        ({"gpu": 0.0}, "share of a GPU is 0"),
+        ({"trials": 999, "concurrent": 999}, "999 trials at once .* do not fit"),
+        ({"loggers": ("mlflow",)}, r"mlflow is not installed: pip install \"raybert\[mlflow\]\""),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(toy, teacher, tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
         search_of(toy, teacher, tmp_path / "s", **keys)
     assert not (tmp_path / "s").exists()
+
+
+def test_logging_where_nobody_is_logged_in_is_refused(toy, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("raybert.loggers.find_spec", lambda name: name)
+
+    def setup(self) -> None:
+        raise ValueError("No WandB API key found.")
+
+    monkeypatch.setattr("ray.air.integrations.wandb.wandb", object())
+    monkeypatch.setattr("ray.air.integrations.wandb.WandbLoggerCallback.setup", setup)
+    with pytest.raises(UserError, match="run `wandb login`, or set WANDB_API_KEY"):
+        search_of(toy, teacher, tmp_path / "s", loggers=("wandb",))
+
+
+def test_what_does_not_fit_a_cluster_is_told_before_the_teacher_is_trained(
+    toy, tmp_path, monkeypatch
+):
+    trained: list[str] = []
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    monkeypatch.setattr("raybert.search.ray_up", contextlib.nullcontext)
+    monkeypatch.setattr("raybert.search.finetune", lambda recipe, tell: trained.append(recipe.out))
+    monkeypatch.setattr("raybert.search_plan.machines", lambda: [(4, 0)])
+    recipe = toy(tmp_path / "s", method=["lobert"])
+    search = make_search(recipe, AXES, Settings(concurrent=5))  # which knows no cluster yet
+    with pytest.raises(UserError, match=r"5 trials at once .* at most --concurrent 4"):
+        run_search(search, tell=trained.append)
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "noted"),
+    [
+        ({"algorithm": "grid", "trials": 5}, ["6 points, of which the first 5 .*--trials 6 tries"]),
+        ({"algorithm": "random", "trials": 2}, ["3 points, of which the first 2"]),
+        ({"algorithm": "grid", "trials": 6}, []),
+    ],
+)
+def test_a_grid_that_is_cut_says_so_before_it_starts(toy, teacher, tmp_path, settings, noted):
+    axes = {
+        "train.lr": ray_tune.grid_search([1e-4, 2e-4, 3e-4]),
+        "kd.cls": ray_tune.choice([0.0, 1.0]),
+    }
+    search = search_of(toy, teacher, tmp_path / "s", axes, **settings)
+    assert len(search.notes) == len(noted)
+    for text, pattern in zip(search.notes, noted, strict=True):
+        assert re.search(pattern, text)
+        assert f"note      {text}" in describe(search)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "train", "notes"),
+    [
+        ("asha", {"epochs": 1}, 1),
+        ("median", {"epochs": 2, "eval_every": 999}, 1),
+        ("asha", {"epochs": 1, "eval_every": 2}, 0),
+        ("asha", {"epochs": 2}, 0),
+        ("none", {"epochs": 1}, 0),
+    ],
+)
+def test_early_stopping_that_can_stop_nothing_says_so(
+    toy, teacher, tmp_path, scheduler, train, notes
+):
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], train=train)
+    search = make_search(recipe, AXES, Settings(scheduler=scheduler))
+    assert len(search.notes) == notes
+    assert all("can stop nothing" in text for text in search.notes)
 
 
 def test_a_range_of_workers_is_refused(toy, teacher, tmp_path):
