@@ -24,7 +24,7 @@ from raybert import parity
 from raybert.cli import main
 from raybert.config import UserError
 from raybert.export import export
-from raybert.int8 import Int8Linear, Scheme
+from raybert.int8 import Int8Linear, Scheme, backend, may_saturate
 from raybert.models import HEADS, load, write_probe
 from raybert.onnx_first import keep_first
 from raybert.onnx_trace import input_names, to_onnx, trace, translate
@@ -58,8 +58,18 @@ def padded(model: Any, batch: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def session(graph: Any) -> Any:
+    """Without products that the processor cuts off, as those do that lack VNNI instructions."""
+    options = onnxruntime.SessionOptions()
+    arrays = [onnx.numpy_helper.to_array(tensor) for tensor in graph.graph.initializer]
+    matrices = [torch.from_numpy(a).T for a in arrays if a.dtype == np.int8 and a.ndim == 2]
+    if backend() == "float" and any(may_saturate(matrix) for matrix in matrices):
+        if any(node.domain for node in graph.graph.node):
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        else:  # ONNX Runtime cannot do both here; as it is written, the graph multiplies floats
+            level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.graph_optimization_level = level
     return onnxruntime.InferenceSession(
-        graph.SerializeToString(), providers=["CPUExecutionProvider"]
+        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
 
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/tune_overhead.py
 
-The teacher and its predictions are there before the clock starts; what counts is everything else
-from the start of `tune` to its answer: starting Ray, importing torch, planning, loading,
-evaluating, saving and measuring models, drawing the page.
+The teacher is there before the clock starts; what counts is everything from the start of `tune` to
+its answer: the teacher's predictions, starting Ray, importing torch, planning, loading, evaluating,
+saving and measuring models, drawing the page.
 """
 
 from __future__ import annotations

@@ -317,7 +317,9 @@ def kinds_of(graph: Any) -> dict[str, int]:
     ("family", "shared"), [("bert", False), ("roberta", True), ("distilbert", False)]
 )
 def test_nothing_is_computed_in_floats_between_products(family, shared):
-    model = settled([{**MATRIX, "shared": shared}, INTEGER], family)
+    # ONNX Runtime's way around products that are cut off does not know of shared weights.
+    integer = {**INTEGER, "weight_bits": 7 if shared else 8}
+    model = settled([{**MATRIX, "shared": shared}, integer], family)
     graph = to_onnx(model)
     types, nodes = kinds_of(graph), between(graph)
     users: dict[str, list[Any]] = {}
