@@ -46,7 +46,9 @@ def scored(run: Path, root: Path) -> dict[str, Any]:
     metrics = report.onnx.metrics if report.onnx else None
     student = metrics[report.metric] if metrics else report.student.score
     goal = report.teacher.score
+    last = recipe.method[-1]
     return {
+        "bits": [getattr(last, "weight_bits", None), getattr(last, "activation_bits", None)],
         "task": report.task,
         "metric": report.metric,
         "seed": report.seed,
@@ -71,8 +73,9 @@ def main() -> None:
     figures = []
     for task, found in by_task.items():
         seeds = f"{len(found)} seeds" if len(found) > 1 else "1 seed"
+        weights, activations = found[0]["bits"]
         for key, what, limit in (
-            ("retained", "q8bert, 8 bits", 98.0),
+            ("retained", f"q8bert, {weights}-bit weights, {activations}-bit activations", 98.0),
             ("post_training_retained", "ONNX Runtime's dynamic quantisation", None),
         ):
             mean = 100 * statistics.mean(row[key] for row in found)

@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--name", default="quality", help="table: quality, or a comparison within a method"
     )
+    parser.add_argument("--told", help="what tells these runs from others of their chain")
     parser.add_argument("--add", action="store_true", help="keep what the file has, add seeds")
     return parser.parse_args()
 
@@ -286,6 +287,8 @@ def main() -> None:
     file = RESULTS / f"{args.name}.json"
     runs, commands = read_all(args.runs)
     groups = [entry(group, commands) for group in group_runs(runs)]
+    if args.told:
+        groups = [{**group, "label": f"{group['label']} ({args.told})"} for group in groups]
     if args.add:
         groups = added(json.loads(file.read_text(encoding="utf-8"))["groups"], groups)
     named = "" if args.name == "quality" else f"--name {args.name} "
