@@ -83,7 +83,7 @@ class LoBERT(MethodConfig):
         gt=0,
         lt=1,
         description="Ranks from the share of the encoder layers' parameters to be kept at most; "
-        "on matrices wide enough multiples of 8, which are computed faster.",
+        "on matrices wide enough multiples of 16, which are computed faster.",
     )
     energy: float | None = Field(
         default=None,

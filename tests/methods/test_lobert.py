@@ -443,24 +443,24 @@ def test_an_even_share_spreads_over_the_modes():
     assert 0 <= budget - spent < 8 * 12 * 3 * 2 * 768
 
 
-def test_chosen_ranks_are_multiples_of_8_where_matrices_are_wide():
-    assert ranks_to(15) == list(range(1, 16))
-    assert ranks_to(70) == [1, 2, 3, 4, 5, 6, 7, 8, 16, 24, 32, 40, 48, 56, 64]
+def test_chosen_ranks_are_multiples_of_16_where_matrices_are_wide():
+    assert ranks_to(127) == list(range(1, 128))
+    assert ranks_to(150) == [*range(1, 16), 16, 32, 48, 64, 80, 96, 112, 128, 144]
     shape = Shape.of(BertConfig())
     modes: Any = [ATTENTION["self_tucker_layer"], FFN["ffn_svd"]]
     found: Any = even_ranks(shape, modes, sum(mode.dense(shape) for mode in modes) // 2)
     attention, ffn = found
-    assert attention[1] % 8 == attention[2] % 8 == ffn % 8 == 0
-    falling = torch.linspace(1, 0, 200, dtype=torch.float64)
-    spectra = {"flat": torch.ones(200, dtype=torch.float64), "steep": falling**8}
-    sizes = dict.fromkeys(spectra, (200, 200))
+    assert attention[1] % 16 == attention[2] % 16 == ffn % 16 == 0
+    falling = torch.linspace(1, 0, 300, dtype=torch.float64)
+    spectra = {"flat": torch.ones(300, dtype=torch.float64), "steep": falling**8}
+    sizes = dict.fromkeys(spectra, (300, 300))
     exact = int((falling.pow(8).cumsum(0) / falling.pow(8).sum() < 0.9).sum()) + 1
     ranks = ranks_by_energy(spectra, sizes, 0.9)
-    assert ranks == {"flat": 0, "steep": -(-exact // 8) * 8}
-    assert exact % 8
-    spent = spend(spectra, sizes, 400 * 60)
-    assert all(rank % 8 == 0 for rank in spent.values())
-    assert 400 * 52 < 400 * sum(spent.values()) <= 400 * 60
+    assert ranks == {"flat": 0, "steep": -(-exact // 16) * 16}
+    assert exact % 16
+    spent = spend(spectra, sizes, 600 * 64)
+    assert all(rank % 16 == 0 for rank in spent.values())
+    assert 600 * 48 < 600 * sum(spent.values()) <= 600 * 64
 
 
 def test_a_share_out_of_reach_names_what_can_be_had():
