@@ -89,16 +89,7 @@ def assemble(
     try:
         _place_model(final, recipe, model_card(report, dump_recipe(recipe), plain=plain))
         if recipe.export:
-            try:
-                export(
-                    recipe.folder, recipe, against=teacher, time=timed, overwrite=True, tell=tell
-                )
-            except UserError as error:
-                write_run_report(recipe.folder, report)
-                raise UserError(
-                    f"the model is finished and its report written, but it is not exported: {error}"
-                ) from None
-            report = with_export(report, read_export(recipe.folder / "onnx"))
+            report = _exported(report, recipe, teacher, timed, tell)
         write_run_report(recipe.folder, report)
     except OSError as error:
         raise UserError(
@@ -106,6 +97,24 @@ def assemble(
             "start the same command again; nothing is trained twice."
         ) from None
     return report
+
+
+def _exported(
+    report: RunReport,
+    recipe: Recipe,
+    teacher: str | None,
+    timed: bool,
+    tell: Callable[[str], None],
+) -> RunReport:
+    """The report with what the exported graph adds; where there is none, it is written without."""
+    try:
+        export(recipe.folder, recipe, against=teacher, time=timed, overwrite=True, tell=tell)
+    except UserError as error:
+        write_run_report(recipe.folder, report)
+        raise UserError(
+            f"the model is finished and its report written, but it is not exported: {error}"
+        ) from None
+    return with_export(report, read_export(recipe.folder / "onnx"))
 
 
 def add_export(folder: Path) -> None:

@@ -108,9 +108,14 @@ class Range(nn.Module):
             self.seen.copy_(torch.maximum(self.seen, now))
         return now
 
-    def start(self, reach: Tensor) -> None:
-        """Let the moving average start from a reach [2]."""
-        self.ema.copy_(reach if self.asymmetric else reach.max())
+    def start(self, size: Tensor) -> None:
+        """Let the moving average start from how far values went: a reach [2], or a magnitude."""
+        self.ema.copy_(size if self.asymmetric else size.max())
+
+    @property
+    def average(self) -> Grid:
+        """The grid of the moving average, which the finished model keeps."""
+        return self.grid_of(self.ema)
 
     def grid(self, x: Tensor) -> Grid:
         """The grid; that of ``x`` itself while there is no average."""
@@ -212,12 +217,12 @@ class FakeQuantLinear(nn.Module):
             new = Int8Linear(columns, rows, scheme, bias is not None)
             new.fill(self.weight, scale)
         if scheme.inputs == "static":
-            grid = self.incoming.grid_of(self.incoming.ema)
+            grid = self.incoming.average
             new.input_scale = grid.scale
             if scheme.asymmetric:
                 new.input_zero = grid.zero
             if scheme.requantise:
-                new.output_scale = self.output_range.grid_of(self.output_range.ema).scale
+                new.output_scale = self.output_range.average.scale
         if bias is not None:
             new.fill_bias(bias, scale)
         return new

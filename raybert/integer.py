@@ -143,8 +143,8 @@ class FakeQuantProduct(nn.Module):
     def finished(self) -> Int8Product:
         """The product of integers."""
         new = Int8Product(self.left_range.unsigned)
-        new.left_scale = self.left_range.grid_of(self.left_range.ema).scale
-        new.right_scale = self.right_range.grid_of(self.right_range.ema).scale
+        new.left_scale = self.left_range.average.scale
+        new.right_scale = self.right_range.average.scale
         return new
 
 
@@ -209,8 +209,8 @@ class FakeQuantNorm(AffineNorm):
         rows = row_scales(factor.unsqueeze(1), 8, True)
         new = Int8Norm(len(factor))
         new.fill(factor.unsqueeze(1), rows)
-        new.input_scale = self.input_range.grid_of(self.input_range.ema).scale
-        new.output_scale = self.output_range.grid_of(self.output_range.ema).scale
+        new.input_scale = self.input_range.average.scale
+        new.output_scale = self.output_range.average.scale
         new.bias = bias_levels(shift, new.input_scale * rows)
         return new
 
