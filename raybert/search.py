@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from raybert.search_plan import (
     make_search,
     plan_of,
     shares_of,
+    unused_gpu,
 )
 from raybert.search_results import Answer, answer_of, write_tables
 from raybert.space import Space, apply
@@ -94,7 +95,8 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
     goes_on = check_place(search)
     if "RAY_ADDRESS" in os.environ and not (goes_on or search.recipe.resources.wait):
         with ray_up():  # what does not fit the cluster is told before anything is trained
-            shares_of(search)
+            shares = shares_of(search)
+        search = replace(search, notes=search.notes + unused_gpu(search.settings, shares))
     tell(f"{'continuing' if goes_on else 'searching'} {search.folder}")
     search.folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(search.settings)))  # without tuples
@@ -165,10 +167,7 @@ def _train(
     repeats = settings.finalists > 0 and settings.seeds > 1
     with ray_up(dashboard=recipe.workers > 1):
         shares = shares_of(search)
-        tell(
-            f"{shares.concurrent} trials at once, {recipe.workers} worker(s) of {shares.cpus} "
-            f"CPU(s){f' and {shares.gpu:g} GPU' if shares.gpu else ''} each"
-        )
+        tell(shares.text(recipe.workers))
         objectives = in_trials(search.objectives)
         work = Work(
             portable(recipe),

@@ -227,9 +227,9 @@ def make_search(
         place = str(teacher.folder / "model")
         recipe = recipe.model_copy(update={"model": None, "teacher": place})
     search = Search(recipe, space, settings, objectives, loss, teacher, looked, tuple(notes))
-    if "RAY_ADDRESS" not in os.environ:  # what a cluster has is known when it is connected to
-        shares_of(search)
-    return search
+    if "RAY_ADDRESS" in os.environ:  # what a cluster has is known when it is connected to
+        return search
+    return replace(search, notes=search.notes + unused_gpu(settings, shares_of(search)))
 
 
 def shares_of(search: Search) -> Shares:
@@ -248,6 +248,13 @@ def shares_of(search: Search) -> Shares:
         memory=max(plan.memory for plan in search.plans),
         free=free,
     )
+
+
+def unused_gpu(settings: Settings, shares: Shares) -> tuple[str, ...]:
+    """That a share of a GPU was asked for, and trials have none to share."""
+    if settings.gpu == Settings.gpu or shares.gpu:
+        return ()
+    return (f"--gpu {settings.gpu:g} has no effect: trials run on CPUs here",)
 
 
 def _cut_grid(source: Source, settings: Settings) -> list[str]:
@@ -356,6 +363,10 @@ def describe(search: Search) -> str:
     )
     again = f"{settings.finalists} finalists with {settings.seeds} seeds"
     lines.append(f"          {again if settings.finalists else 'no finalists'}")
+    if "RAY_ADDRESS" in os.environ:
+        lines.append("shares    of the cluster, told when the search connects to it")
+    else:
+        lines.append(f"shares    {shares_of(search).text(search.recipe.workers)}")
     lines += [f"note      {text}" for text in search.notes]
     for number, sample in enumerate(search.samples):
         lines.append(f"sample {number}  {sample_text(sample.values)}")

@@ -25,6 +25,13 @@ class Shares:
     gpu: float
     concurrent: int
 
+    def text(self, workers: int) -> str:
+        """How many trials of so many workers run at once, and what each has."""
+        gpu = f" and {self.gpu:g} GPU" if self.gpu else ""
+        return (
+            f"{self.concurrent} trials at once, {workers} worker(s) of {self.cpus} CPU(s){gpu} each"
+        )
+
 
 def share_out(
     recipe: Recipe,

@@ -51,6 +51,9 @@ class Group:
     prefix: int = 0
 
 
+_FIRST = np.zeros(1, int)
+
+
 def plan(keep: np.ndarray, tokens: int, unit: int, *, slices: bool) -> list[Group]:
     """Put the samples of a batch into groups, by what their products and gathers would cost.
 
@@ -66,11 +69,11 @@ def plan(keep: np.ndarray, tokens: int, unit: int, *, slices: bool) -> list[Grou
     """
     units, call = keep.shape[1], CALL / unit
     extra = call if slices else math.inf
-    if len(keep) == 1:
-        kept = int(keep.sum())
-        if kept * (GATHER + tokens) < units * tokens:
-            return [_gathering(keep, [0], keep[0], tokens, extra)]
-        return [Group(np.zeros(1, int), None, kept == units)]
+    if len(keep) == 1:  # where each microsecond tells
+        found = np.flatnonzero(keep[0])
+        if len(found) * (GATHER + tokens) < units * tokens:
+            return [Group(_FIRST, found, True, _prefix(found, tokens, extra))]
+        return [Group(_FIRST, None, len(found) == units)]
     order = np.argsort(-keep.sum(1), kind="stable")
     unions = np.zeros((0, units), dtype=bool)
     members: list[list[int]] = []
@@ -105,13 +108,21 @@ def plan(keep: np.ndarray, tokens: int, unit: int, *, slices: bool) -> list[Grou
 def _gathering(
     keep: np.ndarray, rows: list[int], union: np.ndarray, tokens: int, extra: float
 ) -> Group:
-    """Some samples' group, with the prefix that saves most if it saves more than ``extra``."""
-    found, here = np.flatnonzero(union), tokens * len(rows)
-    prefix = 0
-    gain = np.arange(1, len(found) + 1) * (GATHER + here) - (found + 1) * here
-    if len(found) and gain.max() > extra:
-        prefix = int(found[gain.argmax()]) + 1
+    """Some samples' group: of the units that any of them keeps."""
+    found = np.flatnonzero(union)
+    prefix = _prefix(found, tokens * len(rows), extra)
     return Group(np.array(rows), found, bool((keep[rows] == union).all()), prefix)
+
+
+def _prefix(found: np.ndarray, tokens: int, extra: float) -> int:
+    """The prefix that saves most, if it saves more than ``extra``: of the units in it that are kept
+    the gathering, at the price of computing those that are not."""
+    if len(found) * GATHER <= extra:  # none could
+        return 0
+    count = np.arange(len(found))
+    gain = (count + 1) * GATHER - (found - count) * tokens
+    best = int(gain.argmax())
+    return int(found[best]) + 1 if gain[best] > extra else 0
 
 
 class _Scratch(threading.local):
@@ -271,10 +282,9 @@ class Gated(nn.Module):
     ) -> tuple[Tensor, Any]:
         if group.units is None:
             return self._part(hidden, mask, None, None if group.exact else keep, **kwargs)
-        prefix = group.prefix
-        inside = int(np.searchsorted(group.units, prefix))
-        out = None
+        prefix, inside, out = group.prefix, 0, None
         if prefix:
+            inside = int(np.searchsorted(group.units, prefix))
             all_kept = group.exact and inside == prefix
             part = self._part(hidden, mask, prefix, None if all_kept else keep[:, :prefix])
             if inside == len(group.units):

@@ -29,7 +29,7 @@ from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
 from raybert.results import build, latency_ms
 from raybert.search import run_search, write_answer
-from raybert.search_plan import Settings, check_place, describe, make_search
+from raybert.search_plan import Settings, check_place, describe, make_search, shares_of
 from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
 from raybert.space import make_space
@@ -693,7 +693,23 @@ def test_a_search_is_described_before_it_starts(toy, teacher, tmp_path):
     assert "max score, min latency" in text
     assert text.count("M parameters") == len(search.plans)
     assert search.settings.algorithm == "optuna"
+    shares = shares_of(search)
+    assert f"shares    {shares.concurrent} trials at once, 1 worker(s) of {shares.cpus}" in text
     assert not (tmp_path / "s").exists()
+
+
+def test_a_description_leaves_a_clusters_shares_open(toy, teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    assert "shares    of the cluster" in describe(search_of(toy, teacher, tmp_path / "s"))
+
+
+def test_a_share_of_a_gpu_that_nobody_has_is_noted(toy, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("raybert.search_plan.machines", lambda: [(4, 0)])
+    assert search_of(toy, teacher, tmp_path / "s").notes == ()
+    unused = search_of(toy, teacher, tmp_path / "s", gpu=0.5)
+    assert unused.notes == ("--gpu 0.5 has no effect: trials run on CPUs here",)
+    monkeypatch.setattr("raybert.search_plan.machines", lambda: [(4, 1)])
+    assert search_of(toy, teacher, tmp_path / "s", gpu=0.5).notes == ()
 
 
 @pytest.mark.parametrize(
