@@ -23,7 +23,8 @@ from raybert.compressed import finished, longest_input
 from raybert.config import Recipe, UserError
 from raybert.data import TaskData, prepare
 from raybert.folders import whole
-from raybert.int8 import Int8Linear, may_saturate
+from raybert.grid import may_saturate
+from raybert.int8 import Int8Linear
 from raybert.latency import latency, speedups
 from raybert.models import PROBE, check_head, load, load_tokenizer, model_folder, read_config
 from raybert.parity import OnnxModel, logit_parity, metric_parity, probe_batches, real_batches

@@ -14,13 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybert.int8 import (
+from raybert.grid import (
     BIAS_LIMIT,
     Grid,
-    Int8Embedding,
-    Int8Linear,
-    Scheme,
-    TiedInt8Linear,
     asymmetric_grid,
     column,
     largest,
@@ -30,6 +26,7 @@ from raybert.int8 import (
     to_levels,
     weight_scale_of,
 )
+from raybert.int8 import Int8Embedding, Int8Linear, Scheme, TiedInt8Linear
 
 
 class Levels(torch.autograd.Function):

@@ -1,11 +1,4 @@
-"""Integer arithmetic: symmetric quantisation, the int8 matrix product, and the modules of a
-quantised model.
-
-A number x stands for the integer ``round(x / scale)`` (half to even), the scale being the largest
-magnitude over the largest level. Weights use the levels -(2^(b-1) - 1) ... 2^(b-1) - 1. Activations
-have one level more, down to -2^(b-1): with 128 added, 8 bits of them are exactly the unsigned bytes
-that kernels such as ONNX Runtime's multiply by signed weights. Asymmetric ones are the levels
--z ... 2^b - 1 - z of a zero point z, which is added instead (Jacob et al., CVPR 2018, eq. 1).
+"""Integer arithmetic: the int8 matrix product, and the modules of a quantised model.
 
 The modules here only compute; training with quantisation in mind is ``raybert.methods.q8bert``'s.
 """
@@ -15,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,132 +16,22 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from raybert.config import UserError
-
-FLOOR = 1e-4
-"""Smallest magnitude that a scale is made for. What is smaller everywhere (a row of zeros, say) is
-nothing beside its neighbours, and a bias at the scale of their product would leave int32."""
-
-BIAS_LIMIT = 2.0**31 - 128
-"""The largest float32 that an int32 can hold."""
+from raybert.grid import (
+    Grid,
+    bias_levels,
+    column,
+    largest,
+    levels,
+    pack,
+    scale_of,
+    to_levels,
+    unpack,
+    width_of,
+)
 
 BLOCK_ROWS = 128
 """Rows, for each thread, that a CPU quantises at a time, so that what lies between stays in cache;
 1.3 to 2 times faster at 1024 x 1536."""
-
-
-# -- quantisation ----------------------------------------------------------------------------------
-
-
-def scale_of(magnitude: Tensor, bits: int, unsigned: bool = False) -> Tensor:
-    """The scale, of the same shape, at which a magnitude is the highest level."""
-    return magnitude.float().clamp(min=FLOOR) / levels(bits, unsigned)[1]
-
-
-def levels(bits: int, unsigned: bool = False) -> tuple[int, int]:
-    """The lowest and highest level of an activation; ``unsigned``: of one that is never below 0."""
-    return (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
-class Grid(NamedTuple):
-    """The numbers ``scale * level`` for whole levels from ``low`` to ``high``, 0 among them.
-
-    All are float32 scalars, or plain numbers.
-    """
-
-    scale: Tensor
-    low: Any
-    high: Any
-
-    @property
-    def zero(self) -> Any:
-        """The zero point: the byte that stands for level 0, ``low`` being byte 0."""
-        return -self.low
-
-
-def asymmetric_grid(reach: Tensor, bits: int) -> Grid:
-    """The grid whose ends are the nearest to a range's.
-
-    Args:
-        reach: [2], how far values go below 0 and above it, neither negative.
-        bits: of a level.
-    """
-    most = 2**bits - 1
-    scale = reach.sum().float().clamp(min=FLOOR) / most
-    zero = (reach[0] / scale).round()
-    return Grid(scale, -zero, most - zero)
-
-
-def to_levels(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
-    """The levels nearest to ``x / scale``, half to even and cut off at the ends: whole numbers in
-    float32, of ``x``'s shape."""
-    return (x.float() / scale).round_().clamp_(low, high)
-
-
-def reach_of(x: Tensor) -> Tensor:
-    """How far values of any shape go below 0 and above it: float32 [2]."""
-    return torch.stack([-x.amin(), x.amax()]).float().clamp(min=0)
-
-
-def largest(x: Tensor, dim: int | None = None) -> Tensor:
-    """The largest magnitude, a scalar, or that along one dimension."""
-    # Two reductions, where abs() would write all of x down again.
-    over = () if dim is None else dim
-    return torch.maximum(x.amax(over), -x.amin(over))
-
-
-def weight_scale_of(weight: Tensor, bits: int, per_row: bool) -> Tensor:
-    """The scale [1] of a matrix [N, K], or the scales [N] of its rows."""
-    size = largest(weight.detach(), 1 if per_row else None)
-    return scale_of(size if per_row else size.reshape(1), bits)
-
-
-def bias_levels(bias: Tensor, scale: Tensor) -> Tensor:
-    """A bias [N] as int32, at the scale of the product that it is added to."""
-    return to_levels(bias.detach(), scale, -BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
-
-
-def column(scale: Tensor) -> Tensor:
-    """A scale [1] or [N] as it multiplies the rows of a matrix: [1, 1] or [N, 1]."""
-    return scale.unsqueeze(-1)
-
-
-def may_saturate(weight: Tensor) -> bool:
-    """Whether two neighbours of a row of int8 [N, K], multiplied by unsigned bytes and added, can
-    leave 16 bits: instructions before VNNI (``vpmaddubsw``) then cut the sum off. 7 bits cannot."""
-    pairs = F.pad(weight.to(torch.int16), (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
-    furthest = torch.stack([pairs.clamp(min=0).sum(-1), -pairs.clamp(max=0).sum(-1)]).amax()
-    return 255 * int(furthest) > 2**15 - 1
-
-
-def pack(values: Tensor, bits: int) -> Tensor:
-    """Put several integers into each byte.
-
-    Args:
-        values: int8 [N, K], each of ``bits`` bits.
-        bits: 2 (four integers a byte), 3 or 4 (two).
-
-    Returns:
-        uint8 [N, ceil(K / integers a byte)]; the first integer is in the lowest bits.
-    """
-    width = _width(bits)
-    each = 8 // width
-    padded = F.pad(values.to(torch.int16) + 2 ** (width - 1), (0, -values.shape[-1] % each))
-    parts = padded.unflatten(-1, (-1, each))  # [N, bytes, each]
-    shifts = torch.arange(0, 8, width, dtype=torch.int16, device=values.device)
-    return (parts << shifts).sum(-1).to(torch.uint8)
-
-
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The int8 [..., columns] that `pack` made uint8 [..., bytes] of."""
-    width = _width(bits)
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-    parts = (packed.unsqueeze(-1) >> shifts) & (2**width - 1)  # [..., bytes, each]
-    return (parts.flatten(-2)[..., :columns].to(torch.int8)) - 2 ** (width - 1)
-
-
-def _width(bits: int) -> int:
-    """Bits that an integer takes up on disk: 2, 4 or 8."""
-    return 2 if bits == 2 else 4 if bits <= 4 else 8
 
 
 # -- the product -----------------------------------------------------------------------------------
@@ -336,7 +219,7 @@ class Quantised(Scaled):
     def __init__(self, rows: int, columns: int, bits: int, per_row: bool) -> None:
         super().__init__()
         self.rows, self.columns, self.bits = rows, columns, bits
-        width = _width(bits)
+        width = width_of(bits)
         held = -(-columns * width // 8)
         kind = torch.int8 if width == 8 else torch.uint8
         self.register_buffer("weight", torch.zeros(rows, held, dtype=kind))
@@ -353,12 +236,12 @@ class Quantised(Scaled):
             scale: [1] or [rows].
         """
         whole = torch.round(weight.detach() / column(scale)).to(torch.int8)
-        self.weight = whole if _width(self.bits) == 8 else pack(whole, self.bits)
+        self.weight = whole if width_of(self.bits) == 8 else pack(whole, self.bits)
         self.weight_scale = scale.detach().clone()
 
     def integers(self) -> Tensor:
         """The integers, int8 [rows, columns]; packed ones are unpacked once."""
-        if _width(self.bits) == 8:
+        if width_of(self.bits) == 8:
             return self.weight
         if torch.compiler.is_compiling() or self.weight.is_inference() or self.weight.is_meta:
             return unpack(self.weight, self.bits, self.columns)
@@ -401,7 +284,7 @@ class Int8Embedding(Quantised):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., columns]."""
         found = F.embedding(ids, self.weight)  # six times as fast as indexing
-        if _width(self.bits) < 8:
+        if width_of(self.bits) < 8:
             found = unpack(found, self.bits, self.columns)
         scale = self.weight_scale
         each = column(scale[ids]) if len(scale) > 1 else scale

@@ -31,16 +31,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from raybert.fake_quant import Range, nearest, weight_levels
-from raybert.int8 import (
-    BIAS_LIMIT,
-    Quantised,
-    Scaled,
-    bias_levels,
-    largest,
-    levels,
-    to_levels,
-)
-from raybert.int8 import weight_scale_of as row_scales
+from raybert.grid import BIAS_LIMIT, bias_levels, largest, levels, to_levels
+from raybert.grid import weight_scale_of as row_scales
+from raybert.int8 import Quantised, Scaled
 from raybert.power_norm import AffineNorm, PowerNorm
 from raybert.softmax_net import SoftmaxNet
 from raybert.surgery import encoder_layers, matrices, model_inputs, self_attention

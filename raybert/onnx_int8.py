@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from raybert.int8 import FLOOR
+from raybert.grid import FLOOR
 from raybert.onnx_graph import CONTRIB, Graph, Translation, dims_of
 
 SIGNED, UNSIGNED = np.uint8(128), np.uint8(0)

@@ -24,7 +24,8 @@ from raybert import parity
 from raybert.cli import main
 from raybert.config import UserError
 from raybert.export import export
-from raybert.int8 import Int8Linear, Scheme, backend, may_saturate
+from raybert.grid import may_saturate
+from raybert.int8 import Int8Linear, Scheme, backend
 from raybert.models import HEADS, load, write_probe
 from raybert.onnx_first import keep_first
 from raybert.onnx_trace import input_names, to_onnx, trace, translate

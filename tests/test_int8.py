@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from raybert import int8
+from raybert import grid, int8
 from raybert.config import UserError
 from raybert.int8 import Int8Embedding, Int8Linear, Scheme, TiedInt8Linear, linear_int8
 
@@ -152,13 +152,13 @@ def test_a_processor_whose_products_of_bytes_overflow_is_not_trusted():
 )
 def test_pairs_of_large_weights_may_saturate(row, may):
     weight = torch.tensor([[1] * len(row), row], dtype=torch.int8)
-    assert int8.may_saturate(weight) is may
+    assert grid.may_saturate(weight) is may
 
 
 def test_seven_bits_never_saturate():
     weight = torch.full((4, 6), 63, dtype=torch.int8)
-    assert not int8.may_saturate(weight)
-    assert not int8.may_saturate(-weight)
+    assert not grid.may_saturate(weight)
+    assert not grid.may_saturate(-weight)
 
 
 # -- packing ---------------------------------------------------------------------------------------
@@ -169,17 +169,17 @@ def test_seven_bits_never_saturate():
 def test_packed_integers_come_back(bits, each, columns):
     top = 2 ** (bits - 1)
     values = torch.arange(7 * columns).view(7, columns) % (2 * top) - top
-    packed = int8.pack(values.to(torch.int8), bits)
+    packed = grid.pack(values.to(torch.int8), bits)
     assert packed.dtype == torch.uint8
     assert packed.shape == (7, -(-columns // each))
-    again = int8.unpack(packed, bits, columns)
+    again = grid.unpack(packed, bits, columns)
     assert again.dtype == torch.int8
     assert torch.equal(again.long(), values)
 
 
 def test_the_first_of_packed_integers_is_in_the_lowest_bits():
-    assert int8.pack(torch.tensor([[-8, 7]], dtype=torch.int8), 4).tolist() == [[0xF0]]
-    assert int8.pack(torch.tensor([[-2, -1, 0, 1]], dtype=torch.int8), 2).tolist() == [[0xE4]]
+    assert grid.pack(torch.tensor([[-8, 7]], dtype=torch.int8), 4).tolist() == [[0xF0]]
+    assert grid.pack(torch.tensor([[-2, -1, 0, 1]], dtype=torch.int8), 2).tolist() == [[0xE4]]
 
 
 # -- modules ---------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def filled(scheme: Scheme, rows: int = 6, columns: int = 10) -> tuple[Int8Linear
     torch.manual_seed(0)
     weight = torch.randn(rows, columns)
     layer = Int8Linear(columns, rows, scheme)
-    scale = int8.weight_scale_of(weight, scheme.weight_bits, scheme.per_row)
+    scale = grid.weight_scale_of(weight, scheme.weight_bits, scheme.per_row)
     layer.fill(weight, scale)
     layer.fill_bias(torch.randn(rows), scale)
     return layer, weight
@@ -202,8 +202,8 @@ def test_a_layer_holds_its_weights_to_half_a_step(bits, per_row):
     values, scale = layer.matrix()
     assert values.abs().max() <= 2 ** (bits - 1) - 1
     assert len(scale) == (6 if per_row else 1)
-    error = (values * int8.column(scale) - weight).abs()
-    assert torch.all(error <= int8.column(scale) * 0.5001)
+    error = (values * grid.column(scale) - weight).abs()
+    assert torch.all(error <= grid.column(scale) * 0.5001)
     assert layer.weight.numel() == 6 * (10 if bits > 4 else 5 if bits > 2 else 3)
 
 
@@ -215,7 +215,7 @@ def test_unpacked_integers_follow_the_packed_ones():
     other.fill(torch.ones(6, 10), torch.ones(1))
     layer.load_state_dict(other.state_dict())
     assert torch.all(layer.integers() == 1)
-    layer.weight.copy_(int8.pack(torch.full((6, 10), -3, dtype=torch.int8), 4))
+    layer.weight.copy_(grid.pack(torch.full((6, 10), -3, dtype=torch.int8), 4))
     assert torch.all(layer.integers() == -3)
 
 
@@ -238,11 +238,11 @@ def test_scales_stay_float32_whatever_the_model_is_cast_to(inputs, dtype):
 def test_an_embedding_gives_rows_times_scale(bits, per_row):
     torch.manual_seed(0)
     weight = torch.randn(12, 7)
-    scale = int8.weight_scale_of(weight, bits, per_row)
+    scale = grid.weight_scale_of(weight, bits, per_row)
     table = Int8Embedding(12, 7, bits, per_row)
     table.fill(weight, scale)
     ids = torch.tensor([[0, 11, 5], [5, 5, 1]])
-    wanted = (torch.round(weight / int8.column(scale)) * int8.column(scale))[ids]
+    wanted = (torch.round(weight / grid.column(scale)) * grid.column(scale))[ids]
     assert torch.equal(table(ids), wanted)
 
 
@@ -262,9 +262,9 @@ def test_a_tied_layer_has_no_matrix_of_its_own():
 def test_rows_of_zeros_leave_the_bias_as_it_is():
     bias = torch.tensor([0.5, -2.0])
     layer = Int8Linear(4, 2, Scheme(per_row=True))
-    scale = int8.weight_scale_of(torch.zeros(2, 4), 8, per_row=True)
+    scale = grid.weight_scale_of(torch.zeros(2, 4), 8, per_row=True)
     layer.fill(torch.zeros(2, 4), scale)
-    layer.input_scale = int8.scale_of(torch.tensor(3.0), 8)
+    layer.input_scale = grid.scale_of(torch.tensor(3.0), 8)
     layer.fill_bias(bias, scale)
     assert torch.allclose(layer(torch.zeros(1, 4)), bias, atol=1e-6)
     assert torch.isfinite(linear_int8(torch.zeros(1, 4), layer.weight, scale, None, None)).all()

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from raybert.config import MethodConfig, UserError
 from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, Range
-from raybert.int8 import Inputs, Int8Embedding, Scheme, backend, largest, reach_of
+from raybert.grid import largest, reach_of
+from raybert.int8 import Inputs, Int8Embedding, Scheme, backend
 from raybert.integer import (
     FakeQuantNorm,
     FakeQuantProduct,

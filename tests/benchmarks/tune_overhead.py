@@ -1,4 +1,4 @@
-"""What a search costs beside training: eight short trials of one worker each.
+"""What a search costs beside training: eight trials of one worker each, short and less short.
 
     python tests/benchmarks/tune_overhead.py
 
@@ -9,6 +9,7 @@ saving and measuring models, drawing the page.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from common import Figure, encoder, options, publish
 
 
-def measure(args: Any, folder: Path) -> dict[str, Any]:
+def measure(args: Any, folder: Path, epochs: float) -> dict[str, Any]:
     """Seconds of a search, and those of its trials' optimiser steps."""
     from ray import tune as ray_tune
 
@@ -41,7 +42,7 @@ def measure(args: Any, folder: Path) -> dict[str, Any]:
             "teacher": str(teacher),
             "method": ["lobert"],
             "kd": {"alpha": 0.5},
-            "train": {**training, "epochs": args.epochs},
+            "train": {**training, "epochs": epochs},
             "measure": {"batches": []},
             "out": str(folder / "search"),
         }
@@ -57,25 +58,41 @@ def measure(args: Any, folder: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     finished = read_finished(Ledger(folder / "search"), folder / "search")
     steps = [entry.reports[0].training.seconds for entry in finished]
-    return {"seconds": round(seconds, 2), "steps": [round(s, 2) for s in steps], "trials": trials}
+    outside = 1 - sum(steps) / (seconds * min(args.concurrent, trials))
+    return {
+        "epochs": epochs,
+        "trials": trials,
+        "seconds": round(seconds, 2),
+        "steps": [round(s, 2) for s in steps],
+        "outside": round(100 * outside, 2),
+    }
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = options("what a search costs beside training")
-    parser.add_argument("--epochs", type=float, default=1.0, help="of each trial (default: 1)")
+    parser.add_argument(
+        "--epochs", type=float, nargs="+", default=[1.0, 4.0], help="of each trial (default: 1 4)"
+    )
     parser.add_argument("--concurrent", type=int, default=2, help="trials at once (default: 2)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
-        found = measure(args, Path(folder))
-    side_by_side = min(args.concurrent, found["trials"])
-    outside = 1 - sum(found["steps"]) / (found["seconds"] * side_by_side)
-    figures = [
-        Figure("time of the search outside training steps", 100 * outside, "%", 15.0),
-        Figure("the whole search", found["seconds"], "s"),
-    ]
-    title = f"A search of {found['trials']} trials, {side_by_side} at once"
-    publish(args, title, figures, {**found, "concurrent": side_by_side, "epochs": args.epochs})
+    searches = []
+    for epochs in args.epochs:
+        with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
+            searches.append(measure(args, Path(folder), epochs))
+    figures = []
+    for number, found in enumerate(searches):
+        long = statistics.median(found["steps"])
+        what = f"trials of {found['epochs']:g} epoch(s), {long:.0f} s of steps each"
+        limit = 15.0 if number == 0 else None
+        figures += [
+            Figure(f"{what}: time outside training steps", found["outside"], "%", limit),
+            Figure(f"{what}: the whole search", found["seconds"], "s"),
+        ]
+    trials = searches[0]["trials"]
+    side_by_side = min(args.concurrent, trials)
+    title = f"A search of {trials} trials, {side_by_side} at once"
+    publish(args, title, figures, {"searches": searches, "concurrent": side_by_side})
 
 
 if __name__ == "__main__":
