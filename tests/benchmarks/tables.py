@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from raybert.groups import Spread
+from raybert.methods import METHODS
 from raybert.tables import (
     MISSING,
     count,
@@ -109,13 +110,25 @@ def quality_table(groups: Sequence[dict[str, Any]]) -> str:
     return markdown_table(COLUMNS, [quality_row(group) for group in groups if group["teacher"]])
 
 
+def ordered(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tasks one after the other, as they were first measured; of each the methods, then chains."""
+    tasks = list(dict.fromkeys(group["task"] for group in groups))
+
+    def place(group: dict[str, Any]) -> tuple[Any, ...]:
+        chain = group["chain"].split(" + ")
+        methods = [list(METHODS).index(name) for name in chain if name in METHODS]
+        return tasks.index(group["task"]), len(chain), methods
+
+    return sorted(groups, key=place)
+
+
 def quality(name: str = "quality") -> str:
     """The table, where its numbers come from, and the commands."""
     result = load(name)
     if result is None:
         named = "" if name == "quality" else f"--name {name} "
         return f"_Not measured yet: `python tests/benchmarks/quality.py {named}RUN...`_"
-    groups = [group for group in result["groups"] if group["teacher"]]
+    groups = ordered([group for group in result["groups"] if group["teacher"]])
     notes, commands = [], []
     for group in groups:
         for hardware in group["hardware"]:

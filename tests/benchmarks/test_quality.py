@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from quality import added, pooled, spread
+from tables import ordered
 
 from raybert.groups import Spread
 
@@ -69,3 +70,10 @@ def test_another_command_is_another_group():
 def test_a_seed_is_added_once():
     with pytest.raises(SystemExit, match="seed 1 is there already"):
         added([group([1], [0.8])], [group([1], [0.8])])
+
+
+def test_a_table_goes_task_by_task_and_by_methods_before_chains():
+    rows = [("b", "q8bert"), ("b", "theseus + lobert"), ("a", "q8bert"), ("b", "lobert")]
+    groups = [{"task": task, "chain": chain} for task, chain in rows]
+    found = [(group["task"], group["chain"]) for group in ordered(groups)]
+    assert found == [("b", "lobert"), ("b", "q8bert"), ("b", "theseus + lobert"), ("a", "q8bert")]
