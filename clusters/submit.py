@@ -23,7 +23,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
+
+FAILURES = (RuntimeError, OSError, RayError, aiohttp.ClientError)
+"""What Ray's client raises when the dashboard is not there, or does not let it in."""
+
+TRIES, PAUSE = 5, 5.0
+"""How often a log is asked for again, one time after the other, and the seconds before each."""
 
 
 def submit(client: JobSubmissionClient, words: Sequence[str], recipe: Path | None = None) -> str:
@@ -48,16 +56,34 @@ def submit(client: JobSubmissionClient, words: Sequence[str], recipe: Path | Non
 
 
 async def follow(client: JobSubmissionClient, job: str) -> int:
-    """Show a job's log as it is written.
+    """Show a job's log as it is written, also when the connection is lost in between.
 
     Returns:
         The command's exit status; 143 where the job was stopped, 1 where it never started.
+
+    Raises:
+        ConnectionError: it is lost, and does not come back; the job runs on.
     """
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
-    # The log may end a moment before the job is said to.
-    while not (status := client.get_job_status(job)).is_terminal():
-        await asyncio.sleep(0.5)
+    printed, failures = 0, 0
+    while True:
+        try:
+            seen = 0
+            async for lines in client.tail_job_logs(job):  # each time from the log's beginning
+                print(lines[max(0, printed - seen) :], end="", flush=True)
+                seen += len(lines)
+                printed, failures = max(printed, seen), 0
+            # The log may end a moment before the job is said to.
+            while not (status := client.get_job_status(job)).is_terminal():
+                await asyncio.sleep(0.5)
+            break
+        except FAILURES as error:
+            failures += 1
+            if failures > TRIES:
+                raise ConnectionError(
+                    f"the connection to job {job} is lost ({error}). The job runs on: "
+                    f"`ray job logs --follow {job}` shows it, and nothing has to be submitted again"
+                ) from None
+            await asyncio.sleep(PAUSE)
     if status == JobStatus.SUCCEEDED:
         return 0
     details = client.get_job_info(job)
@@ -77,15 +103,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stop", metavar="JOB", help="stop this job instead")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
     args = parser.parse_args(argv)
-    client = JobSubmissionClient(args.address)
-    if args.stop:
-        client.stop_job(args.stop)
-        return 0
-    if not args.words:
+    if not (args.words or args.stop):
         parser.error("name a raybert command, for example: compress theseus/mrpc")
-    job = submit(client, args.words, args.recipe)
-    print(f"job {job}; `--stop {job}` ends it", file=sys.stderr)
-    return asyncio.run(follow(client, job))
+    if args.recipe is not None and not args.recipe.is_file():
+        parser.error(f"there is no file {args.recipe}")
+    try:
+        client = JobSubmissionClient(args.address)
+        if args.stop:
+            client.stop_job(args.stop)
+            return 0
+        job = submit(client, args.words, args.recipe)
+        print(f"job {job}; `--stop {job}` ends it", file=sys.stderr)
+        return asyncio.run(follow(client, job))
+    except FAILURES as error:
+        print(
+            f"{' '.join(str(error).split())} ({args.address}; `ray dashboard CLUSTER.yaml` "
+            "forwards the dashboard here, and RAY_AUTH_MODE=token sends the token)",
+            file=sys.stderr,
+        )
+        return 2
 
 
 if __name__ == "__main__":

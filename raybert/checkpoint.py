@@ -14,6 +14,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,9 +196,6 @@ def send(checkpoint: Path) -> None:
     """
     try:
         push(checkpoint, last=MANIFEST)
-        there = [checkpoint.parent / name for name in entries(checkpoint.parent)]
-        for old in _sorted(there)[KEPT:]:
-            remove(old)
     except UserError as error:
         before = _newest_first(checkpoint.parent)[1:]
         left = f"the one before, {before[0].name}, is the last" if before else "none is"
@@ -205,6 +203,10 @@ def send(checkpoint: Path) -> None:
             f"checkpoint {checkpoint.name} did not get into object storage; {left} there: {error} "
             "It continues from there."
         ) from None
+    with suppress(UserError):  # what is too much goes with the next one
+        there = [checkpoint.parent / name for name in entries(checkpoint.parent)]
+        for old in _sorted(there)[KEPT:]:
+            remove(old)
 
 
 def bring(folder: Path) -> None:

@@ -45,38 +45,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _quiet_logs()
-    try:
-        resolve_places(args)
-        with _ended_by_sigterm():
+    with _sigterm_interrupts() as ended:
+        try:
+            resolve_places(args)
             return COMMANDS[args.command](args)
-    except (UserError, OSError) as error:
-        print(f"raybert: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print(
-            "raybert: interrupted; the same command continues from the last checkpoint.",
-            file=sys.stderr,
-        )
-        return 143 if isinstance(error, _Ended) else 130
-
-
-class _Ended(KeyboardInterrupt):
-    """SIGTERM: a job was stopped, or its machine is being taken away."""
+        except (UserError, OSError) as error:
+            print(f"raybert: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(
+                "raybert: interrupted; the same command continues from the last checkpoint.",
+                file=sys.stderr,
+            )
+            return 143 if ended.is_set() else 130
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the command in order: a job's supervisor sends it, and so does a cloud."""
+def _sigterm_interrupts() -> Iterator[threading.Event]:
+    """SIGTERM ends the command in order: a job's supervisor sends it, and so does a cloud. It is
+    set when that has happened; the exception does not tell, for Ray raises it anew."""
+    ended = threading.Event()
 
     def end(*_: object) -> None:
-        raise _Ended
+        ended.set()
+        raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield ended
         return
     before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield ended
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -140,6 +139,7 @@ def _show(args: argparse.Namespace, recipe: Recipe) -> int:
 def _remove_run(recipe: Recipe) -> None:
     """Remove the run in the way of a new one, but only for a recipe that could run without it."""
     from raybert.config import UserError
+    from raybert.folders import owned
     from raybert.places import local
     from raybert.plan import make_plan, resolve_paths
     from raybert.storage import entries, pull, remove
@@ -165,7 +165,8 @@ def _remove_run(recipe: Recipe) -> None:
                 f"{needed[key]}. Choose another out=."
             )
     make_plan(resolved)
-    remove(folder)
+    with owned(folder):
+        remove(folder)
 
 
 def _predict_teacher(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from raybert.config import Recipe, UserError
 from raybert.places import mirrors
 from raybert.plan import own_cores
 from raybert.progress import Lines, NoBar, bar, on_terminal
+from raybert.shares import most_cpus, slots
 from raybert.storage import pull
 from raybert.teacher import Request
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from raybert.job import Job
 
 logger = logging.getLogger("raybert")
+
+LOOK = 30
+"""Seconds without a shard after which it is looked whether all that make them can still run."""
 
 PREEMPTIONS = 100
 """How often machines may be taken away by their cloud, which is no failure of the run's."""
@@ -61,8 +65,9 @@ def ray_up(dashboard: bool = True) -> Iterator[None]:
     if started:
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
         if "RAY_ADDRESS" not in os.environ:
-            options |= {"num_cpus": own_cores(), "include_dashboard": dashboard}
-            options |= {"dashboard_host": "127.0.0.1"}
+            # Not one that somebody has started on this machine.
+            options |= {"address": "local", "num_cpus": own_cores()}
+            options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
         _connect(options)
     try:
         yield
@@ -104,24 +109,37 @@ def _workers_of(recipe: Recipe) -> tuple[int, bool]:
     Raises:
         UserError: the cluster has not enough of them, and does not start more in time.
     """
-    import ray
-
-    there, wait = ray.cluster_resources(), recipe.resources.wait
-    total, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
-    cpus = recipe.resources.cpus or max(1, total // recipe.workers)
+    nodes, wait = machines(), recipe.resources.wait
+    total, gpus = sum(cpu for cpu, _ in nodes), sum(gpu for _, gpu in nodes)
+    cpus = recipe.resources.cpus or most_cpus(nodes, recipe.workers)
     if wait:
         # What is not there yet cannot be counted: a GPU has to be asked for.
         gpu = recipe.resources.gpu if recipe.resources.gpu is not None else gpus >= recipe.fewest
         _wait_for_machines(recipe, {"CPU": cpus, **({"GPU": 1} if gpu else {})})
         return cpus, gpu
-    if cpus * recipe.fewest > total or (recipe.resources.gpu and gpus < recipe.fewest):
-        what = f"{cpus} CPUs{' and a GPU' if recipe.resources.gpu else ''}"
+    gpu = bool(recipe.resources.gpu)
+    if slots(nodes, cpus, float(gpu)) < recipe.fewest:
+        what = f"{cpus} CPUs{' and a GPU' if gpu else ''}"
         raise UserError(
             f"{recipe.fewest} workers of {what} do not fit the cluster, which has {total} CPUs "
-            f"and {gpus} GPUs. Use fewer workers or resources.cpus; if it starts machines on "
-            "demand, give it minutes to do so: resources.wait=15."
+            f"and {gpus} GPUs on {len(nodes)} machine(s). Use fewer workers or resources.cpus; if "
+            "it starts machines on demand, give it minutes to do so: resources.wait=15."
         )
-    return cpus, takes_gpu(recipe, gpus)
+    if recipe.resources.gpu is None:
+        gpu = slots(nodes, cpus, 1.0) >= recipe.fewest
+    return cpus, gpu
+
+
+def machines() -> list[tuple[int, int]]:
+    """CPUs and GPUs of each machine of the cluster that Ray is connected to, or will be: of this
+    one where no cluster is named and Ray has not been started."""
+    import ray
+    import torch
+
+    if not ray.is_initialized():
+        return [(own_cores(), torch.cuda.device_count())]
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found]
 
 
 def _wait_for_machines(recipe: Recipe, each: dict[str, int]) -> None:
@@ -204,7 +222,8 @@ def run_group(
         run_config=_run_config(recipe, callbacks),
     )
     try:
-        result = trainer.fit()
+        with _interruptible():
+            result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         # What goes wrong outside the loop, as with the network, is not tried again.
         outside = isinstance(error, ray.train.ControllerError)
@@ -216,6 +235,22 @@ def run_group(
     finally:
         shutil.rmtree(recipe.folder / "ray", ignore_errors=True)
     return result.return_value or {}
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C while Ray Train trains is what it is elsewhere: Ray's own handler ends the process
+    instead, and stays when the training is over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _run_config(recipe: Recipe, callbacks: Sequence[Any]) -> Any:
@@ -334,17 +369,23 @@ def predict_on_ray(request: Request, recipe: Recipe, shards: list[int]) -> dict[
     from ray.exceptions import RayError
     from ray.util import ActorPool
 
-    tries, files = recipe.resources.max_failures, {}
+    tries, files, lost = recipe.resources.max_failures, {}, None
     with ray_for(recipe) as (cpus, gpu), bar(request.rows_of(shards), "teacher", "row") as told:
         actor: Any = ray.remote(
             num_cpus=cpus, num_gpus=int(gpu), max_restarts=tries, max_task_retries=tries
         )(_Maker)
         # One that the cluster has no room for would be given shards all the same.
-        room = int(ray.cluster_resources().get("CPU", 0)) // cpus
-        count = min(max(recipe.fewest, min(recipe.workers, room)), len(shards))
+        count = max(1, min(recipe.workers, slots(machines(), cpus, float(gpu)), len(shards)))
         pool = ActorPool([actor.remote(request, mirrors(), gpu, cpus) for _ in range(count)])
+        for shard in shards:
+            pool.submit(lambda a, s: a.write.remote(s), shard)
         try:
-            for shard, file, error in pool.map_unordered(lambda a, s: a.write.remote(s), shards):
+            while pool.has_next():
+                try:
+                    shard, file, error = pool.get_next_unordered(timeout=LOOK)
+                except TimeoutError:
+                    lost = _missing_since(lost, count, (cpus, gpu), recipe)
+                    continue
                 if error:
                     raise UserError(error)
                 files[shard] = file
@@ -355,6 +396,28 @@ def predict_on_ray(request: Request, recipe: Recipe, shards: list[int]) -> dict[
                 "made are kept; when the cause is mended, the same command continues."
             ) from error
     return files
+
+
+def _missing_since(
+    lost: float | None, count: int, each: tuple[int, bool], recipe: Recipe
+) -> float | None:
+    """Since when the cluster has had too little room for all that predict; None: it has enough.
+
+    Raises:
+        UserError: for longer than a worker is waited for; a lost one would never start again.
+    """
+    cpus, gpu = each
+    room = slots(machines(), cpus, float(gpu))
+    if room >= count:
+        return None
+    now = time.monotonic()
+    if lost is not None and now - lost > 60 * max(recipe.resources.timeout, recipe.resources.wait):
+        raise UserError(
+            f"of {count} workers that predict, the cluster has had room for {room} for too long: "
+            "machines were lost. The shards that were made are kept; the same command continues, "
+            f"with workers={max(1, room)} if they do not come back."
+        )
+    return lost or now
 
 
 class _Maker:

@@ -41,7 +41,7 @@ from raybert.qa import qa_features, question_room
 from raybert.readers import Raw
 from raybert.rows import Rows, check_classes, found_labels, refuse_empty, standard_rows, take
 from raybert.sources import read_splits
-from raybert.storage import pull, push
+from raybert.storage import held, pull, push
 from raybert.tasks import Task, get_task
 
 __all__ = [
@@ -126,15 +126,16 @@ def prepare(
     task, rows = _read(task, config, tuple(splits))
     key = _key(task, config, tokenizer, rows)
     folder = config.cache_folder / f"{name}-{key[:20]}"
-    pull(folder, META)
-    kept = _load_kept(folder)
-    if kept is not None:
-        return kept
-    log.info("tokenising %s rows", {split: _count(r) for split, r in rows.items()})
-    features = {split: _features(task, r, config, tokenizer) for split, r in rows.items()}
-    _store(folder, task, key, token_info(tokenizer), features, rows)
-    push(folder, last=META)
-    return load_prepared(folder)
+    with held(folder):
+        pull(folder, META)
+        kept = _load_kept(folder)
+        if kept is not None:
+            return kept
+        log.info("tokenising %s rows", {split: _count(r) for split, r in rows.items()})
+        features = {split: _features(task, r, config, tokenizer) for split, r in rows.items()}
+        _store(folder, task, key, token_info(tokenizer), features, rows)
+        push(folder, last=META)
+        return load_prepared(folder)
 
 
 def load_prepared(folder: Path) -> TaskData:

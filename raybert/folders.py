@@ -9,7 +9,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from raybert.config import UserError
+from raybert.places import OWN
+
+PATIENCE = 15
+"""Seconds that a process which was killed may take to be gone."""
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """One process at a time works in a run's folder; two would remove each other's files.
+
+    Raises:
+        UserError: another one does.
+    """
+    lock = FileLock(folder / f"{OWN}lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise UserError(
+            f"another process is working in {folder}; wait for it, or end it, and start the same "
+            "command again: it goes on from the last checkpoint."
+        ) from None
+    except (OSError, NotImplementedError):
+        pass  # storage without locks, or what cannot be written to: that is told by who writes
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_whole(file: Path, data: bytes | str) -> None:

@@ -31,10 +31,16 @@ def name_interface() -> None:
             os.environ.setdefault(INTERFACE, name)
 
 
+def says_more(record: logging.LogRecord) -> bool:
+    """Whether Ray Train says more than, every minute, that all is as it was: that it waits for
+    machines, for one."""
+    return "Did not detect any changes" not in record.getMessage()
+
+
 class _OnNetwork(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        # This is where the group is controlled; it would say every minute that all is as it was.
-        logging.getLogger(POLICY).setLevel(logging.WARNING)
+        # This is where the group is controlled.
+        logging.getLogger(POLICY).addFilter(says_more)
         worker_group.execute(name_interface)
         super().on_start(worker_group, backend_config)
 

@@ -15,6 +15,9 @@ SCHEMES = ("s3", "gs")
 CACHE = "~/.cache/raybert"
 """Where caches are kept unless RAYBERT_CACHE names another folder."""
 
+OWN = ".raybert-"
+"""How names begin of files that are no part of what a folder holds."""
+
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
@@ -34,8 +37,8 @@ def checked_uri(text: str) -> str:
     scheme, rest = (found[1].lower(), found[2]) if found else ("", "")
     if scheme not in SCHEMES:
         raise ValueError(
-            f"{text!r} is storage that raybert does not know; it knows s3:// and gs://. Mount any "
-            "other and give the path"
+            f"'{scheme}://…' is storage that raybert does not know; it knows s3:// and gs://. "
+            "Mount any other and give the path"
         )
     bucket, *parts = rest.rstrip("/").split("/")
     if "@" in bucket or ":" in bucket:

@@ -31,11 +31,11 @@ from raybert.models import (
     read_config,
 )
 from raybert.phase import check_layer_map
-from raybert.places import uri_of
+from raybert.places import OWN, uri_of
 from raybert.predictions import check_named, takes_saved
 from raybert.recipe_file import dump_recipe
 from raybert.scale import load_of
-from raybert.storage import check_writable, entries, is_mirrored
+from raybert.storage import check_writable, entries, is_mirrored, pull
 from raybert.surgery import compressed_by
 from raybert.teacher import Request, identity_of, request_for, teacher_digest
 from raybert.trust import check_weights
@@ -144,10 +144,11 @@ def check_folder(recipe: Recipe) -> bool:
         UserError: it holds another run, or anything else.
     """
     folder = recipe.folder
-    if not entries(folder):
+    # A file that tried whether storage can be written to, or a lock, is nobody's run.
+    if not [name for name in entries(folder) if not name.startswith(OWN)]:
         return False
     held = folder / "recipe.yaml"
-    if not held.is_file():
+    if not pull(held):
         raise UserError(
             f"{folder} exists and is not a run folder; nothing in it is touched. Choose another "
             f"out=."

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from raybert.cluster import predict_on_ray, ray_for, run_group, takes_gpu
 from raybert.config import Recipe, UserError
-from raybert.folders import write_whole
+from raybert.folders import owned, write_whole
 from raybert.plan import (
     Plan,
     check_command,
@@ -108,7 +108,15 @@ def _drive(
         tell(f"continuing {folder}")
     for text in plan.notes:
         tell(f"note: {text}")
-    _write_recipe(plan.recipe)
+    with owned(folder):
+        _carry_out(plan, tell, fit, timed)
+    return folder
+
+
+def _carry_out(plan: Plan, tell: Callable[[str], None], fit: Fit | None, timed: bool) -> None:
+    """Train, measure and write what is not there yet."""
+    recipe, folder = plan.recipe, plan.recipe.folder
+    _write_recipe(recipe)
     teacher = recipe.teacher
     if plan.teacher is not None:
         tell(f"fine-tuning the teacher {recipe.model}")
@@ -125,7 +133,6 @@ def _drive(
 
     tell("measuring")
     assemble(plan, teacher, tell, timed=timed)
-    return folder
 
 
 def _trained(folder: Path) -> bool:

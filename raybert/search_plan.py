@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import yaml
 
+from raybert.cluster import machines
 from raybert.config import Recipe, UserError
 from raybert.draws import ALGORITHMS, Plain, Source, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
@@ -24,7 +25,6 @@ from raybert.shares import Shares, check_gpu, share_out
 from raybert.space import Space, apply, chain_of, make_space, read_space, sample_text
 from raybert.steering import SCHEDULERS, check_schedules, check_stopping
 from raybert.teacher import teacher_digest
-from raybert.tuning import machines
 from raybert.yaml_file import read_yaml
 
 SEARCH = "search.yaml"

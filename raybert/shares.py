@@ -65,17 +65,17 @@ def share_out(
     each = gpu if workers == 1 else 1.0
     on_gpu = recipe.resources.gpu
     if on_gpu is None:
-        on_gpu = _slots(nodes, 1, each) >= workers
+        on_gpu = slots(nodes, 1, each) >= workers
     share = each if on_gpu else 0.0
     cpus = recipe.resources.cpus or 1
-    fits = _slots(nodes, cpus, share) // workers
+    fits = slots(nodes, cpus, share) // workers
     what = f"{workers} worker{'s' if workers > 1 else ''} of {cpus} CPU{'s' if cpus > 1 else ''}"
     what += f" and {share:g} GPU" if share else ""
     there = f"{total} CPUs and {sum(g for _, g in nodes)} GPUs on {len(nodes)} machine(s)"
     if fits < 1:
         raise UserError(
             f"a trial of {what} fits nowhere: there are {there}. It would wait for ever; use at "
-            f"most workers={_slots(nodes, 1, share)}, fewer resources.cpus, or resources.gpu=false."
+            f"most workers={slots(nodes, 1, share)}, fewer resources.cpus, or resources.gpu=false."
         )
     mend = "fewer workers or fewer resources.cpus"
     if memory and free is not None and not on_gpu:
@@ -92,10 +92,7 @@ def share_out(
         )
     at_once = min(fits, trials, concurrent or fits)
     if recipe.resources.cpus is None:
-        # A worker's are of one machine: those of several do not add up.
-        most = max(cpu for cpu, _ in nodes)
-        enough = (n for n in range(most, 0, -1) if _slots(nodes, n, share) >= workers * at_once)
-        cpus = next(enough)
+        cpus = most_cpus(nodes, workers * at_once, share)
     return Shares(cpus, share, at_once)
 
 
@@ -111,7 +108,15 @@ def check_gpu(gpu: float) -> None:
         )
 
 
-def _slots(nodes: Sequence[tuple[int, int]], cpus: int, gpu: float) -> int:
-    """Workers that find room: each within one machine, and within one GPU."""
+def most_cpus(nodes: Sequence[tuple[int, int]], workers: int, gpu: float = 0.0) -> int:
+    """The most CPUs, 1 at least, that so many workers can all have: those of one are of one
+    machine."""
+    most = max((cpu for cpu, _ in nodes), default=1)
+    return next((n for n in range(most, 1, -1) if slots(nodes, n, gpu) >= workers), 1)
+
+
+def slots(nodes: Sequence[tuple[int, int]], cpus: int, gpu: float) -> int:
+    """Workers that find room on machines of so many CPUs and GPUs: each within one machine, and
+    within one GPU."""
     a_gpu = int(1 / gpu + 1e-9) if gpu else 0
     return sum(min(cpu // cpus, gpus * a_gpu) if gpu else cpu // cpus for cpu, gpus in nodes)

@@ -24,7 +24,7 @@ from pyarrow import fs
 
 from raybert.buckets import settings, tried
 from raybert.config import UserError
-from raybert.places import local, mirrors, uri_of
+from raybert.places import OWN, local, mirrors, uri_of
 
 BLOCK = 1 << 24
 
@@ -63,12 +63,14 @@ def check_writable(path: Path) -> None:
 def _check_writable(uri: str, settings: tuple[str, ...]) -> None:
     """Once a process: the samples of a search have one storage."""
 
-    def probe(store: fs.FileSystem, key: str) -> None:
-        with store.open_output_stream(key) as file:
-            file.write(b"raybert")
-        store.delete_file(key)
+    name = f"{OWN}{uuid.uuid4().hex}"  # the same one when it is tried again
 
-    tried("written to", uri, lambda store, key: probe(store, f"{key}/.raybert-{uuid.uuid4().hex}"))
+    def probe(store: fs.FileSystem, key: str) -> None:
+        with store.open_output_stream(f"{key}/{name}") as file:
+            file.write(b"raybert")
+        _gone(fs.FileSystem.delete_file, store, f"{key}/{name}")
+
+    tried("written to", uri, probe)
 
 
 def _listed(uri: str) -> dict[str, fs.FileInfo]:
@@ -110,7 +112,7 @@ def pull(path: Path, marker: str | None = None, *, deep: bool = True) -> bool:
     uri = uri_of(path)
     if uri is None:
         return path.exists()
-    with _here(path), _locked(uri):
+    with held(path), _here(path):
         found = _listed(uri)
         if marker is not None and marker not in found:
             found = {}
@@ -204,14 +206,23 @@ def _bring(uri: str, target: Path, info: fs.FileInfo) -> None:
 
 def _drop(path: Path, found: Iterable[str], deep: bool) -> None:
     """Remove from a mirror what its storage does not hold."""
-    if not found and deep:
-        shutil.rmtree(path, ignore_errors=True)
     if path.is_dir():
         for file in path.rglob("*") if deep else path.iterdir():
-            if file.is_file() and file.relative_to(path).as_posix() not in found:
-                file.unlink()
+            name = file.relative_to(path)
+            if file.is_file() and name.as_posix() not in found and not _stays(name):
+                file.unlink(missing_ok=True)
+        if not found and deep:
+            _remove_empty(path)
     elif not found:
         path.unlink(missing_ok=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder and those in it, as far as no file lies in them."""
+    below = sorted((entry for entry in folder.rglob("*") if entry.is_dir()), reverse=True)
+    for entry in (*below, folder):
+        with suppress(OSError):
+            entry.rmdir()
 
 
 def _same(file: Path, info: fs.FileInfo) -> bool:
@@ -243,6 +254,11 @@ def push(path: Path, last: str | None = None) -> None:
     uri = uri_of(path)
     if uri is None:
         return
+    with held(path):
+        _push(path, uri, last)
+
+
+def _push(path: Path, uri: str, last: str | None) -> None:
     there = _listed(uri)
     files = {"": path} if path.is_file() else _own_files(path)
     new = [n for n, file in files.items() if n not in there or not _same(file, there[n])]
@@ -282,11 +298,12 @@ def remove(path: Path) -> None:
 
 def _own_files(folder: Path) -> dict[str, Path]:
     files = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
-    return {
-        name.as_posix(): file
-        for name, file in sorted(files.items())
-        if not any(part.startswith(".") for part in name.parts)
-    }
+    return {name.as_posix(): file for name, file in sorted(files.items()) if not _stays(name)}
+
+
+def _stays(name: Path) -> bool:
+    """Whether a mirror's file, by its name in its folder, is of this machine alone."""
+    return any(part.startswith(".") for part in name.parts)
 
 
 def _send(file: Path, uri: str) -> None:
@@ -337,9 +354,17 @@ def _here(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(uri: str) -> Iterator[None]:
+def held(path: Path) -> Iterator[None]:
+    """Other processes wait with what they want of a mirror's file or folder: what is made there is
+    not gone from it again before it was sent. Whoever holds it may do so once more."""
+    uri = uri_of(path)
+    if uri is None:
+        yield
+        return
     name = hashlib.sha256(uri.encode()).hexdigest()[:32]
-    locks = mirrors() / ".locks"
-    locks.mkdir(exist_ok=True)
-    with FileLock(locks / name):
+    with _here(path):
+        locks = mirrors() / ".locks"
+        locks.mkdir(exist_ok=True)
+        lock = FileLock(locks / name, is_singleton=True).acquire()
+    with lock:
         yield

@@ -32,7 +32,7 @@ from raybert.models import PROBLEMS, check_head, load_for_task, read_config
 from raybert.places import local, uri_of
 from raybert.predictions import FORMAT, META, SHARD, check_shard, key_of, read_meta
 from raybert.scale import prediction_bytes
-from raybert.storage import arrived, check_writable, entries, pull, push, remove
+from raybert.storage import arrived, check_writable, entries, held, pull, push, remove
 from raybert.surgery import encoder_layers
 from raybert.trust import check_weights
 
@@ -330,8 +330,9 @@ class Predictor:
         content = sink.getvalue()
         kind = "cls" if request.cls else "logits"
         name = f"{shard:05d}-{kind}-{zlib.crc32(content):08x}.arrow"
-        _write(request.folder / name, content)
-        push(request.folder / name)
+        with held(request.folder):
+            _write(request.folder / name, content)
+            push(request.folder / name)
         return name
 
     def columns(self, positions: np.ndarray) -> dict[str, pa.Array]:

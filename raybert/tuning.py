@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -25,7 +24,6 @@ from raybert.cluster import last_line
 from raybert.config import UserError
 from raybert.draws import SKIPS, Check, Draws, Source, config_of
 from raybert.ledger import DONE, Ledger, Trial
-from raybert.plan import own_cores
 from raybert.shares import Shares
 from raybert.space import Space
 from raybert.steering import make_scheduler, remember
@@ -377,14 +375,3 @@ def _quiet() -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
-
-
-def machines() -> list[tuple[int, int]]:
-    """CPUs and GPUs of each machine of the cluster that Ray is connected to, or will be: of this
-    one where no cluster is named and Ray has not been started."""
-    import ray
-
-    if not ray.is_initialized():
-        return [(own_cores(), torch.cuda.device_count())]
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found]

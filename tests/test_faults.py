@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -75,7 +76,7 @@ def on_cluster(**resources: Any) -> Recipe:
 @pytest.fixture
 def cluster(monkeypatch):
     """Says what a cluster has; its placement groups are granted once they are asked to wait."""
-    asked = SimpleNamespace(has={}, granted=True, bundles=None, seconds=None, removed=0)
+    asked = SimpleNamespace(nodes=[], granted=True, bundles=None, seconds=None, removed=0)
 
     def group(bundles: list[dict[str, int]]) -> Any:
         asked.bundles = bundles
@@ -88,7 +89,7 @@ def cluster(monkeypatch):
     def remove(_: Any) -> None:
         asked.removed += 1
 
-    monkeypatch.setattr(ray, "cluster_resources", lambda: asked.has)
+    monkeypatch.setattr(cluster_room, "machines", lambda: asked.nodes)
     monkeypatch.setattr(groups, "placement_group", group)
     monkeypatch.setattr(groups, "remove_placement_group", remove)
     monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
@@ -96,7 +97,7 @@ def cluster(monkeypatch):
 
 
 def test_a_cluster_that_is_too_small_is_refused_at_once(cluster):
-    cluster.has = {"CPU": 2.0}
+    cluster.nodes = [(2, 0)]
     for resources in ({}, {"gpu": True}, {"cpus": 8}):
         with pytest.raises(UserError, match=r"which has 2 CPUs and 0 GPUs.*resources\.wait=15"):
             cluster_room._workers_of(on_cluster(**resources))
@@ -121,9 +122,68 @@ def test_a_cluster_that_starts_none_is_not_waited_for_for_ever(cluster):
 
 
 def test_shared_cpus_and_gpus_are_counted(cluster):
-    cluster.has = {"CPU": 16.0, "GPU": 4.0}
+    cluster.nodes = [(16, 4)]
     assert cluster_room._workers_of(on_cluster()) == (4, True)
     assert cluster_room._workers_of(on_cluster(gpu=False, cpus=3)) == (3, False)
+
+
+def test_a_workers_cpus_are_of_one_machine(cluster):
+    cluster.nodes = [(3, 0), (3, 0)]  # 6 CPUs, and room for two workers of 2
+    assert cluster_room._workers_of(on_cluster()) == (1, False)
+    with pytest.raises(UserError, match=r"4 workers of 2 CPUs do not fit .* 6 CPUs .* 2 machine"):
+        cluster_room._workers_of(on_cluster(cpus=2))
+    cluster.nodes = [(0, 0), (8, 1), (8, 1)]  # two GPUs are too few for four
+    assert cluster_room._workers_of(on_cluster()) == (4, False)
+    with pytest.raises(UserError, match="a GPU do not fit the cluster, which has 16 CPUs and 2 GP"):
+        cluster_room._workers_of(on_cluster(gpu=True))
+
+
+def test_workers_that_were_lost_are_not_waited_for_for_ever(cluster, monkeypatch):
+    cluster.nodes, now = [(2, 0), (2, 0)], [100.0]
+    monkeypatch.setattr(cluster_room.time, "monotonic", lambda: now[0])
+    recipe = on_cluster(timeout=10)
+
+    def look(lost: float | None) -> float | None:
+        return cluster_room._missing_since(lost, 4, (1, False), recipe)
+
+    assert look(None) is None
+    cluster.nodes = [(2, 0)]
+    assert look(None) == 100.0
+    now[0] += 599
+    assert look(100.0) == 100.0
+    cluster.nodes = [(2, 0), (2, 0)]
+    assert look(100.0) is None  # it came back
+    cluster.nodes = [(2, 0)]
+    now[0] += 2
+    with pytest.raises(UserError, match=r"room for 2 .*shards .* are kept.*workers=2"):
+        look(100.0)
+
+
+def test_an_interruption_of_ray_train_is_one_and_its_handler_goes():
+    def fit() -> None:
+        # What Ray Train does: it installs a handler of its own, which ends the process.
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), cluster_room._interruptible():
+        fit()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ray_on_this_machine_is_not_one_that_somebody_else_has_started(monkeypatch):
+    asked: dict[str, Any] = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with cluster_room.ray_up():
+        assert asked["address"] == "local"
+    asked.clear()
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    with cluster_room.ray_up():
+        assert "address" not in asked
 
 
 def test_a_cluster_that_is_not_there_is_named(monkeypatch):
@@ -166,6 +226,8 @@ def test_sigterm_ends_a_command_in_order(toy, tmp_path, monkeypatch, capsys):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
+        except KeyboardInterrupt as error:  # Ray raises another in its place
+            raise KeyboardInterrupt from error
         finally:
             left.append("in order")
 

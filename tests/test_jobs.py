@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobStatus
 
 from raybert.recipe_file import dump_recipe
 
@@ -62,6 +65,61 @@ def head() -> Iterator[dict[str, str]]:
             time.sleep(0.5)
 
 
+class Log:
+    """A client whose connection is lost after some lines, so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "one\ntwo\n"
+        if self.times:
+            self.times -= 1
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+        yield "three\n"
+
+    def get_job_status(self, job: str) -> JobStatus:
+        return JobStatus.SUCCEEDED
+
+
+def test_a_log_goes_on_where_its_connection_was_lost(monkeypatch, capsys):
+    module = runpy.run_path(str(SUBMIT))
+    monkeypatch.setitem(module["follow"].__globals__, "PAUSE", 0)
+    assert asyncio.run(module["follow"](Log(3), "job-1")) == 0
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_a_lost_connection_is_no_lost_job(monkeypatch, capsys):
+    module = runpy.run_path(str(SUBMIT))
+    monkeypatch.setitem(module["follow"].__globals__, "PAUSE", 0)
+
+    class Silent(Log):
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            raise OSError("no route to host")
+            yield ""
+
+    with pytest.raises(ConnectionError, match=r"job-1 is lost.*runs on.*ray job logs --follow"):
+        asyncio.run(module["follow"](Silent(0), "job-1"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["tasks"], "ray dashboard"),
+        (["--stop", "job-1"], "ray dashboard"),
+        (["--recipe", "nowhere.yaml", "tasks"], "there is no file nowhere.yaml"),
+        ([], "name a raybert command"),
+    ],
+)
+def test_a_dashboard_or_file_that_is_not_there_is_named(words, told):
+    env = {**os.environ, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{free_port()}"}
+    process = job(env, *words)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2
+    assert told in output
+    assert "Traceback" not in output
+
+
 def job(env: dict[str, str], *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(SUBMIT), *words],
@@ -85,8 +143,9 @@ def test_a_command_runs_as_a_job_and_ends_as_it_would_have(head, toy, tmp_path):
     assert "did you mean 'train.batch_size'" in told
     assert "Traceback" not in told
     told = stranger.communicate(timeout=300)[0]
-    assert stranger.returncode == 1
+    assert stranger.returncode == 2
     assert "token" in told
+    assert "Traceback" not in told
     told = good.communicate(timeout=300)[0]
     assert good.returncode == 0, told
     assert "finetune: step 3 of 3" in told

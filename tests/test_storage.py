@@ -27,7 +27,8 @@ from raybert.checkpoint import find_last_good
 from raybert.cli import main
 from raybert.compare import compare, make_comparison
 from raybert.config import UserError
-from raybert.places import checked_uri, local, mirrors, shown, uri_of
+from raybert.places import OWN, checked_uri, local, mirrors, shown, uri_of
+from raybert.plan import check_folder, resolve_paths
 from raybert.recipe_file import dump_recipe, load_recipe, recipe_from
 from raybert.run import compress, finetune, predict_teacher
 from raybert.search_plan import make_search
@@ -141,6 +142,9 @@ def test_a_uri_and_its_mirror_tell_each_other(here):
     [
         ("abfs://cache@account/raybert", "knows s3:// and gs://"),
         ("hdfs://name/model", "Mount any other"),
+        (f"s3a://AKIA:{SECRET}@bucket/run", "Mount any other"),
+        (f"https://user:{SECRET}@host/rows.csv", "Mount any other"),
+        (f"abfs://run?sig={SECRET}", "Mount any other"),
         (f"s3://AKIA:{SECRET}@bucket/run", "has credentials in it"),
         (f"s3://AKIA:{SECRET[:5]}/{SECRET[5:]}@bucket/run", "has credentials in it"),
         (f"gs://{SECRET}@bucket/run", "has credentials in it"),
@@ -283,6 +287,34 @@ def test_what_fails_for_a_moment_is_tried_again(bucket, monkeypatch):
     assert bucket.get("run/a.txt") == b"1"
 
 
+def test_what_is_made_in_a_mirror_is_not_gone_from_it_before_it_is_sent(bucket):
+    folder, made = local(f"{bucket.uri}/cache"), threading.Event()
+    found: list[bool] = []
+
+    def other() -> None:
+        made.wait(10)
+        found.append(pull(folder, "meta.json"))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with storage.held(folder):
+        written(folder, rows_arrow="1", meta_json="{}")
+        made.set()
+        time.sleep(0.5)  # the other one wants to see the folder as the bucket has it: empty
+        assert not found
+        push(folder, last="meta.json")
+    thread.join(20)
+    assert found == [True]
+    assert contents(folder) == {"rows.arrow": "1", "meta.json": "{}"}
+
+
+def test_a_mirror_keeps_what_is_of_this_machine_alone(bucket):
+    folder = written(local(f"{bucket.uri}/cache"), a_txt="1")
+    (folder / ".partial-shard").write_text("half")
+    assert not pull(folder)
+    assert contents(folder) == {".partial-shard": "half"}
+
+
 def test_a_name_that_leads_out_of_the_mirror_is_not_followed(bucket, here):
     bucket.put("run/a.txt")
     bucket.put("run/../../../escaped.txt")
@@ -357,6 +389,30 @@ class Refusing(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Not on the terminal."""
+
+
+def test_what_a_failed_look_at_storage_left_is_no_run(bucket, toy, monkeypatch):
+    bucket.put(f"run/{OWN}0123")
+    recipe = resolve_paths(toy(f"{bucket.uri}/run"))
+    assert not check_folder(recipe)
+    bucket.put("run/notes.txt")
+    with pytest.raises(UserError, match="is not a run folder"):
+        check_folder(recipe)
+
+
+def test_a_try_that_fails_once_leaves_nothing(bucket, monkeypatch):
+    gone, failed = storage._gone, []
+
+    def shaky(*args: Any) -> None:
+        if not failed:
+            failed.append(args)
+            raise OSError("AWS Error SLOW_DOWN during DeleteObject operation")
+        gone(*args)
+
+    monkeypatch.setattr(storage, "_gone", shaky)
+    check_writable(local(f"{bucket.uri}/run"))
+    assert failed
+    assert bucket.keys("run/") == set()
 
 
 def test_storage_that_refuses(bucket, monkeypatch, toy):
@@ -495,6 +551,9 @@ def test_a_run_goes_on_on_another_machine(
     capsys.readouterr()
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
+    elsewhere()  # which has seen nothing of the run
+    assert main(["compress", str(path), "--dry-run"]) == 0
+    capsys.readouterr()
     assert main(["compress", str(path)]) == 0
     assert f"model   {bucket.uri}/runs/mrpc/model" in capsys.readouterr().out
     assert main(["report", recipe.out or "", "--out", f"{bucket.uri}/page"]) == 0

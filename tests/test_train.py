@@ -249,7 +249,9 @@ def test_one_worker_without_zero_continues_what_two_began_with_it(toy, tmp_path)
     process = start(recipe, "finetune")
     wait_for(recipe.folder / "checkpoints" / "phase0-step0000008", process)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert "the same command continues" in output
     assert not (recipe.folder / "report.json").exists()
     assert "continuing" in through(toy(recipe.folder, train=keys), "finetune")
     one, two = (lines(run.folder, "train") for run in (whole, recipe))
