@@ -155,14 +155,15 @@ def main() -> None:
         before, after = middles
         return (after - before) / max(1, jobs - 2)
 
+    many = f"{args.jobs} short jobs on one cluster"
     figures = [
-        Figure("processes more, a job", growth("processes"), "", 0.05),
-        Figure("placement groups left in the end", seen[-1]["groups"], "", 0),
-        Figure("the cluster's resident memory more, a job", growth("resident"), "MiB", 5),
-        Figure("Ray's temporary folder more, a job", growth("disk"), "MiB", 2),
-        Figure("shared memory more, a job", growth("shared"), "MiB", 0.1),
+        Figure(f"{many}: processes more, a job", growth("processes"), "", 0.05),
+        Figure(f"{many}: placement groups left in the end", seen[-1]["groups"], "", 0),
+        Figure(f"{many}: the cluster's resident memory more, a job", growth("resident"), "MiB", 5),
+        Figure(f"{many}: Ray's temporary folder more, a job", growth("disk"), "MiB", 2),
+        Figure(f"{many}: shared memory more, a job", growth("shared"), "MiB", 0.1),
     ]
-    publish(args, f"{args.jobs} short jobs on one cluster", figures, {"after": seen})
+    publish(args, many, figures, {"after": seen})
 
 
 if __name__ == "__main__":
