@@ -32,7 +32,8 @@ def owned(folder: Path) -> Iterator[None]:
     except Timeout:
         raise UserError(
             f"another process is working in {folder}; wait for it, or end it, and start the same "
-            "command again: it goes on from the last checkpoint."
+            "command again: it goes on from the last checkpoint. If there is none any more, the "
+            f"storage does not know: remove {folder / f'{OWN}lock'}."
         ) from None
     except (OSError, NotImplementedError):
         pass  # storage without locks, or what cannot be written to: that is told by who writes
