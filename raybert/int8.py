@@ -64,6 +64,25 @@ def linear_int8(
     Returns:
         [..., N] of ``x``'s type.
     """
+    # Autocast would take whole numbers for floats that may be rounded.
+    with torch.autocast(x.device.type, enabled=False):
+        return _linear_int8(x, weight, weight_scale, input_scale, bias, unsigned, zero)
+
+
+@linear_int8.register_fake
+def _(x, weight, weight_scale, input_scale, bias, unsigned=False, zero=None):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    unsigned: bool,
+    zero: Tensor | None,
+) -> Tensor:
     if input_scale is None:
         input_scale = scale_of(largest(x), 8)
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
@@ -78,11 +97,6 @@ def linear_int8(
         if bias is not None:
             part.add_(bias)
     return out.view(*x.shape[:-1], -1).to(x.dtype)
-
-
-@linear_int8.register_fake
-def _(x, weight, weight_scale, input_scale, bias, unsigned=False, zero=None):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @register_flop_formula(torch.ops.raybert.linear_int8)

@@ -63,7 +63,8 @@ def product_int8(
     """
     # Sums of fewer than 512 products of bytes are exact in float32.
     left = to_levels(a, a_scale, *levels(8, unsigned))
-    out = (left @ to_levels(b, b_scale, LOW, HIGH)) * (a_scale * b_scale)
+    with torch.autocast(a.device.type, enabled=False):  # which would round them
+        out = (left @ to_levels(b, b_scale, LOW, HIGH)) * (a_scale * b_scale)
     return (out if bias is None else out + bias).to(a.dtype)
 
 

@@ -275,6 +275,11 @@ def _embedding(t: Translation, node: Node) -> None:
     t.set(node, t.graph.add("Gather", [t.full(table), t.full(ids)]))
 
 
+def _gather(t: Translation, node: Node) -> None:
+    source, axis, index = _node(node.args[0]), int(argument(node, 1, "dim")), _node(node.args[2])
+    t.set(node, t.graph.add("GatherElements", [t.full(source), t.full(index)], axis=axis))
+
+
 def _index(t: Translation, node: Node) -> None:
     table, indices = _node(node.args[0]), node.args[1]
     assert isinstance(indices, (list, tuple))
@@ -440,6 +445,7 @@ HANDLERS: dict[str, Handler] = {
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.transpose.int": _transpose,
     "aten.embedding.default": _embedding,
+    "aten.gather.default": _gather,
     "aten.index.Tensor": _index,
     "aten.select.int": _select,
     "aten.slice.Tensor": _slice,

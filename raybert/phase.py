@@ -56,8 +56,6 @@ class Phase:
         layer_map: teacher layer (from 1) of each student layer; ``None`` is evenly spaced.
         every_token: whether it looks at tokens that a classifier's head does not read; the last
             layer then computes them too.
-        start_counts: whether the model may leave as it came in: with ``train.keep=best``, step 0 is
-            one of those that the best weights are chosen from.
         calibration: training rows that `initialise` wants to see.
         examined: dev rows that `facts` wants to see.
     """
@@ -68,7 +66,6 @@ class Phase:
     rates: dict[str, float | None] = {}  # noqa: RUF012 (never written to)
     layer_map: tuple[int, ...] | None = None
     every_token: bool = False
-    start_counts: bool = False
     calibration: int = 0
     examined: int = 0
 
@@ -100,6 +97,12 @@ class Phase:
     ) -> dict[str, Tensor]:
         """Named, weighted terms; the loop sums and logs them."""
         return kd.losses(out, teacher, batch)
+
+    def may_end(self, step: int) -> bool:
+        """Whether the weights of now may be those that the phase ends with: with
+        ``train.keep=best``, the best are chosen from such steps; if there is none, the last stay.
+        """
+        return step > 0
 
     def warnings(self, total: int) -> list[str]:
         """Sentences for the user, before training, when ``total`` steps do not suit the phase."""

@@ -218,6 +218,8 @@ def make_plan(recipe: Recipe, *, alone: bool = True) -> Plan:
         check_layer_map(recipe.kd.layer_map, depth, teacher.num_hidden_layers)
     recipe = recipe.model_copy(update={"method": tuple(chain)})
     phases = _steps(recipe, config, len(data.splits["train"]))
+    if recipe.kd.layer_map:
+        _check_depths(recipe, config, phases)
     saved = _takes_saved(recipe, data, phases)
     length = min(recipe.measure.length, longest_input(_finished_config(chain, config)))
     before = _predict_start(config, data, length)
@@ -441,6 +443,19 @@ def _check_teacher(recipe: Recipe, tokenizer: Any) -> None:
                 f"kd.attention compares heads one by one; the student has "
                 f"{student.num_attention_heads} "
                 f"and the teacher {config.num_attention_heads}. Use kd.alpha alone."
+            )
+
+
+def _check_depths(recipe: Recipe, config: Any, phases: list[tuple[str, int]]) -> None:
+    """Refuse a layer map for students of several depths, as a chain that shortens late has them."""
+    for entry, (_, steps) in zip(phases_of(recipe, config), phases, strict=True):
+        done = list(recipe.method[: entry.place + 1])
+        depth = _finished_config(done, config).num_hidden_layers
+        if steps and depth != len(recipe.kd.layer_map or ()):
+            raise UserError(
+                f"kd.layer_map has {len(recipe.kd.layer_map or ())} entries, as many as the "
+                f"finished model has layers, and phase {entry.phase.name} trains {depth}. Put "
+                "theseus first, or leave kd.layer_map out: layers are then spaced evenly."
             )
 
 

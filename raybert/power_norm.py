@@ -177,7 +177,8 @@ class PowerNorm(AffineNorm):
         """[B, T, H] -> [B, T, H]."""
         if self.real is None or not self.training:
             scale, shift = self.affine()
-            return self.bounded(torch.addcmul(shift, x, scale))
+            # Statistics are float32 whatever type the model is loaded in.
+            return self.bounded(torch.addcmul(shift, x, scale)).to(x.dtype)
         x = x.float()  # sums of squares leave half precision's range
         psi, real = self._observed(x)
         z: Any = _Divide.apply(x, psi, real, self)

@@ -58,6 +58,7 @@ from raybert.engine import (
     set_rate,
 )
 from raybert.evaluate import evaluate
+from raybert.gates import Gate
 from raybert.job import Hooks, Job, PhaseOf, phase_steps, phases_of
 from raybert.metrics import floor
 from raybert.metrics_log import MetricsLog
@@ -67,7 +68,7 @@ from raybert.phase import (
     Phase,
 )
 from raybert.places import uri_of
-from raybert.power_norm import PowerNorm
+from raybert.power_norm import AffineNorm
 from raybert.predictions import Predictions
 from raybert.step import Distiller, Place, Recent, not_a_number
 from raybert.storage import pull, push
@@ -330,11 +331,15 @@ class Trainer:
         norms = {
             f"{name}.{key}" if name else key
             for name, module in model.named_modules()
-            if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d, PowerNorm))
+            if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d, AffineNorm))
             for key, _ in module.named_parameters(recurse=False)
         }
+        gates = [module for module in model.modules() if isinstance(module, Gate)]
+        frozen = {id(p) for gate in gates if gate.frozen for p in gate.parameters()}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
+            if id(parameter) in frozen:
+                continue
             rate = next((r for p, r in patterns if fnmatch.fnmatchcase(name, p)), None)
             rate = base if rate is None else rate
             parameter.requires_grad_(rate > 0)
@@ -521,7 +526,8 @@ class Trainer:
                 f"phase {phase.name} starts at chance ({task.main} {score:.3f}): its student has "
                 "everything to learn, so give it steps enough"
             )
-        counts = position.step or phase.start_counts
+        first = position.best is None
+        counts = phase.may_end(position.step) or (first and position.step == total)
         if counts and (position.best is None or score > position.best):
             position.best, position.best_step = score, position.step
             self.kept = metrics

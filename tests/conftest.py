@@ -84,7 +84,8 @@ def toy_encoder(family: str = "bert", layers: int = 4):
         "max_position_embeddings": 160,
     }
     if family == "roberta":
-        return RobertaModel(RobertaConfig(**shared, **sizes))
+        # As the released ones have it: their tokenizers know no types.
+        return RobertaModel(RobertaConfig(**shared, **sizes, type_vocab_size=1))
     return BertModel(BertConfig(**shared, **sizes))
 
 

@@ -280,6 +280,12 @@ def layer_map_of_another_depth(t: Bench) -> BadInput:
     return "compress", words, ["kd.layer_map has 3 entries", "2 layers", "[2, 4]"]
 
 
+def layer_map_for_a_chain_that_shortens_late(t: Bench) -> BadInput:
+    words = t.words("method=lobert,theseus", "method.lobert.share=0.7", "kd.cls=1")
+    words.append("kd.layer_map=[2,4]")
+    return "compress", words, ["phase low_rank trains 4", "Put theseus first"]
+
+
 def layer_map_before_there_is_a_teacher(t: Bench) -> BadInput:
     words = t.words("method=theseus", "kd.cls=1", "kd.layer_map=[2,5]")
     return "compress", words, ["kd.layer_map names teacher layer 5", "1 to 4"]
@@ -391,6 +397,7 @@ BAD_INPUT: list[Callable[[Bench], BadInput]] = [
     zero_3_with_a_method,
     too_long,
     layer_map_of_another_depth,
+    layer_map_for_a_chain_that_shortens_late,
     layer_map_before_there_is_a_teacher,
     distilling_without_a_teacher,
     nothing_to_compress,

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raybert import grid, int8
 from raybert.config import UserError
 from raybert.int8 import Int8Embedding, Int8Linear, Scheme, TiedInt8Linear, linear_int8
+from raybert.integer import product_int8
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [(1, 7, 3), (5, 64, 64), (16, 8, 24), (300, 33, 40)]  # rows, inputs, outputs
@@ -276,3 +277,20 @@ def test_training_mode_is_refused_and_nothing_changes():
     with pytest.raises(UserError, match="inference only"):
         layer.train()
     assert not layer.training
+
+
+def test_autocast_does_not_round_whole_numbers(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 64, generator=draw)
+    weight = torch.randint(-127, 128, (6, 64), dtype=torch.int8, generator=draw)
+    scales = torch.full((6,), 0.01), torch.tensor(0.02)
+    for kind in ("float", int8.backend("cpu")):
+        monkeypatch.setattr(int8, "backend", lambda device, kind=kind: kind)
+        plain = linear_int8(x, weight, *scales, None)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(linear_int8(x, weight, *scales, None), plain)
+    a, b = torch.randn(2, 3, 64, generator=draw), torch.randn(2, 64, 5, generator=draw)
+    steps = torch.tensor(0.02), torch.tensor(0.03)
+    plain = product_int8(a, b, *steps, None, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(product_int8(a, b, *steps, None, False), plain)

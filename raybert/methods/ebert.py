@@ -44,6 +44,10 @@ from raybert.surgery import (
 
 Counts = tuple[PositiveInt, ...]
 
+REACHED = 0.05
+"""How far the last step's share of the FLOPs may be above the target when that counts as
+reached."""
+
 
 class EBERT(MethodConfig):
     """Parameters of EBERT."""
@@ -110,6 +114,19 @@ class EBERT(MethodConfig):
             raise ValueError("ebert.frozen_lr is given and ebert.frozen_epochs is 0")
         if (self.heads is None) != (self.neurons is None):
             raise ValueError("ebert.heads and ebert.neurons are settled together; leave both out")
+        return self
+
+    def bind(self, recipe: Any) -> EBERT:
+        """Refuse to learn what there is no place for.
+
+        Raises:
+            UserError: attention is to be learned by fewer heads than the teacher has.
+        """
+        if self.remove and self.frozen_epochs and recipe.kd.attention:
+            raise UserError(
+                "ebert.remove takes heads away for good before ebert.frozen_epochs, and "
+                "kd.attention compares head by head. Use kd.attention=0, or leave one of the two."
+            )
         return self
 
     def resolve(self, model_config: Any) -> EBERT:
@@ -259,6 +276,12 @@ class TrainGates(Phase):
         if method.masks == "gumbel":
             terms["flops"] = method.flops_weight * loss
         return terms
+
+    def may_end(self, step: int) -> bool:
+        """Once the target is about reached: what is hardly pruned yet scores best."""
+        method = self.method
+        reached = self.share.item() <= method.target_flops_ratio + REACHED
+        return step > 0 and (reached or method.masks == "topk")
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """The share of the layers' FLOPs that the last step's rows kept."""

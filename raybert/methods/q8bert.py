@@ -44,6 +44,9 @@ from raybert.workers import workers
 
 FAKE = (FakeQuantLinear, FakeQuantProduct, FakeQuantNorm)
 
+SHARED_CORES = ("self_tucker_vertical", "self_tucker_4d", "ffn_tucker")
+"""Modes of lobert that leave a core to several layers, which is no layer of its own."""
+
 INPUTS: dict[str, Inputs] = {"ema": "static", "dynamic": "dynamic", "none": "float"}
 
 
@@ -95,6 +98,9 @@ class Q8BERT(MethodConfig):
     skip: tuple[str, ...] = Field(
         default=(), description="Name patterns of modules that stay as they are."
     )
+    floats: tuple[str, ...] = Field(
+        default=(), description="Settled: factorisations before it whose cores stay floats."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Q8BERT:
@@ -127,14 +133,29 @@ class Q8BERT(MethodConfig):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return self.mode == "none" or backend(device) == "float"
 
+    def bind(self, recipe: Any) -> Q8BERT:
+        """Refuse to learn what there is no place for.
+
+        Raises:
+            UserError: attention is to be learned while integers alone are trained.
+        """
+        if self.integer_only and recipe.kd.attention and self.epochs != 0:
+            raise UserError(
+                "q8bert.integer_only trains a model whose attention is of integers and is not "
+                "recorded, so kd.attention cannot be learned. Use two runs: ma_bert with "
+                "kd.attention, then q8bert with model= that run and kd.attention=0."
+            )
+        return self
+
     def resolve(self, model_config: Any) -> Q8BERT:
-        """Settle the bits of embeddings.
+        """Settle the bits of embeddings, and what stays as it is.
 
         Raises:
             UserError: the model is quantised already, or picks weights for each sample; or it has
                 functions or factors that leave no way through for integers alone.
         """
-        before = [entry["name"] for entry in compressed_by(model_config)]
+        entries = compressed_by(model_config)
+        before = [entry["name"] for entry in entries]
         if self.integer_only and set(before) != {"ma_bert"}:
             raise UserError(
                 f"q8bert.integer_only needs a model of matrix products, ReLU and affine norms with "
@@ -152,7 +173,12 @@ class Q8BERT(MethodConfig):
                 "q8bert cannot follow q8bert: the model is quantised already. Quantise the model "
                 "that it was made of, once, as the last method of a chain."
             )
-        return self.model_copy(update={"embedding_bits": self.embedding_bits or self.weight_bits})
+        modes = {entry.get(part) for entry in entries for part in ("attention", "ffn")}
+        settled = {
+            "embedding_bits": self.embedding_bits or self.weight_bits,
+            "floats": tuple(mode for mode in SHARED_CORES if mode in modes),
+        }
+        return self.model_copy(update=settled)
 
     @property
     def rounding(self) -> float:
@@ -197,6 +223,11 @@ class Q8BERT(MethodConfig):
     def remarks(self) -> list[str]:
         """What bits below 8, and arithmetic that is not of integers, amount to."""
         found = []
+        if self.floats:
+            found.append(
+                f"q8bert: the cores that layers share after {' and '.join(self.floats)} stay "
+                "float32, on disk and in products; their outer factors are integers"
+            )
         if min(self.weight_bits, self.embedding_bits or 8, self.activation_bits) < 8:
             found.append(
                 "q8bert: bits below 8 save storage only (up to 4 of them are packed on disk); the "
@@ -305,7 +336,6 @@ class Quantise(Phase):
 
     name = "quantise"
     every_token = True  # ranges are of all tokens
-    start_counts = True  # with calibrated ranges 8 bits lose little: training is not to lose more
 
     def __init__(self, method: Q8BERT) -> None:
         self.method = method
@@ -314,6 +344,11 @@ class Quantise(Phase):
         self.calibrated: dict[str, dict[str, Tensor]] = {}
         self.units: dict[str, Tensor] = {}
         self.step: int | None = None
+
+    def may_end(self, step: int) -> bool:
+        """From the start: with calibrated ranges 8 bits lose little, and training is not to lose
+        more."""
+        return True
 
     def initialise(
         self, model: Any, batches: list[dict[str, Tensor]]

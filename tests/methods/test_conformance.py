@@ -308,6 +308,21 @@ def test_it_is_saved_and_loaded_bit_for_bit(made, tmp_path, case, family, kind):
         assert torch.equal(one, two)
 
 
+@every_case
+@every_family
+def test_it_runs_in_half_precision_and_under_autocast(made, tmp_path, case, family):
+    done = made(case, family)
+    done.model.save_pretrained(tmp_path)
+    inputs = {name: tensor for name, tensor in rows("classification").items() if name != "labels"}
+    half = type(done.model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        logits = half(**inputs).logits
+    assert logits.dtype == torch.bfloat16
+    assert torch.isfinite(logits).all()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(loaded(tmp_path).eval()(**inputs).logits).all()
+
+
 # -- chains ----------------------------------------------------------------------------------------
 
 LEGAL = {

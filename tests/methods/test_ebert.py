@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import one_and_two, toy_encoder
+from safetensors.torch import load_file
 from test_conformance import At, predecessor, rows
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from raybert.methods.q8bert import Q8BERT
 from raybert.phase import Distillation, Outputs
 from raybert.recipe_file import recipe_from
 from raybert.results import read_run
-from raybert.run import compress
+from raybert.run import compress, finetune
 from raybert.skipping import Units, _scratch, plan
 
 FAMILIES = ("bert", "roberta", "distilbert")
@@ -565,3 +566,41 @@ def test_bad_input_is_refused_before_training():
         recipe_from({"method": [{"name": "ebert", "frozen_lr": 1e-5}]})
     with pytest.raises(UserError, match="found no calibration rows"):
         FrozenGates(EBERT(remove=True).resolve(config)).initialise(predecessor("bert"), [])
+
+
+def test_weights_that_are_hardly_pruned_are_not_the_best_ones():
+    phase = TrainGates(EBERT.model_validate({"target_flops_ratio": 0.5}))
+    assert not phase.may_end(0)
+    assert not phase.may_end(10)  # nothing is known to be left out
+    phase.share = torch.tensor(0.56)
+    assert not phase.may_end(10)
+    phase.share = torch.tensor(0.54)
+    assert phase.may_end(10)
+    fixed = TrainGates(EBERT.model_validate({"masks": "topk"}))
+    assert fixed.may_end(1)
+
+
+def test_a_run_whose_target_is_never_reached_keeps_its_last_weights(toy, teacher, tmp_path):
+    keys = {"target_flops_ratio": 0.3, "gate_lr": 1e-9}  # gates that stay where they start
+    train = {"epochs": 2, "eval_every": 3, "keep": "best"}
+    recipe = toy(tmp_path / "run", teacher=str(teacher), method=[{"name": "ebert", **keys}],
+                 train=train)  # fmt: skip
+    run = compress(recipe, tell=lambda text: None)
+    held = json.loads((run / "checkpoints" / "final" / "result.json").read_text())["position"]
+    assert held["best_step"] == held["steps"] > 3
+    # And who trains it on leaves the gates, which are frozen, as they are.
+    more = finetune(toy(tmp_path / "more", model=str(run), train={"epochs": 1}), tell=print)
+    before, after = (load_file(place / "model" / "model.safetensors") for place in (run, more))
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert any(name.endswith(".units.weight") for name in changed)
+    assert not [name for name in changed if ".gate." in name]
+
+
+def test_heads_that_are_gone_have_no_attention_to_learn():
+    keys = {"name": "ebert", "remove": True, "frozen_epochs": 1.0}
+    recipe = recipe_from({"method": [keys], "kd": {"attention": 1.0}})
+    with pytest.raises(UserError, match=r"ebert\.remove takes heads away.*kd\.attention=0"):
+        recipe.method[0].bind(recipe)
+    for change in ({"remove": False}, {"frozen_epochs": 0.0}):
+        method = EBERT.model_validate({**keys, **change})
+        assert method.bind(recipe) is method

@@ -524,3 +524,37 @@ def test_training_that_only_harms_leaves_the_calibrated_model(toy, teacher, tmp_
         found[name] = read_run(run).report.student.score
     assert found["harmed"] == pytest.approx(found["still"], abs=0.03)  # one row of 41
     assert found["last"] < found["still"] - 0.1
+
+
+def test_integers_alone_learn_no_attention():
+    chain = [{"name": "ma_bert"}, {"name": "q8bert", "integer_only": True}]
+    recipe = recipe_from({"method": chain, "kd": {"attention": 100.0}})
+    with pytest.raises(UserError, match=r"kd\.attention cannot be learned\. Use two runs"):
+        recipe.method[1].bind(recipe)
+    untrained = method(integer_only=True, epochs=0)
+    assert untrained.bind(recipe) is untrained
+    assert recipe.method[1].bind(recipe_from({"method": chain, "kd": {"hidden": 1.0}}))
+
+
+@pytest.mark.parametrize(
+    ("modes", "left"),
+    [
+        ({}, ()),
+        ({"attention": "self_tucker_layer", "attention_rank": [2, 12, 10], "ffn": None}, ()),
+        ({"attention": "self_tucker_4d", "share": 0.8, "ffn": None}, ("self_tucker_4d",)),
+        (
+            {"attention": "self_tucker_vertical", "ffn": "ffn_tucker"},
+            ("self_tucker_vertical", "ffn_tucker"),
+        ),
+    ],
+)
+def test_cores_that_layers_share_stay_floats_and_that_is_said(modes, left):
+    done = finished([{"name": "lobert", **modes}, {"name": "q8bert"}], "bert", "classification")
+    last = done.chain[-1]
+    assert isinstance(last, Q8BERT)
+    assert last.floats == left
+    cores = [name for name, _ in done.model.named_parameters() if name.endswith(".core")]
+    assert bool(cores) == bool(left)
+    said = [text for text in last.remarks() if "stay float32" in text]
+    assert len(said) == bool(left)
+    assert all(mode in said[0] for mode in left)
