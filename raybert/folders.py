@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from raybert.config import UserError
-from raybert.places import OWN
+from raybert.places import HIDDEN
 
 PATIENCE = 15
 """Seconds that a process which was killed may take to be gone."""
@@ -25,7 +25,7 @@ def owned(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another one does.
     """
-    lock = FileLock(folder / f"{OWN}lock")
+    lock = FileLock(folder / f"{HIDDEN}lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=PATIENCE)
@@ -33,7 +33,7 @@ def owned(folder: Path) -> Iterator[None]:
         raise UserError(
             f"another process is working in {folder}; wait for it, or end it, and start the same "
             "command again: it goes on from the last checkpoint. If there is none any more, the "
-            f"storage does not know: remove {folder / f'{OWN}lock'}."
+            f"storage does not know: remove {folder / f'{HIDDEN}lock'}."
         ) from None
     except (OSError, NotImplementedError):
         pass  # storage without locks, or what cannot be written to: that is told by who writes

@@ -15,7 +15,7 @@ SCHEMES = ("s3", "gs")
 CACHE = "~/.cache/raybert"
 """Where caches are kept unless RAYBERT_CACHE names another folder."""
 
-OWN = ".raybert-"
+HIDDEN = ".raybert-"
 """How names begin of files that are no part of what a folder holds."""
 
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)

@@ -31,7 +31,7 @@ from raybert.models import (
     read_config,
 )
 from raybert.phase import check_layer_map
-from raybert.places import OWN, uri_of
+from raybert.places import HIDDEN, uri_of
 from raybert.predictions import check_named, takes_saved
 from raybert.recipe_file import dump_recipe
 from raybert.scale import load_of
@@ -145,7 +145,7 @@ def check_folder(recipe: Recipe) -> bool:
     """
     folder = recipe.folder
     # A file that tried whether storage can be written to, or a lock, is nobody's run.
-    if not [name for name in entries(folder) if not name.startswith(OWN)]:
+    if not [name for name in entries(folder) if not name.startswith(HIDDEN)]:
         return False
     held = folder / "recipe.yaml"
     if not pull(held):

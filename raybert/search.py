@@ -26,7 +26,7 @@ from raybert.config import Recipe, UserError
 from raybert.data import steps_per_epoch
 from raybert.draws import Plain, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
-from raybert.folders import write_whole
+from raybert.folders import owned, write_whole
 from raybert.ledger import DONE, Ledger, Trial
 from raybert.loggers import make_loggers
 from raybert.objectives import LATENCY, in_trials
@@ -98,7 +98,12 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
             shares = shares_of(search)
         search = replace(search, notes=search.notes + unused_gpu(search.settings, shares))
     tell(f"{'continuing' if goes_on else 'searching'} {search.folder}")
-    search.folder.mkdir(parents=True, exist_ok=True)
+    with owned(search.folder):
+        return _carry_out(search, loggers, tell)
+
+
+def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
+    """Run, measure and answer what is not there yet."""
     settings = json.loads(json.dumps(asdict(search.settings)))  # without tuples
     held = {**search.identity, "settings": settings}
     write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False))

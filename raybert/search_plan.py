@@ -18,7 +18,7 @@ from raybert.draws import ALGORITHMS, Plain, Source, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
 from raybert.loggers import LOGGERS, make_loggers
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
-from raybert.places import uri_of
+from raybert.places import HIDDEN, uri_of
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
 from raybert.recipe_file import dump_recipe
 from raybert.shares import Shares, check_gpu, share_out
@@ -318,7 +318,7 @@ def check_place(search: Search) -> bool:
         UserError: it holds a search of another space, teacher or recipe, or anything else.
     """
     folder, file = search.folder, search.folder / SEARCH
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name.startswith(HIDDEN) for path in folder.iterdir()):
         return False
     strange = [p.name for p in folder.iterdir() if p.name not in OWN and p.name[0] != "."]
     if strange or not file.is_file():

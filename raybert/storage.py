@@ -24,7 +24,7 @@ from pyarrow import fs
 
 from raybert.buckets import settings, tried
 from raybert.config import UserError
-from raybert.places import OWN, local, mirrors, uri_of
+from raybert.places import HIDDEN, local, mirrors, uri_of
 
 BLOCK = 1 << 24
 
@@ -63,7 +63,7 @@ def check_writable(path: Path) -> None:
 def _check_writable(uri: str, settings: tuple[str, ...]) -> None:
     """Once a process: the samples of a search have one storage."""
 
-    name = f"{OWN}{uuid.uuid4().hex}"  # the same one when it is tried again
+    name = f"{HIDDEN}{uuid.uuid4().hex}"  # the same one when it is tried again
 
     def probe(store: fs.FileSystem, key: str) -> None:
         with store.open_output_stream(f"{key}/{name}") as file:

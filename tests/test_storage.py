@@ -27,7 +27,7 @@ from raybert.checkpoint import find_last_good
 from raybert.cli import main
 from raybert.compare import compare, make_comparison
 from raybert.config import UserError
-from raybert.places import OWN, checked_uri, local, mirrors, shown, uri_of
+from raybert.places import HIDDEN, checked_uri, local, mirrors, shown, uri_of
 from raybert.plan import check_folder, resolve_paths
 from raybert.recipe_file import dump_recipe, load_recipe, recipe_from
 from raybert.run import compress, finetune, predict_teacher
@@ -392,7 +392,7 @@ class Refusing(BaseHTTPRequestHandler):
 
 
 def test_what_a_failed_look_at_storage_left_is_no_run(bucket, toy, monkeypatch):
-    bucket.put(f"run/{OWN}0123")
+    bucket.put(f"run/{HIDDEN}0123")
     recipe = resolve_paths(toy(f"{bucket.uri}/run"))
     assert not check_folder(recipe)
     bucket.put("run/notes.txt")
