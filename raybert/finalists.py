@@ -14,7 +14,7 @@ from raybert.objectives import LATENCY, Objective, front, in_trials
 from raybert.results import RunReport, read_run
 
 RULE = (
-    "Of the finalists, trials run again with {seeds} in all, the one with the least {cost} wins "
+    "Of the finalists, {seeds}, the one with the least {cost} wins "
     "whose mean score over its seeds is at least {least:.4f}: the teacher's {teacher:.4f} less "
     "{loss}. Finalists are the trials with the least {cost} among those that reached that score "
     "once, and the one with the best score."
@@ -171,7 +171,7 @@ def rule(
     teacher = report.teacher.score if report.teacher else report.student.score
     if cost is None:
         return "Of the finalists, the one with the best mean score over its seeds wins."
-    many = f"{seeds} seeds" if seeds > 1 else "one seed"
+    many = f"trials run again with {seeds} seeds in all" if seeds > 1 else "each of one seed"
     return RULE.format(
         seeds=many, cost=cost.name, least=least_score(finalists, loss), teacher=teacher,
         loss=loss.text,
