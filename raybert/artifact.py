@@ -21,7 +21,7 @@ from raybert.data import prepare
 from raybert.evaluate import predict
 from raybert.export import export, read_export
 from raybert.metrics import floor, predictions, score
-from raybert.models import check_head, load, load_tokenizer, model_folder, read_config
+from raybert.models import check_head, check_length, load, load_tokenizer, model_folder, read_config
 from raybert.places import is_uri, local
 from raybert.plan import Plan
 from raybert.recipe_file import dump_recipe, load_recipe
@@ -132,7 +132,8 @@ def encoder_name(recipe: Recipe) -> str:
     name = recipe.model or recipe.teacher or ""
     held = Path(name).parent / "recipe.yaml"
     if recipe.model is None and held.is_file():
-        name = load_recipe(str(held)).model or name
+        made = load_recipe(str(held))
+        name = name if made.method else made.model or name
     path = local(name) if is_uri(name) else Path(name)
     return "/".join(("...", *path.parts[-2:])) if path.is_absolute() else name
 
@@ -200,6 +201,7 @@ def evaluate_model(
         raise UserError(f"{submission} exists and is not overwritten; choose another --submission.")
     folder = model_folder(model)
     network: Any = load(folder)
+    check_length(recipe.data, network.config, str(folder))
     data = prepare(recipe.task, recipe.data, load_tokenizer(str(folder)))
     if split not in data.splits:
         raise UserError(

@@ -70,6 +70,7 @@ def make_comparison(
     Raises:
         UserError: a method that is not known, or listed in no chain; a chain twice.
     """
+    seeds = list(dict.fromkeys(seeds))  # one twice would be counted twice
     own = {method.name: method for method in recipe.method}
     named = [[part.strip() for part in chain.split(",") if part.strip()] for chain in chains]
     if not named:

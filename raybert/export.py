@@ -26,7 +26,15 @@ from raybert.folders import whole
 from raybert.grid import may_saturate
 from raybert.int8 import Int8Linear
 from raybert.latency import latency, speedups
-from raybert.models import PROBE, check_head, load, load_tokenizer, model_folder, read_config
+from raybert.models import (
+    PROBE,
+    check_head,
+    check_length,
+    load,
+    load_tokenizer,
+    model_folder,
+    read_config,
+)
 from raybert.parity import OnnxModel, logit_parity, metric_parity, probe_batches, real_batches
 from raybert.qa import question_room
 from raybert.storage import check_writable, path_of, pull, push
@@ -90,6 +98,8 @@ def export(
     _check_target(target, overwrite)
     network = load(folder)
     tokenizer = load_tokenizer(str(folder))
+    if recipe is not None:
+        check_length(recipe.data, network.config, str(folder))
     data = _rows(recipe, tokenizer)
     if data is not None:
         check_head(str(folder), network.config, data.task)

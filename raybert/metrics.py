@@ -13,15 +13,13 @@ from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_f1_score,
     multiclass_matthews_corrcoef,
-    multilabel_exact_match,
-    multilabel_f1_score,
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 from torchmetrics.functional.text.squad import squad
 
 from raybert.data import TaskData
 from raybert.qa import best_answers
-from raybert.tasks import IGNORED, Task
+from raybert.tasks import IGNORED, Task, own_order
 
 Outputs = dict[str, np.ndarray]
 
@@ -140,17 +138,18 @@ def _named(task: Task, guesses: torch.Tensor, labels: torch.Tensor) -> dict[str,
     if task.kind == "regression":
         known = {"pearson": pearson_corrcoef, "spearman": spearman_corrcoef}
     elif task.kind == "multilabel":
-        c = task.num_labels
-        known = {
-            "f1": lambda g, t: multilabel_f1_score(g, t, c, average="micro"),
-            "accuracy": lambda g, t: multilabel_exact_match(g, t, c),
+        known = {  # for a single label too, of which torchmetrics knows no multilabel ones
+            "f1": lambda g, t: binary_f1_score(g.flatten(), t.flatten()),  # micro
+            "accuracy": lambda g, t: (g == t).all(1).float().mean(),
         }
     else:
         c = task.num_labels
+        # The task's second label, wherever data.labels has put it.
+        positive = (task.labels or ()).index(own_order(task)[1])
         known = {
             "accuracy": lambda g, t: multiclass_accuracy(g, t, c, average="micro"),
             "matthews": lambda g, t: multiclass_matthews_corrcoef(g, t, c),
-            "f1": binary_f1_score
+            "f1": (lambda g, t: binary_f1_score(g == positive, t == positive))
             if c == 2
             else lambda g, t: multiclass_f1_score(g, t, c, average="macro"),
         }

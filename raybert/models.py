@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from raybert.compressed import COMPRESSED, STOCK, finished, replay
-from raybert.config import ROUNDING, MethodConfig, UserError
+from raybert.compressed import COMPRESSED, STOCK, finished, longest_input, replay
+from raybert.config import ROUNDING, DataConfig, MethodConfig, UserError
 from raybert.places import uri_of
 from raybert.storage import nothing_at, path_of, pull
 from raybert.surgery import COMPRESSED_PREFIX, FAMILIES, family, model_inputs
@@ -109,12 +109,27 @@ def check_head(name: str, config: Any, task: Any) -> None:
             f"{task.num_labels} ({problem}). Fine-tune it on this task first, or name it as "
             "`model` instead of `teacher`."
         )
-    own = [config.id2label[i] for i in range(config.num_labels)]
-    wanted = list(task.labels or ())
-    if own != wanted and sorted(own) == sorted(wanted):
+    wanted = {label.casefold(): label for label in task.labels or ()}
+    own = [str(config.id2label[i]).casefold() for i in range(config.num_labels)]
+    if own != list(wanted) and sorted(own) == sorted(wanted):
+        order = [wanted[label] for label in own]
         raise UserError(
-            f"{name} has the labels in the order {', '.join(own)}; task {task.name} has them as "
-            f"{', '.join(wanted)}. Say data.labels=[{','.join(own)}]."
+            f"{name} has the labels in the order {', '.join(order)}; task {task.name} has them as "
+            f"{', '.join(wanted.values())}. Say data.labels=[{','.join(order)}]."
+        )
+
+
+def check_length(data: DataConfig, config: Any, source: str) -> None:
+    """Refuse rows that are longer than a model can read.
+
+    Raises:
+        UserError: ``data.max_length`` is more than its config allows.
+    """
+    longest = longest_input(config)
+    if data.max_length > longest:
+        raise UserError(
+            f"data.max_length {data.max_length} is more than {source} can read; use at most "
+            f"{longest}."
         )
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from raybert.bench import flops, parameters
 from raybert.compressed import longest_input
-from raybert.config import DataConfig, KDConfig, Recipe, UserError
+from raybert.config import KDConfig, Recipe, UserError
 from raybert.data import TaskData, prepare, steps_per_epoch
 from raybert.engine import precision_for
 from raybert.explain import short
@@ -26,6 +26,7 @@ from raybert.job import phase_steps, phases_of, resolve_chain
 from raybert.models import (
     blank,
     check_head,
+    check_length,
     load_tokenizer,
     model_folder,
     read_config,
@@ -247,7 +248,7 @@ def _start(recipe: Recipe) -> tuple[str, Any, Any]:
     config = read_config(source)
     check_weights(source)
     _check_trainable(config, source, recipe)
-    _check_length(recipe.data, config, source)
+    check_length(recipe.data, config, source)
     tokenizer = load_tokenizer(source)
     _check_vocabulary(tokenizer, config, source)
     if recipe.teacher:
@@ -309,7 +310,7 @@ def plan_predictions(recipe: Recipe, split: str, *, cls: bool, out: Path | None)
     tokenizer = load_tokenizer(recipe.model or recipe.teacher)
     _check_vocabulary(tokenizer, read_config(recipe.teacher), recipe.teacher)
     _check_teacher(recipe, tokenizer)
-    _check_length(recipe.data, read_config(recipe.teacher), recipe.teacher)
+    check_length(recipe.data, read_config(recipe.teacher), recipe.teacher)
     data = prepare(recipe.task, recipe.data, tokenizer)
     return request_for(
         recipe.teacher,
@@ -396,15 +397,6 @@ def _check_trainable(config: Any, source: str, recipe: Recipe) -> None:
         raise UserError(
             f"{source} was quantised by q8bert: its weights are integers, for inference only, and "
             f"cannot be {what}. Start from the model that it was made of."
-        )
-
-
-def _check_length(data: DataConfig, config: Any, source: str) -> None:
-    longest = longest_input(config)
-    if data.max_length > longest:
-        raise UserError(
-            f"data.max_length {data.max_length} is more than {source} can read; use at most "
-            f"{longest}."
         )
 
 

@@ -314,7 +314,9 @@ class Run:
         """What runs that differ only by seed have in common."""
         report = self.report
         methods = [{k: v for k, v in m.items() if k != "seed"} for m in report.methods]
-        shared = [report.task, report.model, methods, _without_seed(self.recipe)]
+        # Two teachers of one encoder may still be of two sizes.
+        taught = report.teacher.parameters.model_dump() if report.teacher else None
+        shared = [report.task, report.model, methods, _without_seed(self.recipe), taught]
         return json.dumps(shared, sort_keys=True, default=str)
 
 

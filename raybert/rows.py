@@ -10,7 +10,7 @@ import numpy as np
 from raybert.config import DataConfig, UserError
 from raybert.explain import nearest
 from raybert.readers import Raw
-from raybert.tasks import Task
+from raybert.tasks import TASKS, Task
 
 Rows = dict[str, list]
 """Standard columns: ``text``, ``text_pair`` and ``label`` (names, numbers or lists of names); for
@@ -52,13 +52,13 @@ def found_labels(task: Task, raw: Raw, config: DataConfig) -> tuple[str, ...]:
         return raw.label_names
     values = raw.column(task.label, "data.label")
     if task.kind == "multilabel":
-        names = {name for value in values for name in _parts(value, config.separator)}
+        names = {_word(part) for value in values for part in _parts(value, config.separator)}
     else:
         names = {_word(value) for value in values} - {""}
-    try:
-        ordered = sorted(names, key=float)
-    except ValueError:
-        ordered = sorted(names)
+    # Twice, so that 1 and 1.0 have an order too.
+    ordered = sorted(names)
+    if all(is_number(name) for name in names):
+        ordered = sorted(ordered, key=float)
     if task.kind == "classification" and len(ordered) < 2:
         raise UserError(
             f"{raw.origin}: column {task.label!r} holds {len(ordered)} class(es) "
@@ -102,6 +102,7 @@ def _texts(raw: Raw, name: str, key: str) -> list[str]:
 
 def _text(raw: Raw, row: int, value: Any) -> str:
     """A cell as text that can be written as UTF-8; JSON may hold halves of a character."""
+    _refuse_compound(raw, row, value)
     text = str(value)
     try:
         text.encode()
@@ -113,18 +114,38 @@ def _text(raw: Raw, row: int, value: Any) -> str:
     return text
 
 
+def _refuse_compound(raw: Raw, row: int, value: Any) -> None:
+    """Refuse what would become text as Python writes it."""
+    if isinstance(value, (bytes, list, dict)):
+        kind = {"bytes": "raw bytes", "list": "a list", "dict": "a record"}[type(value).__name__]
+        raise UserError(
+            f"{raw.where(row)}: {str(value)[:60]} is {kind}, not text. Convert the column to "
+            "text, or name another."
+        )
+
+
+def is_number(word: str) -> bool:
+    """Whether a label is written as a number, which says nothing of its id."""
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
+
+
 def _word(value: Any) -> str:
-    """A label as text; pandas writes whole numbers as 1.0 when a column once had a gap."""
-    if value is None:
+    """A label as text; pandas writes whole numbers as 1.0 when a column once had a gap, which is no
+    label."""
+    if value is None or value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
 
 
-def _parts(value: Any, separator: str) -> list[str]:
+def _parts(value: Any, separator: str) -> list[Any]:
+    """The labels of a row, those that are empty left out."""
     values = value if isinstance(value, list) else _word(value).split(separator)
-    return [word for v in values if (word := _word(v))]
+    return [part for part in values if _word(part)]
 
 
 def _label(task: Task, raw: Raw, row: int, value: Any, config: DataConfig) -> Any:
@@ -132,22 +153,38 @@ def _label(task: Task, raw: Raw, row: int, value: Any, config: DataConfig) -> An
         return _number(task, raw, row, value)
     if task.kind == "multilabel":
         return [_name(task, raw, row, part) for part in _parts(value, config.separator)]
-    return _name(task, raw, row, _word(value))
+    return _name(task, raw, row, value)
 
 
-def _name(task: Task, raw: Raw, row: int, word: str) -> str:
+def _name(task: Task, raw: Raw, row: int, value: Any) -> str:
     """A label given by name, or by its id where no label has that name."""
-    labels = task.labels or ()
-    if word in labels:
+    _refuse_compound(raw, row, value)
+    labels, word = task.labels or (), _word(value)
+    # Where a source has names for its ids, a number is an id, even if a name looks like it.
+    is_id = raw.label_names is not None and isinstance(value, int)
+    if word in labels and not is_id:
         return word
-    if word.isdecimal() and len(word) < 10 and int(word) < len(labels):
-        return labels[int(word)]
+    name = _by_id(task, raw, word)
+    if name is not None:
+        return name
     raise UserError(
         f"{raw.where(row)}: {word!r} is not a label of {task.name}{nearest(word, labels)}; known: "
         f"{', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}. Mend the row, or name "
         "the column "
         "with data.label or the labels with data.labels."
     )
+
+
+def _by_id(task: Task, raw: Raw, word: str) -> str | None:
+    """The label that an id stands for: ids count in the source's order, and ``data.labels``, if it
+    holds the same names, says only in which order the model has them."""
+    labels = task.labels or ()
+    order = raw.label_names or TASKS[task.name].labels or labels
+    if not (word.isdecimal() and len(word) < 10 and int(word) < min(len(order), len(labels))):
+        return None
+    if raw.label_names is None and any(map(is_number, labels)):
+        return None  # a number that no label is, among labels that are numbers
+    return (order if set(order) == set(labels) else labels)[int(word)]
 
 
 def _number(task: Task, raw: Raw, row: int, value: Any) -> float:

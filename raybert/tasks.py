@@ -337,4 +337,10 @@ def _cell(task: Task, value: Any) -> str:
         return ",".join(value)
     if task.submits_names:
         return str(value)
-    return str((task.labels or ()).index(value))
+    return str(own_order(task).index(value))
+
+
+def own_order(task: Task) -> tuple[str, ...]:
+    """The labels as a task counts them, whatever order ``data.labels`` gives those names."""
+    own, labels = TASKS[task.name].labels, task.labels or ()
+    return own if own and set(own) == set(labels) else labels

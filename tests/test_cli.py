@@ -223,6 +223,21 @@ def labels_in_another_order(t: Bench) -> BadInput:
     return "compress", words, ["in the order bad, good", "data.labels=[bad,good]"]
 
 
+def labels_in_another_order_and_case(t: Bench) -> BadInput:
+    folder = t.folder / "shouting"
+    shutil.copytree(t.teacher / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "GOOD", "1": "BAD"}, "label2id": {"GOOD": 0, "BAD": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = t.words(f"teacher={folder}", "method=theseus", model=False)
+    return "compress", words, ["in the order good, bad", "data.labels=[good,bad]"]
+
+
+def rows_longer_than_the_model_reads(t: Bench) -> BadInput:
+    words = t.words("data.max_length=1000", model=False)
+    return "evaluate", [str(t.teacher / "model"), *words], ["1000 is more than", "at most 160"]
+
+
 def unknown_family(t: Bench) -> BadInput:
     folder = t.folder / "gpt2"
     GPT2Config().save_pretrained(folder)
@@ -387,6 +402,8 @@ BAD_INPUT: list[Callable[[Bench], BadInput]] = [
     no_tokenizer,
     foreign_tokenizer,
     labels_in_another_order,
+    labels_in_another_order_and_case,
+    rows_longer_than_the_model_reads,
     unknown_family,
     pickled_weights,
     cut_weights,

@@ -27,6 +27,11 @@ def test_chains_take_their_parameters_from_the_recipe(toy, tmp_path):
     assert {s.model for s in found.students} == {None}
 
 
+def test_a_seed_counts_once(toy, tmp_path):
+    found = make_comparison(toy(tmp_path, teacher=str(tmp_path)), ["theseus"], [2, 1, 2])
+    assert [student.train.seed for student in found.students] == [2, 1]
+
+
 def test_without_chains_every_method_stands_alone(toy, tmp_path):
     alone = make_comparison(toy(tmp_path, teacher=str(tmp_path)))
     assert [s.folder.name for s in alone.students] == list(METHODS)

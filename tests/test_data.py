@@ -205,6 +205,32 @@ def test_hub_splits_and_names(monkeypatch, cache: str) -> None:
     )
 
 
+def test_ids_count_in_the_sources_order_whatever_the_models_is(monkeypatch, write, cache) -> None:
+    path = write("t.csv", "sentence,label\ngood,1\nbad,0\nbad,negative\n")
+    data = prepared("sst2", cache, ("train",), train=path, labels=["positive", "negative"])
+    assert data.rows["train"]["label"][:] == ["positive", "negative", "negative"]
+    assert data.splits["train"]["labels"][:] == [0, 1, 1]
+    # Other names are new ones, in the order of the ids.
+    path = write("t.csv", "sentence,label\ngood,1\nbad,0\n")
+    data = prepared("sst2", cache, ("train",), train=path, labels=["bad", "good"])
+    assert data.rows["train"]["label"][:] == ["good", "bad"]
+
+    def hub(names: list[str], ids: list[int]) -> None:
+        label = datasets.ClassLabel(names=names)
+        features = datasets.Features({"text": datasets.Value("string"), "label": label})
+        rows = {"text": ["good film"] * len(ids), "label": ids}
+        loaded = datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features)})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_: loaded)
+
+    hub(["low", "mid", "high"], [0, 1, 2])
+    options = {"source": "a/b", "labels": ["high", "low", "mid"]}
+    data = prepared("classification", cache, ("train",), **options)
+    assert data.rows["train"]["label"][:] == ["low", "mid", "high"]
+    hub(["1", "2", "3"], [0, 1, 2])  # names that look like other labels' ids
+    data = prepared("classification", cache, ("train",), source="a/b")
+    assert data.rows["train"]["label"][:] == ["1", "2", "3"]
+
+
 def test_hub_that_cannot_be_reached(cache: str) -> None:
     refused(["'nobody/nothing'", "Hub", "data=FOLDER"], "mrpc", cache, source="nobody/nothing")
 
@@ -317,6 +343,10 @@ def test_labels_that_do_not_fit(write, cache: str) -> None:
     refused(["line 3", "'' is not a label"], "sst2", cache, train=path)
     path = write("t.csv", "sentence,label\ngood,1\nbad,1\n")
     refused(["every training row", "'positive'"], "sst2", cache, train=path)
+    # Among labels that are numbers, a number that is none of them is no id.
+    stars = write("s.csv", "text,label\ngood,5\nbad,2\nwell,3\n")
+    dev = write("d.csv", "text,label\ngood,5\npoor,1\n")
+    refused(["line 3", "'1' is not a label"], "classification", cache, train=stars, dev=dev)
     path = write("u.csv", "text,label\ngood,a\nbad,a\n")
     refused(["1 class(es)", "at least two"], "classification", cache, train=path)
     path = write("r.csv", "text,label\ngood,1\nbad,high\n")
@@ -341,6 +371,18 @@ def test_columns_that_do_not_fit(write, cache: str) -> None:
     )
     refused(["is empty"], "classification", cache, train=write("n.csv", ""))
     refused(["names a column twice"], "classification", cache, train=write("d.csv", "a,a\n1,2\n"))
+
+
+def test_cells_that_are_no_text(cache: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "t.parquet")
+    for texts, kind in (([b"good", b"bad"], "raw bytes"), ([["a", "b"], ["c"]], "a list")):
+        datasets.Dataset.from_dict({"text": texts, "label": ["a", "b"]}).to_parquet(path)
+        refused(["row 1", f"is {kind}, not text"], "classification", cache, train=path)
+    datasets.Dataset.from_dict({"text": ["good", "bad"], "label": [b"a", b"b"]}).to_parquet(path)
+    refused(["row 1", "is raw bytes"], "classification", cache, train=path)
+    rows = {"text": ["good", "bad", "fine"], "label": [0.0, 1.0, float("nan")]}
+    datasets.Dataset.from_dict(rows).to_parquet(path)
+    refused(["row 3", "'' is not a label"], "classification", cache, train=path)
 
 
 def test_files_that_are_not_what_they_say(write, cache: str, tmp_path: Path) -> None:

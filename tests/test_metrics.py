@@ -19,9 +19,9 @@ from raybert.metrics import floor, predictions, score
 def make(tmp_path: Path):
     """Task data whose train and dev rows have the given labels."""
 
-    def build(name: str, labels: list[str], **data) -> TaskData:
+    def build(name: str, given: list[str], **data) -> TaskData:
         path = tmp_path / "rows.csv"
-        path.write_text("text,label\n" + "".join(f"good,{v}\n" for v in labels))
+        path.write_text("text,label\n" + "".join(f"good,{v}\n" for v in given))
         files = {"train": str(path), "dev": str(path), "cache": str(tmp_path / "cache")}
         config = DataConfig.model_validate({**files, "text": "text", **data})
         return prepare(name, config, make_tokenizer(), ("train", "dev"))
@@ -87,6 +87,23 @@ def test_multilabel(make) -> None:
     assert said == [["a", "b"], ["a", "c"], ["c"], []]
     # Everybody is "a": three hits, one false alarm, two misses; rows 2 and 4 wholly right.
     assert floor(data.task, data, "dev") == pytest.approx({"f1": 6 / 9, "accuracy": 0.5})
+
+
+def test_a_single_label_is_scored_like_several(make) -> None:
+    data = make("multilabel", ["spam", "", "spam", ""], separator=";")
+    logits = np.array([[1], [1], [-1], [-1]], np.float32)
+    scores = score(data.task, data, "dev", np.arange(4), {"logits": logits})
+    assert scores == pytest.approx({"f1": 2 * 1 / (2 * 1 + 2), "accuracy": 0.5})
+
+
+def test_the_positive_class_is_the_tasks_second_wherever_the_model_has_it(make) -> None:
+    rows = ["1", "1", "1", "0", "0", "1"]
+    names = ["acceptable", "unacceptable"]
+    turned = make("cola", rows, metric="f1", labels=names)
+    assert turned.task.labels == tuple(names)
+    scores = score(turned.task, turned, "dev", np.arange(6), one_hot([0, 0, 1, 1, 0, 0], 2))
+    assert scores["f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    assert floor(turned.task, turned, "dev")["f1"] == pytest.approx(2 * 4 / (2 * 4 + 2))
 
 
 def test_mlm(tmp_path: Path) -> None:

@@ -216,6 +216,11 @@ def test_keys_that_have_come_since_part_no_seeds(finished: Callable[..., Path]) 
     assert [len(group.runs) for group in groups] == [2, 1]
 
 
+def test_students_of_teachers_of_two_sizes_are_no_seeds(finished: Callable[..., Path]) -> None:
+    runs = [finished("one"), finished("two", seed=2, teacher=measured(0.86, 60_000_000))]
+    assert [len(g.runs) for g in group_runs([read_run(folder) for folder in runs])] == [1, 1]
+
+
 def test_seeds_are_grouped_and_anything_else_is_not(finished: Callable[..., Path]) -> None:
     folders = [
         finished("teacher", 0.86, methods=[], teacher=None),
