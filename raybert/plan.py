@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from raybert.models import (
 from raybert.phase import check_layer_map
 from raybert.places import HIDDEN, uri_of
 from raybert.predictions import check_named, takes_saved
-from raybert.recipe_file import dump_recipe
+from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.scale import load_of
 from raybert.storage import check_writable, entries, is_mirrored, pull
 from raybert.surgery import compressed_by
@@ -161,6 +162,8 @@ def check_folder(recipe: Recipe) -> bool:
             f"{held} is no recipe, so {folder} is not a run folder; nothing in it is touched. "
             "Choose another out=."
         ) from None
+    with suppress(UserError):  # an earlier version's lacks keys that have come since
+        there = yaml.safe_load(dump_recipe(load_recipe(str(held))))
     here = yaml.safe_load(dump_recipe(recipe))
     for one in (there, here):
         for key in FREE_TO_DIFFER:

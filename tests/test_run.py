@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import BAD, GOOD, OTHER, make_tokenizer, toy_encoder
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
@@ -188,3 +189,18 @@ def test_methods_and_fine_tuning_are_not_confused(toy, tmp_path):
     with pytest.raises(UserError, match="nothing to compress with"):
         compress(toy(tmp_path / "run"), **QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_an_earlier_version_is_the_same_run(toy, tmp_path):
+    keys = {"train": {"max_steps": 2}, "measure": {"batches": []}}
+    run = finetune(toy(tmp_path / "run", **keys), **QUIET)
+    held = yaml.safe_load((run / "recipe.yaml").read_text())
+    del held["train"]["dropout"], held["data"]["separator"]  # as if they had come since
+    (run / "recipe.yaml").write_text(yaml.safe_dump(held))
+    told: list[str] = []
+    finetune(toy(tmp_path / "run", **keys), tell=told.append)
+    assert "is finished already" in told[0]
+    held["train"]["seed"] = 5
+    (run / "recipe.yaml").write_text(yaml.safe_dump(held))
+    with pytest.raises(UserError, match=r"train\.seed is 5 there"):
+        finetune(toy(tmp_path / "run", **keys), **QUIET)
