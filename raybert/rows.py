@@ -10,7 +10,7 @@ import numpy as np
 from raybert.config import DataConfig, UserError
 from raybert.explain import nearest
 from raybert.readers import Raw
-from raybert.tasks import TASKS, Task
+from raybert.tasks import Task, own_order
 
 Rows = dict[str, list]
 """Standard columns: ``text``, ``text_pair`` and ``label`` (names, numbers or lists of names); for
@@ -178,13 +178,12 @@ def _name(task: Task, raw: Raw, row: int, value: Any) -> str:
 def _by_id(task: Task, raw: Raw, word: str) -> str | None:
     """The label that an id stands for: ids count in the source's order, and ``data.labels``, if it
     holds the same names, says only in which order the model has them."""
-    labels = task.labels or ()
-    order = raw.label_names or TASKS[task.name].labels or labels
-    if not (word.isdecimal() and len(word) < 10 and int(word) < min(len(order), len(labels))):
+    order, known = own_order(task, raw.label_names), len(raw.label_names or task.labels or ())
+    if not (word.isdecimal() and len(word) < 10 and int(word) < min(len(order), known)):
         return None
-    if raw.label_names is None and any(map(is_number, labels)):
+    if raw.label_names is None and any(map(is_number, order)):
         return None  # a number that no label is, among labels that are numbers
-    return (order if set(order) == set(labels) else labels)[int(word)]
+    return order[int(word)]
 
 
 def _number(task: Task, raw: Raw, row: int, value: Any) -> float:

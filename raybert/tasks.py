@@ -340,7 +340,8 @@ def _cell(task: Task, value: Any) -> str:
     return str(own_order(task).index(value))
 
 
-def own_order(task: Task) -> tuple[str, ...]:
-    """The labels as a task counts them, whatever order ``data.labels`` gives those names."""
-    own, labels = TASKS[task.name].labels, task.labels or ()
+def own_order(task: Task, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """The labels as a task, or a source with ``names`` for its ids, counts them, whatever order
+    ``data.labels`` gives those names; other names there are new ones, in the order of the ids."""
+    own, labels = names or TASKS[task.name].labels, task.labels or ()
     return own if own and set(own) == set(labels) else labels
