@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from raybert.checkpoint import World
 from raybert.data import MODEL_INPUTS, TaskData, eval_batches
 from raybert.metrics import score
+from raybert.surgery import model_inputs
 from raybert.tasks import row_outputs
 
 
@@ -56,7 +58,10 @@ def predict(
 
 def forward(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> Any:
     """One forward pass without gradients; outputs come back in float32 on the CPU."""
-    inputs = {k: batch[k].to(device) for k in MODEL_INPUTS if k in batch}
+    read = {k: batch[k] for k in MODEL_INPUTS if k in batch}
+    if isinstance(model, PreTrainedModel):  # an exported graph takes what it needs
+        read = model_inputs(model, batch, MODEL_INPUTS)
+    inputs = {name: values.to(device) for name, values in read.items()}
     with torch.no_grad():
         out = model(**inputs)
     for key, value in out.items():

@@ -312,7 +312,7 @@ def _sizes(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[AffineNor
     try:
         for batch in batches if handles else ():
             real = batch["attention_mask"].unsqueeze(-1)  # [B, T, 1]
-            model(**model_inputs(batch))
+            model(**model_inputs(model, batch))
     finally:
         for handle in handles:
             handle.remove()

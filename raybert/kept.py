@@ -32,16 +32,17 @@ def kept_units(
     ]
     with torch.no_grad():
         for batch in batches:
-            model(**model_inputs(batch))
+            model(**model_inputs(model, batch))
     for handle in handles:
         handle.remove()
     return [torch.cat(parts) for parts in found]
 
 
 def spread_rows(
-    batches: list[dict[str, Tensor]], count: int
+    model: nn.Module, batches: list[dict[str, Tensor]], count: int
 ) -> list[tuple[int, dict[str, Tensor]]]:
-    """At most so many rows, evenly spread, each alone and without padding, with its place."""
+    """At most so many rows, evenly spread, as the model reads them: each alone and without padding,
+    with its place."""
     total = sum(len(batch["attention_mask"]) for batch in batches)
     count = min(count, total)
     wanted = {round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
@@ -49,8 +50,8 @@ def spread_rows(
     for batch in batches:
         for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
             if place in wanted:
-                part = {k: v[row : row + 1, :length] for k, v in model_inputs(batch).items()}
-                found.append((place, part))
+                read = model_inputs(model, batch)
+                found.append((place, {k: v[row : row + 1, :length] for k, v in read.items()}))
             place += 1
     return found
 
@@ -65,5 +66,5 @@ def layer_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
     counter = FlopCounterMode(display=False)
     # The counter does not know the CPU's fused attention.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(**model_inputs(batch))
+        model(**model_inputs(model, batch))
     return sum(counter.get_flop_counts()[f"{type(model).__name__}.{name}"].values())

@@ -333,12 +333,13 @@ def write_probe(model: PreTrainedModel, folder: Path, batch: dict[str, torch.Ten
     Args:
         model: in evaluation mode.
         folder: the model folder.
-        batch: input_ids, attention_mask and, where the model takes them, token_type_ids, [B, T].
+        batch: holds input_ids, attention_mask and, where the model takes them, token_type_ids,
+            [B, T].
 
     Raises:
         UserError: an output is no number.
     """
-    inputs = {key: values.cpu().contiguous() for key, values in model_inputs(batch).items()}
+    inputs = {key: values.cpu().contiguous() for key, values in model_inputs(model, batch).items()}
     expected = _probe_output(model, inputs)
     if not expected.isfinite().all():
         raise UserError(

@@ -53,7 +53,7 @@ def second_moments(
             real = batch["attention_mask"].bool()  # [B, T]
             count += int(real.sum())
             with torch.no_grad():
-                backbone(model)(**model_inputs(batch))
+                backbone(model)(**model_inputs(model, batch))
     finally:
         for handle in handles:
             handle.remove()

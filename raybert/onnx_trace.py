@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from raybert.fold import folded
 from raybert.onnx_first import keep_first
 from raybert.onnx_graph import Graph, Translation, dims_of
 from raybert.onnx_ops import HANDLERS
+from raybert.surgery import INPUTS, takes_token_types
 from raybert.timer import LONGEST
 
 Int8 = Literal["fused", "qdq"]
@@ -59,13 +59,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(TRACED, _mask)
 
 def input_names(model: PreTrainedModel) -> list[str]:
     """What the model's graph takes, each [batch, length]."""
-    names = ["input_ids", "attention_mask"]
-    config: Any = model.config
-    if "token_type_ids" in inspect.signature(model.forward).parameters and (
-        config.type_vocab_size > 1
-    ):
-        names.append("token_type_ids")
-    return names
+    return [name for name in INPUTS if name != "token_type_ids" or takes_token_types(model.config)]
 
 
 def to_onnx(model: PreTrainedModel, *, int8: Int8 = "fused") -> onnx.ModelProto:

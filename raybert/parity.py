@@ -84,10 +84,10 @@ def probe_batches(probe: Batch) -> list[Batch]:
     return [inputs, *one, {k: v[:, :short] for k, v in inputs.items()}]
 
 
-def token_batch(batches: Iterable[Batch]) -> Batch:
+def token_batch(model: PreTrainedModel, batches: Iterable[Batch]) -> Batch:
     """The shortest input that there is: one row of one token."""
-    first = next(iter(batches))
-    return {name: values[:1, :1] for name, values in model_inputs(first).items()}
+    first = model_inputs(model, next(iter(batches)))
+    return {name: values[:1, :1] for name, values in first.items()}
 
 
 def logit_parity(
@@ -110,8 +110,8 @@ def logit_parity(
     """
     largest = scale = 0.0
     shapes = []
-    for batch in [*batches, token_batch(batches)]:
-        inputs = model_inputs(batch)
+    for batch in [*batches, token_batch(model, batches)]:
+        inputs = model_inputs(model, batch)
         with torch.inference_mode():
             wanted = model(**inputs)
         found = exported(**inputs)

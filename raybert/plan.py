@@ -414,11 +414,15 @@ def _check_vocabulary(tokenizer: Any, config: Any, source: str) -> None:
 
 
 def _check_teacher(recipe: Recipe, tokenizer: Any) -> None:
+    """Check the teacher beside its student, and let rows have what the teacher reads of them."""
     assert recipe.teacher is not None
     config = read_config(recipe.teacher)
     check_weights(recipe.teacher)
     if recipe.model:
         taught_by = load_tokenizer(recipe.teacher)
+        # A BERT tells the parts of a pair apart, its DistilBERT student does not.
+        names = [*tokenizer.model_input_names, *taught_by.model_input_names]
+        tokenizer.model_input_names = list(dict.fromkeys(names))
         if taught_by.get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"teacher {recipe.teacher} and model {recipe.model} have different vocabularies "

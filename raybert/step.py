@@ -17,7 +17,7 @@ from raybert.first_token import first_token_only
 from raybert.models import PROBLEMS
 from raybert.phase import Distillation, Outputs, Phase, Taps, check_layer_map, even_layer_map
 from raybert.predictions import Predictions
-from raybert.surgery import encoder_layers
+from raybert.surgery import encoder_layers, model_inputs
 
 
 class Place(NamedTuple):
@@ -72,10 +72,9 @@ class Distiller:
             The loss terms, detached, each times ``share``.
         """
         batch = {k: v.to(self.place.device, non_blocking=True) for k, v in batch.items()}
-        inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
         # The teacher first: what the student's forward leaves in the caches, its backward reads.
-        taught = self._taught(inputs, batch)
-        out = self._outputs(self.engine(**inputs), 0)
+        taught = self._taught(batch)
+        out = self._outputs(self.engine(**model_inputs(self.engine.module, batch, MODEL_INPUTS)), 0)
         terms = self.phase.losses(self.engine.module, out, taught, batch, self.distillation)
         loss = torch.stack([term.float() for term in terms.values()]).sum() * share
         if not loss.requires_grad:
@@ -86,13 +85,12 @@ class Distiller:
             fill_gradients(self.engine.module)
         return {name: term.detach().float() * share for name, term in terms.items()}
 
-    def _taught(
-        self, inputs: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]
-    ) -> Outputs | None:
+    def _taught(self, batch: dict[str, torch.Tensor]) -> Outputs | None:
         if self.teacher is None:
             return None
         if isinstance(self.teacher, Predictions):
             return self.teacher.outputs(batch)
+        inputs = model_inputs(self.teacher, batch, MODEL_INPUTS)
         with torch.no_grad(), autocast(self.place.precision, self.place.device):
             return self._outputs(self.teacher(**inputs), 1)
 

@@ -5,7 +5,7 @@ Methods reach into a model through these functions alone, so a new model family 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,23 @@ def compressed_by(config: Any) -> list[dict[str, Any]]:
     return list(vars(config).get("compression") or [])
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model reads of a batch, without labels."""
-    return {name: batch[name] for name in INPUTS if name in batch}
+def takes_token_types(config: Any) -> bool:
+    """Whether a config's model reads which part of a pair a token belongs to: DistilBERT does not,
+    and where there is one type alone, all tokens are of it."""
+    return family(config) != "distilbert" and config.type_vocab_size > 1
+
+
+def model_inputs(
+    model: Any, batch: Mapping[str, Any], names: Sequence[str] = INPUTS
+) -> dict[str, Any]:
+    """What a model reads of a batch, by default without labels.
+
+    A batch may hold more: teacher and student read the same one, and one of them may take
+    token_type_ids.
+    """
+    types = takes_token_types(model.config)
+    wanted = [name for name in names if name in batch]
+    return {name: batch[name] for name in wanted if types or name != "token_type_ids"}
 
 
 def sizes(config: Any) -> dict[str, int]:

@@ -33,7 +33,7 @@ from raybert.places import local, uri_of
 from raybert.predictions import FORMAT, META, SHARD, check_shard, key_of, read_meta
 from raybert.scale import prediction_bytes
 from raybert.storage import arrived, check_writable, entries, held, pull, push, remove
-from raybert.surgery import encoder_layers
+from raybert.surgery import encoder_layers, model_inputs
 from raybert.trust import check_weights
 
 SHARD_ROWS, MOST_SHARDS = 1024, 256
@@ -358,7 +358,8 @@ class Predictor:
 
     def _forward(self, positions: np.ndarray) -> dict[str, np.ndarray]:
         batch = self.batcher(positions)
-        inputs = {k: batch[k].to(self.device) for k in MODEL_INPUTS if k in batch}
+        read = model_inputs(self.model, batch, MODEL_INPUTS)
+        inputs = {name: values.to(self.device) for name, values in read.items()}
         self.states.clear()
         with torch.inference_mode():
             out = self.model(**inputs)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from raybert.power_norm import PowerNorm
 from raybert.softmax_net import MatrixAttention, SoftmaxNet, matrix
-from raybert.surgery import backbone, encoder_layers, model_inputs, self_attention
+from raybert.surgery import INPUTS, backbone, encoder_layers, model_inputs, self_attention
 
 Values = dict[str, Tensor]
 """Parameter or buffer name, below its module -> value."""
@@ -81,14 +81,15 @@ class Sample:
 
     def __init__(self, batches: Sequence[Mapping[str, Any]], length: int, heads: int) -> None:
         longest = max(batch["input_ids"].shape[1] for batch in batches)
-        keys = list(model_inputs(batches[0]))
-        self.batch = {
-            key: torch.cat([F.pad(b[key], (0, longest - b[key].shape[1])) for b in batches])
-            for key in keys
-        }
+        draw = torch.Generator().manual_seed(0)
+        # They come sorted by length, and the first are held out of a layer's fit.
+        order = torch.randperm(sum(len(b["input_ids"]) for b in batches), generator=draw)
+        self.batch = {}
+        for key in (name for name in INPUTS if name in batches[0]):
+            padded = [F.pad(b[key], (0, longest - b[key].shape[1])) for b in batches]
+            self.batch[key] = torch.cat(padded)[order.to(padded[0].device)]
         self.length = length
         self.real = self.batch["attention_mask"].bool()  # [B, T]
-        draw = torch.Generator().manual_seed(0)
         tokens = self.real.nonzero()  # [n, 2]
         self.tokens = _drawn(tokens, TOKENS, draw)
         every = [F.pad(tokens, (0, 1), value=head) for head in range(heads)]
@@ -96,7 +97,7 @@ class Sample:
 
     def through(self, model: nn.Module) -> None:
         """Run the rows through a model's encoder."""
-        backbone(model)(**self.batch)
+        backbone(model)(**model_inputs(model, self.batch))
 
     def scores(self, attention: MatrixAttention, hidden: Tensor) -> Queries:
         """A layer's sampled queries, given what enters its attention [B, T, H]."""
@@ -118,18 +119,19 @@ def _drawn(rows: Tensor, most: int, draw: torch.Generator) -> Tensor:
 
 
 class Recorded(NamedTuple):
-    """What a model does on a sample: queries by layer, norms' outputs [n, H] by name, and layers'
-    outputs [B, T, H]."""
+    """What a model does on a sample: queries by layer, norms' outputs [n, H] and the largest of all
+    real tokens' [H] by name, and layers' outputs [B, T, H]."""
 
     queries: list[Queries]
     norms: dict[str, Tensor]
+    bounds: dict[str, Tensor]
     layers: list[Tensor]
 
 
 @torch.no_grad()
 def record(model: nn.Module, sample: Sample) -> Recorded:
     """Run a model with softmax and LayerNorm, in evaluation mode, and note what both give."""
-    found = Recorded([], {}, [])
+    found = Recorded([], {}, {}, [])
 
     def attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -138,6 +140,7 @@ def record(model: nn.Module, sample: Sample) -> Recorded:
     def norm_of(name: str) -> Callable:
         def hook(_module: nn.Module, _args: tuple, out: Tensor) -> None:
             found.norms[name] = sample.picked(out)
+            found.bounds[name] = out[sample.real].abs().amax(0)
 
         return hook
 
@@ -245,7 +248,7 @@ class Fit:
             values, errors = fit_norm(self.sample.picked(args[0]), wanted, module)
             module.running_phi.copy_(values["running_phi"])
             if module.bound is not None:
-                module.bound.copy_(wanted.abs().amax(0))
+                module.bound.copy_(self.recorded.bounds[name])
             put(module, {key: values[key] for key in ("weight", "bias")})
             self.norms[name] = errors
 

@@ -49,8 +49,8 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that frames texts as BERT's does."""
+def make_tokenizer(*, types: bool = True) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that frames texts as BERT's does; DistilBERT's names no types."""
     tokenizer = Tokenizer(models.WordLevel(VOCAB, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -65,6 +65,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
+        model_input_names=["input_ids", *["token_type_ids"] * types, "attention_mask"],
     )
 
 

@@ -18,8 +18,10 @@ import torch
 from conftest import make_tokenizer, toy_encoder, write_rows
 from safetensors.torch import load_file, save_file
 from test_run import task_files
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raybert import teacher as teacher_room
+from raybert.artifact import evaluate_model
 from raybert.config import KDConfig, Recipe, UserError
 from raybert.data import MODEL_INPUTS, load_prepared, prepare
 from raybert.models import load_for_task
@@ -149,6 +151,34 @@ def test_other_families_are_predicted(tmp_path, family):
     torch.testing.assert_close(batch["teacher_logits"], wanted.logits, rtol=1e-4, atol=1e-5)
     states = torch.stack([state[:, 0] for state in wanted.hidden_states[1:]], 1)
     torch.testing.assert_close(batch["teacher_cls"].float(), states, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("predictions", ["live", "saved"])
+def test_a_student_that_reads_no_types_hides_them_from_no_teacher(tmp_path, predictions):
+    recipe = toy_task("classification", tmp_path)
+    teacher: Any = AutoModelForSequenceClassification.from_pretrained(str(recipe.teacher))
+    dev = data_of(tmp_path, recipe).rows["dev"]
+    texts = dev["text"][:], dev["text_pair"][:]
+    pairs = make_tokenizer()(*texts, return_tensors="pt", padding=True)
+    untyped = {**pairs, "token_type_ids": torch.zeros_like(pairs["input_ids"])}
+    with torch.no_grad():  # so that types decide
+        teacher.bert.embeddings.token_type_embeddings.weight.mul_(20)
+        teacher.classifier.bias.sub_(teacher(**pairs).logits.mean(0))
+        right, wrong = (teacher(**inputs).logits.argmax(1) for inputs in (pairs, untyped))
+    assert (right != wrong).any()
+    teacher.save_pretrained(str(recipe.teacher))
+    toy_encoder("distilbert", 2).save_pretrained(tmp_path / "student")
+    make_tokenizer(types=False).save_pretrained(tmp_path / "student")
+    keys: dict[str, Any] = {"model": str(tmp_path / "student"), "out": str(tmp_path / "run")}
+    keys["kd"] = {"alpha": 0.5, "predictions": predictions}
+    keys |= {"train": {"epochs": 2, "batch_size": 16}, "measure": {"batches": []}}
+    same = {"task": recipe.task, "teacher": recipe.teacher, "data": recipe.data.model_dump()}
+    taught = recipe_from({**same, **keys})
+    report = json.loads((compress(taught, **QUIET) / "report.json").read_text())
+    own = evaluate_model(Path(str(recipe.teacher)), recipe)["metrics"]
+    assert report["teacher"]["metrics"] == pytest.approx(own)
+    plain = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert plain.model_input_names == ["input_ids", "attention_mask"]
 
 
 def test_a_student_trained_on_saved_predictions_is_the_one_a_live_teacher_trains(

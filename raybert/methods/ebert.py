@@ -371,7 +371,7 @@ def what_is_kept(
     cost = shape.cost(sum(counts[::2]), sum(counts[1::2]), tokens)
     dense = shape.dense_cost(tokens)
     shares = cost / dense
-    rows = spread_rows(batches, COUNTED)
+    rows = spread_rows(model, batches, COUNTED)
     places = [place for place, _ in rows]
     counted = sum(layer_flops(model, row) for _, row in rows) / 2
     names = [f"layer {layer} {part}" for layer in range(shape.layers) for part in KEPT]

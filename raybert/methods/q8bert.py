@@ -317,7 +317,7 @@ def calibrate(
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     with torch.no_grad():
         for batch in batches:
-            model(**model_inputs(batch))
+            model(**model_inputs(model, batch))
             for name, seen in now.items():
                 most = torch.stack(seen).amax(0).float() / len(batches)
                 means[name] = means[name] + most if name in means else most
