@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from raybert.config import Recipe
 
 RUN_FILES = {
-    *("recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "teacher", "model", "ray"),
+    *(
+        "recipe.yaml",
+        "inputs.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "teacher",
+        "model",
+        "ray",
+    ),
     *("report.json", "report.md", "report.html", "onnx"),
 }
 """What a run folder may hold, for `--overwrite` to remove it."""

@@ -275,7 +275,9 @@ class TrainConfig(Section):
         default=1.0, description="Largest gradient norm; 0 does not clip."
     )
     dropout: Share | None = Field(
-        default=None, description="Dropout while training; nothing: the model's own."
+        default=None,
+        description="Dropout while training, which the finished model keeps; nothing: "
+        "the model's own.",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="auto: bf16 where the device computes it natively, else fp32."

@@ -94,9 +94,10 @@ def check_lengths(task: Task, config: DataConfig, tokenizer: Any) -> None:
 
 def int_lists(values: list[np.ndarray], kind: pa.DataType) -> pa.Array:
     """Arrays of integers as one Arrow list column, without a Python object for each number."""
-    offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(v) for v in values], dtype=np.int64)])
     flat = np.concatenate(values) if values else np.zeros(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind))
+    # Large: a corpus has more tokens than 32 bits can count.
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind))
 
 
 def text_features(task: Task, rows: Rows, config: DataConfig, tokenizer: Any) -> pa.Table:

@@ -39,6 +39,10 @@ PROBLEMS = {
     "regression": "regression",
 }
 
+ENDS = 2
+"""Numbers that a head for question answering gives for a token: is it the answer's first, its
+last."""
+
 _ARCHITECTURES = {
     "classification": "ForSequenceClassification",
     "multilabel": "ForSequenceClassification",
@@ -184,8 +188,8 @@ def load_for_task(
     config = read_config(name)
     if not new_head:
         check_head(name, config, task)
+    set_labels(config, task)
     if task.kind in PROBLEMS:
-        config.num_labels = task.num_labels
         config.problem_type = PROBLEMS[task.kind]
         if task.labels:
             config.id2label = dict(enumerate(task.labels))
@@ -220,6 +224,14 @@ def load_for_task(
             f"({task.kind}). Name a fine-tuned model as teacher, or name it as `model` instead."
         )
     return model.eval(), new
+
+
+def set_labels(config: Any, task: Any) -> None:
+    """Give a config as many labels as the task's head has: of another task it may have others."""
+    if task.kind in PROBLEMS:
+        config.num_labels = task.num_labels
+    elif task.kind == "qa":
+        config.num_labels = ENDS
 
 
 def _set_dropout(config: Any, dropout: float) -> None:

@@ -31,6 +31,7 @@ from raybert.models import (
     load_tokenizer,
     model_folder,
     read_config,
+    set_labels,
 )
 from raybert.phase import check_layer_map
 from raybert.places import HIDDEN, uri_of
@@ -210,8 +211,7 @@ def make_plan(recipe: Recipe, *, alone: bool = True) -> Plan:
         need_packages()
     source, config, tokenizer = _start(recipe)
     data = _rows(recipe, tokenizer)
-    if data.task.kind in ("classification", "multilabel", "regression"):
-        config.num_labels = data.task.num_labels
+    set_labels(config, data.task)
     teacher = config
     if recipe.teacher:
         teacher = read_config(recipe.teacher)

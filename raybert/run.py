@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from raybert.cluster import predict_on_ray, ray_for, run_group, takes_gpu
 from raybert.config import Recipe, UserError
 from raybert.folders import owned, write_whole
+from raybert.inputs import changed, inputs_of, keep_inputs
 from raybert.plan import (
     Plan,
     check_command,
@@ -100,6 +101,8 @@ def _drive(
     if check_folder(plan.recipe if (folder / "recipe.yaml").is_file() else recipe):
         if (folder / "report.json").is_file():
             tell(f"{folder} is finished already")
+            for what in changed(folder, _inputs(plan)):
+                tell(f"note: {what} changed since; the run is what they were then")
             pull(folder / "model")
             pull(folder / "onnx")
             if recipe.export and not (folder / "onnx").exists():
@@ -117,6 +120,7 @@ def _carry_out(plan: Plan, tell: Callable[[str], None], fit: Fit | None, timed: 
     """Train, measure and write what is not there yet."""
     recipe, folder = plan.recipe, plan.recipe.folder
     _write_recipe(recipe)
+    keep_inputs(folder, _inputs(plan))
     teacher = recipe.teacher
     if plan.teacher is not None:
         tell(f"fine-tuning the teacher {recipe.model}")
@@ -133,6 +137,10 @@ def _carry_out(plan: Plan, tell: Callable[[str], None], fit: Fit | None, timed: 
 
     tell("measuring")
     assemble(plan, teacher, tell, timed=timed)
+
+
+def _inputs(plan: Plan) -> dict[str, str]:
+    return inputs_of(plan.data.key, plan.start, plan.recipe.teacher)
 
 
 def _trained(folder: Path) -> bool:

@@ -47,7 +47,7 @@ LAYERS = [
     {"data", "models", "bench", "plots", "card", "pages"},
     {"scale"},
     {"metrics", "checkpoint", "engine", "views", "job", "teacher", "onnx_trace", "import_ma_bert"},
-    {"evaluate", "report", "step"},
+    {"evaluate", "inputs", "report", "step"},
     {"train", "parity"},
     {"export"},
     {"plan"},

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import BAD, GOOD, OTHER, make_tokenizer, toy_encoder
+from conftest import BAD, GOOD, OTHER, make_tokenizer, toy_encoder, write_rows
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 import raybert
@@ -171,6 +173,13 @@ def test_a_model_of_its_own_learns_from_a_teacher_without_a_method(toy, teacher,
 
 def test_a_successor_starts_another_task(toy, teacher, tmp_path):
     first = compress(toy(tmp_path / "one", teacher=str(teacher), method="theseus"), **QUIET)
+    many = json.loads((first / "model" / "config.json").read_text())
+    many["id2label"] = {str(i): f"star {i}" for i in range(3)}  # a head of three labels
+    many["label2id"] = {name: int(i) for i, name in many["id2label"].items()}
+    (first / "model" / "config.json").write_text(json.dumps(many))
+    weights = load_file(first / "model" / "model.safetensors")
+    weights["classifier.weight"], weights["classifier.bias"] = torch.zeros(3, 32), torch.zeros(3)
+    save_file(weights, first / "model" / "model.safetensors", {"format": "pt"})
     keys = task_files("squad", tmp_path)
     recipe = toy(
         tmp_path / "two",
@@ -189,6 +198,35 @@ def test_methods_and_fine_tuning_are_not_confused(toy, tmp_path):
     with pytest.raises(UserError, match="nothing to compress with"):
         compress(toy(tmp_path / "run"), **QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_rows_or_teacher_changed_is_not_gone_on_with(toy, teacher, tmp_path):
+    write_rows(tmp_path / "train.csv", 60, seed=1)
+    shutil.copytree(teacher / "model", tmp_path / "teacher")
+    recipe = toy(
+        tmp_path / "run",
+        teacher=str(tmp_path / "teacher"),
+        method="theseus",
+        train={"max_steps": 2},
+        data={"train": str(tmp_path / "train.csv"), "cache": str(tmp_path / "cache")},
+    )
+    run = compress(recipe, **QUIET)
+    write_rows(tmp_path / "train.csv", 60, seed=2)
+    told: list[str] = []
+    compress(recipe, tell=told.append)
+    assert "is finished already" in told[0]
+    assert "the rows of `data` changed since" in told[1]
+    (run / "report.json").unlink()  # as if it had not finished
+    with pytest.raises(UserError, match="the rows of `data` changed since"):
+        compress(recipe, **QUIET)
+    write_rows(tmp_path / "train.csv", 60, seed=1)
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    weights["classifier.bias"] += 1.0
+    save_file(weights, tmp_path / "teacher" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="the model and the teacher changed since"):
+        compress(recipe, **QUIET)
+    shutil.copytree(teacher / "model", tmp_path / "teacher", dirs_exist_ok=True)
+    compress(recipe, **QUIET)
 
 
 def test_a_run_of_an_earlier_version_is_the_same_run(toy, tmp_path):
