@@ -116,6 +116,7 @@ class Position:
         notes: what the report should tell of the run.
         settled: methods as they were settled against weights, by place in the chain.
         facts: what phases told of their start: phase -> title -> name -> number.
+        most: workers that the run's epochs were planned for; 0 where an earlier version wrote it.
     """
 
     phase: int = 0
@@ -130,6 +131,7 @@ class Position:
     notes: list[str] = field(default_factory=list)
     settled: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    most: int = 0
 
 
 def save(
@@ -183,7 +185,7 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
         raise _storage_error(target, folder, problem)
     if world.rank == 0:
-        for old in _newest_first(folder)[KEPT:]:
+        for old in _superseded(_newest_first(folder), target):
             shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -197,7 +199,7 @@ def send(checkpoint: Path) -> None:
     try:
         push(checkpoint, last=MANIFEST)
     except UserError as error:
-        before = _newest_first(checkpoint.parent)[1:]
+        before = [p for p in _newest_first(checkpoint.parent) if _place(p) < _place(checkpoint)]
         left = f"the one before, {before[0].name}, is the last" if before else "none is"
         raise UserError(
             f"checkpoint {checkpoint.name} did not get into object storage; {left} there: {error} "
@@ -205,7 +207,7 @@ def send(checkpoint: Path) -> None:
         ) from None
     with suppress(UserError):  # what is too much goes with the next one
         there = [checkpoint.parent / name for name in entries(checkpoint.parent)]
-        for old in _sorted(there)[KEPT:]:
+        for old in _superseded(_sorted(there), checkpoint):
             remove(old)
 
 
@@ -296,6 +298,13 @@ def _newest_first(folder: Path) -> list[Path]:
 def _sorted(paths: Iterable[Path]) -> list[Path]:
     # What a user has copied beside them, as `phase0-step0000006 (copy)`, is none.
     return sorted((path for path in paths if _place(path)), key=_place, reverse=True)
+
+
+def _superseded(newest_first: list[Path], latest: Path) -> list[Path]:
+    """All checkpoints but the latest to be written and those just before it. One of a later step is
+    damaged, or the run would have gone on from there: it must not take a good one's place."""
+    kept = [path for path in newest_first if _place(path) <= _place(latest)][:KEPT]
+    return [path for path in newest_first if path not in kept]
 
 
 def _place(path: Path) -> tuple[int, ...]:

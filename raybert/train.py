@@ -131,7 +131,7 @@ class Trainer:
         cls = self.recipe.kd.cls > 0
         self.saved = Predictions(job.predictions, cls=cls) if job.predictions else None
         self.log = MetricsLog(self.recipe.folder, writes=world.rank == 0)
-        self.position = Position()
+        self.position = Position(most=self.recipe.workers)
         self.kept: dict[str, float] | None = None
         """Dev metrics of the weights that the phase keeps, as far as this process evaluated them
         and the finished model is the one that was evaluated."""
@@ -152,6 +152,7 @@ class Trainer:
         workers = self.recipe.workers
         if checkpoint is not None:
             self.position, workers, _ = read_position(checkpoint)
+            self._check_workers()
         for text in passed_over:
             self._note(text)
         if world.size != workers:
@@ -167,6 +168,24 @@ class Trainer:
             model = self._run_phase(index, phases[index], model, teacher, checkpoint)
             checkpoint = None
         self._finish(model, teacher, [entry.phase for entry in phases])
+
+    def _check_workers(self) -> None:
+        """Refuse a number of workers with which epochs have other steps: the place in the data
+        would not be kept. A last batch of fewer rows than forward passes is left out."""
+        train, before, now = self.recipe.train, self.position.most, self.recipe.workers
+        rows = len(self.lengths)
+        each = {
+            workers: steps_per_epoch(rows, train.batch_size, train.accumulation, workers)
+            for workers in range(1, max(before, now) + 1)
+        }
+        if before and each[now] != each[before]:
+            fits = [workers for workers, steps in each.items() if steps == each[before]]
+            raise UserError(
+                f"this run was begun with workers={before}, where an epoch has {each[before]} "
+                f"steps; with workers={now} it has {each[now]}, because the last batch has too few "
+                f"rows for {now * train.accumulation} forward passes. Continue with "
+                f"{fits[0]} to {fits[-1]} workers."
+            )
 
     def _find_last_good(self) -> tuple[str | None, list[str]]:
         bring(self.folder)

@@ -217,6 +217,15 @@ def test_when_all_are_damaged_there_is_none(tmp_path):
     assert [text.split()[1] for text in passed_over] == [p.name for p in reversed(paths)]
 
 
+def test_damaged_checkpoints_of_later_steps_take_no_good_ones_place(tmp_path):
+    engine, paths = saved(tmp_path, 20, 30)
+    for path in paths:
+        truncated(path)
+    again = save(tmp_path, engine, Position(step=10), ALONE, 0)  # the run has begun anew
+    assert find_last_good(tmp_path) == (again, [])
+    assert [path.name for path in tmp_path.iterdir()] == [again.name]
+
+
 def test_no_folder_holds_no_checkpoint(tmp_path):
     assert find_last_good(tmp_path / "absent") == (None, [])
 

@@ -8,20 +8,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_run import task_files
 
 from raybert.artifact import evaluate_model
-from raybert.checkpoint import find_last_good
+from raybert.checkpoint import Position, find_last_good
 from raybert.config import UserError
 from raybert.evaluate import evaluate
 from raybert.plan import resolve_paths
 from raybert.recipe_file import dump_recipe
 from raybert.run import compress, finetune
+from raybert.train import Trainer
 
 QUIET: dict[str, Any] = {"tell": lambda text: None}
 
@@ -164,13 +168,15 @@ def test_a_model_that_was_evaluated_is_not_evaluated_again(
         assert report["student"]["score"] == (max(scores) if keep == "best" else scores[-1])
 
 
-def test_accumulation_gives_the_losses_of_one_pass(toy, teacher, tmp_path):
-    losses = []
-    for accumulation in (1, 2):
+@pytest.mark.parametrize("kind", ["classification", "mlm"])
+def test_accumulation_gives_the_losses_of_one_pass(toy, teacher, tmp_path, kind):
+    data = {**task_files("mlm", tmp_path), "text": None, "label": None} if kind == "mlm" else {}
+    logs = []
+    for accumulation in (1, 3):  # 16 rows are 6, 5 and 5, and of masked tokens there are as few
         keys = {"dropout": 0.0, "accumulation": accumulation, "clip": 0.5, "precision": "fp32"}
-        recipe = toy(tmp_path / str(accumulation), train=keys)
-        losses.append([line["loss"] for line in lines(finetune(recipe, **QUIET), "train")])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        recipe = toy(tmp_path / str(accumulation), task=kind, data=data, train=keys)
+        logs.append([line["loss"] for line in lines(finetune(recipe, **QUIET), "train")])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
 
 @pytest.mark.distributed
@@ -185,7 +191,7 @@ def test_two_workers_train_like_one(toy, teacher, tmp_path, zero):
             method="theseus",
             kd={"alpha": 0.5},
             workers=workers,
-            train={"epochs": 1, **keys},
+            train={"epochs": 1, "batch_size": 15, **keys},  # 8 rows and 7
         )
         runs.append(compress(recipe, **QUIET))
     for key in ("loss", "loss/kd_logits", "replacing_rate"):
@@ -205,6 +211,17 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
     ]
     assert len(workers) == 2
     return workers
+
+
+def test_workers_with_whom_epochs_would_have_other_steps_are_refused(toy, tmp_path):
+    recipe = toy(tmp_path, workers=6, train={"batch_size": 16, "accumulation": 2})
+    run: Any = SimpleNamespace(recipe=recipe, lengths=np.zeros(90))  # the last batch has 10
+    run.position = Position(most=4)
+    with pytest.raises(UserError, match=r"6\s+steps.* it has 5, .* 12 .* 1 to 5 workers"):
+        Trainer._check_workers(run)
+    for most in (0, 6, 8):
+        run.position = Position(most=most)
+        Trainer._check_workers(run)
 
 
 @pytest.mark.distributed
