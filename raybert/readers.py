@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ GLUE_COLUMNS: dict[str, tuple[str, str | None, str]] = {
 
 COLA_HEADER = ["source", "label", "mark", "sentence"]
 """CoLA's train and dev files have no header; these are its columns."""
+
+
+DAMAGED = ("QQP",)
+"""Tasks whose official files of labelled rows have lines that were cut in two."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,15 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
     return UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.")
 
 
-def _table(path: Path, lines: Iterator[tuple[int, list[str]]], header: list[str] | None) -> Raw:
-    """Lines of cells as columns; each line must be as wide as the header."""
+def _table(
+    path: Path,
+    lines: Iterator[tuple[int, list[str]]],
+    header: list[str] | None,
+    *,
+    damaged: bool = False,
+) -> Raw:
+    """Lines of cells as columns; each must be as wide as the header, unless ``damaged`` lines are
+    known to be there, which are left out."""
     if header is None:
         header = next(lines, (0, []))[1]
     if not header:
@@ -112,8 +126,11 @@ def _table(path: Path, lines: Iterator[tuple[int, list[str]]], header: list[str]
     if len(set(header)) != len(header):
         raise UserError(f"{path} names a column twice: {', '.join(header)}. Rename one of them.")
     columns: dict[str, list] = {name: [] for name in header}
-    places = []
+    places, left_out = [], []
     for number, cells in lines:
+        if damaged and len(cells) != len(header):
+            left_out.append(number)
+            continue
         if len(cells) != len(header):
             raise UserError(
                 f"{path}, line {number}: {len(cells)} columns, wanted {len(header)} "
@@ -123,12 +140,22 @@ def _table(path: Path, lines: Iterator[tuple[int, list[str]]], header: list[str]
         for name, cell in zip(header, cells, strict=True):
             columns[name].append(cell)
         places.append(f"line {number}")
+    if left_out:
+        log.warning(
+            "%s: %d lines have other than %d columns and are left out, the first is line %d",
+            *(path, len(left_out), len(header), left_out[0]),
+        )
     return Raw(columns, str(path), places)
 
 
-def read_tsv(path: Path, header: list[str] | None = None) -> Raw:
+def read_tsv(path: Path, header: list[str] | None = None, *, damaged: bool = False) -> Raw:
     """Tab-separated rows. A quote is an ordinary character, as in GLUE's files, and a row never
-    spans lines."""
+    spans lines.
+
+    Args:
+        header: the columns' names, where the first line has none.
+        damaged: lines of another width are left out, rather than refused.
+    """
 
     def lines() -> Iterator[tuple[int, list[str]]]:
         # Only a line feed ends a row: other Unicode line ends occur inside sentences.
@@ -137,7 +164,7 @@ def read_tsv(path: Path, header: list[str] | None = None) -> Raw:
                 if line.strip("\r\n"):
                     yield number, line.rstrip("\r\n").split("\t")
 
-    return _table(path, lines(), header)
+    return _table(path, lines(), header, damaged=damaged)
 
 
 def read_csv(path: Path) -> Raw:
@@ -253,9 +280,10 @@ def _squad_answers(question: dict[str, Any]) -> dict[str, list] | None:
 def read_glue(folder: Path, layout: str, split: str) -> Raw:
     """One split of a GLUE task's official folder; ``split`` is the file's name without ``.tsv``."""
     path = folder / f"{split}.tsv"
-    bare = layout == "CoLA" and split != "test"
+    labelled = split != "test"
+    header = COLA_HEADER if layout == "CoLA" and labelled else None
     try:
-        return read_tsv(path, COLA_HEADER if bare else None)
+        return read_tsv(path, header, damaged=layout in DAMAGED and labelled)
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from None
 

@@ -80,6 +80,20 @@ def test_glue_rows_are_the_files_rows(shared_data: Path, cache: str) -> None:
     assert first["label"] == "equivalent"
 
 
+def test_lines_that_qqp_has_cut_in_two_are_left_out(tmp_path: Path, cache: str, caplog) -> None:
+    head = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    rows = [f"{i}\t1\t2\tIs it {i} ?\tIs it not {i} ?\t{i % 2}" for i in range(4)]
+    torn = "9\t1\t2\tIs it"
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("\n".join([head, rows[0], torn, *rows[1:], torn]))
+    data = prepared("qqp", cache, ("train", "dev"), source=str(tmp_path))
+    assert data.rows["train"]["text"][:] == [f"Is it {i} ?" for i in range(4)]
+    assert "2 lines have other than 6 columns and are left out, the first is line 3" in caplog.text
+    (tmp_path / "test.tsv").write_text("\n".join(["id\tquestion1\tquestion2", "0\tIs it ?"]))
+    with pytest.raises(UserError, match="line 2: 2 columns, wanted 3"):
+        prepared("qqp", cache, ("train", "test"), source=str(tmp_path))
+
+
 # --- users' own files -----------------------------------------------------------------------------
 
 

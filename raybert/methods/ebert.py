@@ -44,6 +44,10 @@ from raybert.surgery import (
 
 Counts = tuple[PositiveInt, ...]
 
+LEAST_ROWS = 8
+"""Rows of a forward pass, over all workers: of one alone a gate's normalisation leaves nothing, and
+of few it is unlike that of all rows, which decides once the gates are frozen."""
+
 REACHED = 0.05
 """How far the last step's share of the FLOPs may be above the target when that counts as
 reached."""
@@ -120,8 +124,19 @@ class EBERT(MethodConfig):
         """Refuse to learn what there is no place for.
 
         Raises:
-            UserError: attention is to be learned by fewer heads than the teacher has.
+            UserError: attention is to be learned by fewer heads than the teacher has, or forward
+                passes have too few rows for gates to learn from.
         """
+        train = recipe.train
+        rows = train.batch_size // train.accumulation
+        if rows < LEAST_ROWS:
+            raise UserError(
+                f"ebert's gates normalise over the rows of a forward pass, and {rows} are too few: "
+                f"train.batch_size={train.batch_size} over train.accumulation="
+                f"{train.accumulation}. Use train.accumulation="
+                f"{max(1, train.batch_size // LEAST_ROWS)}"
+                + (f" and train.batch_size={LEAST_ROWS}." if train.batch_size < LEAST_ROWS else ".")
+            )
         if self.remove and self.frozen_epochs and recipe.kd.attention:
             raise UserError(
                 "ebert.remove takes heads away for good before ebert.frozen_epochs, and "

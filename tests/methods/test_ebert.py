@@ -596,6 +596,17 @@ def test_a_run_whose_target_is_never_reached_keeps_its_last_weights(toy, teacher
     assert not [name for name in changed if ".gate." in name]
 
 
+def test_passes_of_too_few_rows_are_refused():
+    for train, advice in (
+        ({"batch_size": 8, "accumulation": 8}, r"1 are too few.*train\.accumulation=1\."),
+        ({"batch_size": 32, "accumulation": 5}, r"6 are too few.*train\.accumulation=4\."),
+        ({"batch_size": 4}, r"train\.accumulation=1 and train\.batch_size=8"),
+    ):
+        recipe = recipe_from({"method": ["ebert"], "train": train})
+        with pytest.raises(UserError, match=advice):
+            recipe.method[0].bind(recipe)
+
+
 def test_heads_that_are_gone_have_no_attention_to_learn():
     keys = {"name": "ebert", "remove": True, "frozen_epochs": 1.0}
     recipe = recipe_from({"method": [keys], "kd": {"attention": 1.0}})
