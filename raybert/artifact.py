@@ -21,7 +21,15 @@ from raybert.data import prepare
 from raybert.evaluate import predict
 from raybert.export import export, read_export
 from raybert.metrics import floor, predictions, score
-from raybert.models import check_head, check_length, load, load_tokenizer, model_folder, read_config
+from raybert.models import (
+    brought_here,
+    check_head,
+    check_length,
+    load,
+    load_tokenizer,
+    model_folder,
+    read_config,
+)
 from raybert.places import is_uri, local
 from raybert.plan import Plan
 from raybert.recipe_file import dump_recipe, load_recipe
@@ -51,7 +59,7 @@ def assemble(
     recipe = plan.recipe
     final = recipe.folder / "checkpoints" / FINAL
     result = json.loads((final / RESULT).read_text(encoding="utf-8"))
-    measured = _measure(recipe, final, Path(teacher) if teacher else None, timed)
+    measured = _measure(recipe, final, brought_here(teacher) if teacher else None, timed)
     for text in result["notes"]:
         tell(f"note: {text}")
     models = {

@@ -28,6 +28,7 @@ from raybert.int8 import Int8Linear
 from raybert.latency import latency, speedups
 from raybert.models import (
     PROBE,
+    brought_here,
     check_head,
     check_length,
     load,
@@ -167,18 +168,18 @@ def _rows(recipe: Recipe | None, tokenizer: Any) -> TaskData | None:
 def _teacher(model: Path, recipe: Recipe | None, against: str | Path | None) -> Path | None:
     """The model folder of the teacher that latency is compared with."""
     if against is not None:
-        return model_folder(against)
+        return brought_here(against)
     if pull(model / "teacher" / "recipe.yaml"):
         return model_folder(model / "teacher")
     if recipe is None or recipe.teacher is None:
         return None
-    path = model_folder(recipe.teacher)
-    if not (path / "config.json").is_file():
+    try:
+        return brought_here(recipe.teacher)
+    except UserError as error:
         raise UserError(
-            f"the teacher {recipe.teacher} is not there to be timed against. Name it with "
-            "--against, or leave the timing out with --no-latency."
-        )
-    return path
+            f"{error} Name another teacher with --against, or leave the timing out with "
+            "--no-latency."
+        ) from None
 
 
 def _probe(folder: Path) -> list[dict[str, Any]]:

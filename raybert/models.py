@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -50,6 +51,9 @@ _ARCHITECTURES = {
     "qa": "ForQuestionAnswering",
     "mlm": "ForMaskedLM",
 }
+
+TEXT_FILES = ("*.json", "*.txt")
+"""Of a Hub model's files, those that hold its config and tokenizer."""
 
 PROBE = "probe.safetensors"
 """Inputs and the logits they must give, beside the weights; see `load`."""
@@ -327,6 +331,35 @@ def model_folder(folder: str | Path) -> Path:
             "continues where it was last saved."
         )
     return path / "model"
+
+
+def revision_of(name: str) -> str:
+    """The commit of a Hub model, as it is found here or on the Hub.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        return Path(hf_hub_download(name, "config.json")).parent.name
+    except Exception as error:  # as in `brought_here`
+        raise UserError(f"no model {name!r}: {first_sentence(error)}") from None
+
+
+def brought_here(name: str | Path) -> Path:
+    """The folder of a model by its name; one of the Hub is brought here, or found where it was.
+
+    Raises:
+        UserError: there is no such model here, and the Hub gives none.
+    """
+    path = model_folder(name)
+    if (path / "config.json").is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{path} holds no model: it has no config.json.")
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[*TEXT_FILES, "*.safetensors"]))
+    except Exception as error:  # of the network, of the name, of the cache
+        raise UserError(f"no model {str(name)!r} to measure: {first_sentence(error)}") from None
 
 
 def _bring(path: Path) -> None:

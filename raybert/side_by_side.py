@@ -22,7 +22,7 @@ from raybert.compressed import longest_input
 from raybert.config import MeasureConfig, Recipe, UserError
 from raybert.export import add_latency, export, export_graph
 from raybert.latency import Backend, latency, speedups
-from raybert.models import model_folder, read_config
+from raybert.models import brought_here, read_config
 from raybert.recipe_file import load_recipe
 from raybert.report import write_run_report
 from raybert.results import RunReport, read_run, validated
@@ -122,7 +122,7 @@ def _student(folder: Path, measured: MeasureConfig) -> Student | None:
     own = load_recipe(str(folder / "recipe.yaml"))
     if own.teacher is None and not own.method:
         return None
-    teacher = model_folder(own.teacher or folder / "teacher")
+    teacher = brought_here(own.teacher or folder / "teacher")
     configs = [read_config(str(path)) for path in (folder / "model", teacher)]
     return Student(folder, teacher, min(measured.length, *map(longest_input, configs)))
 

@@ -28,7 +28,7 @@ from raybert.data import META as PREPARED
 from raybert.data import MODEL_INPUTS, TaskData, load_prepared
 from raybert.first_token import first_token_only
 from raybert.folders import write_whole
-from raybert.models import PROBLEMS, check_head, load_for_task, read_config
+from raybert.models import PROBLEMS, check_head, load_for_task, read_config, revision_of
 from raybert.places import local, uri_of
 from raybert.predictions import FORMAT, META, SHARD, check_shard, key_of, read_meta
 from raybert.scale import prediction_bytes
@@ -181,7 +181,7 @@ def teacher_digest(name: str) -> str:
     """The SHA-256 of a model's config and weight files; of a hub model, its name and revision."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        revision = read_config(name)._commit_hash
+        revision = revision_of(name)
         return hashlib.sha256(f"{name}@{revision}".encode()).hexdigest()
     digest = hashlib.sha256()
     for file in [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 import raybert
 from raybert.artifact import evaluate_model
 from raybert.config import UserError
-from raybert.recipe_file import load_recipe, recipe_from
+from raybert.recipe_file import dump_recipe, load_recipe, recipe_from
 from raybert.run import compress, finetune
 
 QUIET: dict[str, Any] = {"tell": lambda text: None}
@@ -198,6 +201,32 @@ def test_methods_and_fine_tuning_are_not_confused(toy, tmp_path):
     with pytest.raises(UserError, match="nothing to compress with"):
         compress(toy(tmp_path / "run"), **QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_the_hub_is_learned_from_and_measured(toy, teacher, tmp_path):
+    hub = tmp_path / "home" / "hub" / "models--toys--teacher"
+    shutil.copytree(teacher / "model", hub / "snapshots" / "0a1b")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("0a1b")
+    recipe = toy(
+        tmp_path / "run",
+        teacher="toys/teacher",
+        method="theseus",
+        kd={"alpha": 0.5},
+        train={"max_steps": 2},
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    ended = subprocess.run(
+        [sys.executable, "-m", "raybert", "compress", str(tmp_path / "recipe.yaml")],
+        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+        text=True,
+        capture_output=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    own = json.loads((teacher / "report.json").read_text())["student"]
+    assert report["teacher"]["score"] == pytest.approx(own["score"])
+    assert report["teacher"]["bytes"]["weights"] == own["bytes"]["weights"]
 
 
 def test_a_run_whose_rows_or_teacher_changed_is_not_gone_on_with(toy, teacher, tmp_path):
