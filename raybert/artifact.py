@@ -148,7 +148,8 @@ def encoder_name(recipe: Recipe) -> str:
 
 def _measure(recipe: Recipe, final: Path, teacher: Path | None, timed: bool) -> dict[str, Any]:
     """Size and FLOPs, and, timed, latency of a student beside its teacher."""
-    length = min(recipe.measure.length, longest_input(read_config(str(final))))
+    configs = [read_config(str(folder)) for folder in (final, teacher) if folder is not None]
+    length = min(recipe.measure.length, *map(longest_input, configs))
     if teacher is None or not recipe.measure.batches or not timed:
         models = {"student": count(final, length)}
         if teacher is not None:

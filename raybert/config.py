@@ -390,6 +390,10 @@ class ResourcesConfig(Section):
     )
 
 
+MEASURED = 128
+"""Tokens of the rows that models are measured on."""
+
+
 class MeasureConfig(Section):
     """What the finished model is timed at, beside its teacher."""
 
@@ -397,7 +401,9 @@ class MeasureConfig(Section):
         default=(1, 8), description="Batch sizes; none: latency is not measured."
     )
     length: PositiveInt = Field(
-        default=128, description="Tokens a row; FLOPs are stated at it too."
+        default=MEASURED,
+        description="Tokens a row; FLOPs are stated at it too. Where data.max_length is less, that "
+        "is the default, so that all methods are measured alike.",
     )
     seconds: PositiveFloat = Field(
         default=2.0, description="Timed seconds for each batch size and model."
@@ -488,6 +494,19 @@ class Recipe(Section):
             return data
         fewest = {"min_workers": int(ends[1])}
         return {**data, "workers": int(ends[2]), "resources": {**resources, **fewest}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _measure_no_longer_rows_than_are_read(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        rows, measure = data.get("data"), data.get("measure") or {}
+        longest = rows.get("max_length") if isinstance(rows, dict) else None
+        if not isinstance(measure, dict) or "length" in measure:
+            return data
+        if not isinstance(longest, int) or not 0 < longest < MEASURED:
+            return data
+        return {**data, "measure": {**measure, "length": longest}}
 
     @model_validator(mode="after")
     def _range_is_one(self) -> Recipe:

@@ -18,7 +18,7 @@ import yaml
 
 from raybert.bench import flops, parameters
 from raybert.compressed import longest_input
-from raybert.config import KDConfig, Recipe, UserError
+from raybert.config import MEASURED, KDConfig, Recipe, UserError
 from raybert.data import TaskData, prepare, steps_per_epoch
 from raybert.engine import precision_for
 from raybert.explain import short
@@ -66,6 +66,7 @@ class Plan:
         memory: estimated bytes that each worker needs.
         notes: what the user should know.
         saved: whether the student learns from the teacher's saved predictions.
+        length: tokens of the row that FLOPs are counted on.
     """
 
     recipe: Recipe
@@ -78,6 +79,7 @@ class Plan:
     memory: int
     notes: list[str] = field(default_factory=list)
     saved: bool = False
+    length: int = MEASURED
 
 
 def check_command(recipe: Recipe, command: str) -> None:
@@ -225,7 +227,8 @@ def make_plan(recipe: Recipe, *, alone: bool = True) -> Plan:
     if recipe.kd.layer_map:
         _check_depths(recipe, config, phases)
     saved = _takes_saved(recipe, data, phases)
-    length = min(recipe.measure.length, longest_input(_finished_config(chain, config)))
+    longest = longest_input(_finished_config(chain, config))
+    length = min(recipe.measure.length, longest)
     before = _predict_start(config, data, length)
     after = _predict(config, data, chain, length)
     memory = _memory(recipe, config, before, after)
@@ -236,9 +239,14 @@ def make_plan(recipe: Recipe, *, alone: bool = True) -> Plan:
         for text in entry.phase.warnings(steps)
     ]
     notes += [text for method in chain for text in method.advice(recipe, config)]
+    if longest < recipe.measure.length:
+        notes.append(
+            f"the finished model reads {longest} tokens at most, so it and its teacher are "
+            f"measured on rows of {longest}, not of measure.length={recipe.measure.length}"
+        )
     needs_teacher = bool(recipe.method) and recipe.teacher is None
     first = make_plan(teacher_recipe(recipe), alone=alone) if needs_teacher else None
-    return Plan(recipe, data, source, first, phases, before, after, memory, notes, saved)
+    return Plan(recipe, data, source, first, phases, before, after, memory, notes, saved, length)
 
 
 def _start(recipe: Recipe) -> tuple[str, Any, Any]:
@@ -533,7 +541,7 @@ def _teacher_line(plan: Plan) -> str:
 
 
 def _teacher_flops(plan: Plan) -> float:
-    """Of its forward pass over a row of `measure.length` tokens, where it runs beside the student;
+    """Of its forward pass over a row of as many tokens as the student's, where it runs beside it;
     else 0."""
     recipe = plan.recipe
     if plan.saved or not (recipe.kd.active and (recipe.teacher or plan.teacher)):
@@ -541,8 +549,7 @@ def _teacher_flops(plan: Plan) -> float:
     if recipe.teacher is None:  # it will be what the student starts as
         return plan.before["flops"]
     config = read_config(recipe.teacher)
-    length = min(recipe.measure.length, longest_input(config))
-    return _predict_start(config, plan.data, length)["flops"]
+    return _predict_start(config, plan.data, min(plan.length, longest_input(config)))["flops"]
 
 
 def describe(plan: Plan) -> str:
@@ -564,12 +571,12 @@ def describe(plan: Plan) -> str:
             f"{title:<9} {key['parameters']['total'] / 1e6:.2f}M parameters "
             f"({key['parameters']['rest'] / 1e6:.2f}M without embeddings), "
             f"{key['bytes'] / 1e6:.1f} MB, {key['flops'] / 1e9:.2f} GFLOPs a row of "
-            f"{recipe.measure.length} tokens"
+            f"{plan.length} tokens"
         )
     trained = max(plan.before["parameters"]["total"], plan.after["parameters"]["total"])
     teacher = read_config(recipe.teacher or plan.start) if plan.saved else None
     each = max(plan.before["flops"], plan.after["flops"]), _teacher_flops(plan)
     steps = sum(count for _, count in plan.phases)
-    lines += load_of(recipe, plan.data, trained, each, steps, teacher).lines()
+    lines += load_of(recipe, plan.data, trained, plan.length, each, steps, teacher).lines()
     lines += [f"note      {text}" for text in plan.notes]
     return "\n".join(lines)

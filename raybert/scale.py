@@ -129,6 +129,7 @@ def load_of(
     recipe: Recipe,
     data: TaskData,
     parameters: int,
+    length: int,
     flops: tuple[float, float],
     steps: int,
     teacher: Any,
@@ -139,9 +140,10 @@ def load_of(
         recipe: resolved.
         data: its rows.
         parameters: the most that a phase trains.
-        flops: of a row of `measure.length` tokens: the most that a phase's student does, and those
-            of the teacher beside it. They are taken to grow with the tokens; attention's part,
-            small at these lengths, grows faster.
+        length: tokens of the row that FLOPs are of.
+        flops: of that row: the most that a phase's student does, and those of the teacher beside
+            it. They are taken to grow with the tokens; attention's part, small at these lengths,
+            grows faster.
         steps: of all phases.
         teacher: the Hugging Face config of the teacher whose predictions are saved, if they are.
     """
@@ -152,7 +154,7 @@ def load_of(
         outputs = 2 * lengths.mean() if data.task.kind == "qa" else data.task.num_labels
         layers = teacher.num_hidden_layers if recipe.kd.cls else 0
         kept = prediction_bytes(len(lengths), outputs, layers, teacher.hidden_size)
-    rows, shorter = min(train.batch_size, len(lengths)), lengths.mean() / recipe.measure.length
+    rows, shorter = min(train.batch_size, len(lengths)), lengths.mean() / length
     return Load(
         flops=step_flops(flops[0] * shorter, flops[1] * shorter, rows),
         steps=steps,

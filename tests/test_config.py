@@ -125,3 +125,12 @@ def test_the_schema_refuses_what_the_recipe_refuses():
         jsonschema.validate({"train": {"learning_rate": 1}}, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"method": [{"name": "theseus", "layer": 3}]}, schema)
+
+
+def test_no_longer_rows_are_measured_than_are_read():
+    assert recipe_from({}).measure.length == 128
+    assert recipe_from({"data": {"max_length": 384}}).measure.length == 128
+    short = recipe_from({"data": {"max_length": 64}, "measure": {"seconds": 1.0}})
+    assert (short.measure.length, short.measure.seconds) == (64, 1.0)
+    asked = recipe_from({"data": {"max_length": 64}, "measure": {"length": 96}})
+    assert asked.measure.length == 96

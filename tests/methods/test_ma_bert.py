@@ -25,7 +25,7 @@ from raybert.int8 import check_trainable
 from raybert.methods.ma_bert import MABERT, exchange, power_norms, softmax_nets
 from raybert.onnx_trace import to_onnx, trace, translate
 from raybert.phase import At, Distillation, Taps
-from raybert.plan import make_plan, resolve_paths
+from raybert.plan import describe, make_plan, resolve_paths
 from raybert.power_norm import PowerNorm, RealTokens
 from raybert.recipe_file import recipe_from
 from raybert.run import compress
@@ -481,6 +481,11 @@ def test_rows_longer_than_the_nets_are_refused_before_training(toy, teacher, tmp
         make_plan(resolve_paths(toy(tmp_path / "a", **keys)))
     plan = make_plan(resolve_paths(toy(tmp_path / "b", **{**keys, "method": ["ma_bert"]})))
     assert plan.recipe.method[0].model_dump()["length"] == 32
+    assert "of 32 tokens" in describe(plan)
+    longer = toy(tmp_path / "d", **{**keys, "method": ["ma_bert"], "measure": {"length": 48}})
+    plan = make_plan(resolve_paths(longer))
+    assert [note for note in plan.notes if "rows of 32, not of measure.length=48" in note]
+    assert "of 32 tokens" in describe(plan)
     keys["train"] = {"precision": "fp16"}
     with pytest.raises(UserError, match="fp16"):
         make_plan(resolve_paths(toy(tmp_path / "c", **{**keys, "method": ["ma_bert"]})))
