@@ -122,6 +122,14 @@ def ordered(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(groups, key=place)
 
 
+def placed(teacher: str, student: str) -> str:
+    """The command of a teacher, with the folder where its student's looks for it."""
+    named = re.search(r" teacher=(\S+)", student)
+    if named is None or " out=" in teacher:
+        return teacher
+    return f"{teacher} out={named[1].removesuffix('/model')}"
+
+
 def quality(name: str = "quality") -> str:
     """The table, where its numbers come from, and the commands."""
     result = load(name)
@@ -137,7 +145,9 @@ def quality(name: str = "quality") -> str:
             notes.append(f"{group['date']}: {machine(hardware)}; {listed(used)}.")
         seeds = ", ".join(str(seed) for seed in group["seeds"])
         commands.append(f"# {group['task']}, {group['label']}, {group['encoder']}; seeds {seeds}")
-        commands += [group[key] for key in ("teacher_command", "command") if key in group]
+        if "teacher_command" in group:
+            commands.append(placed(group["teacher_command"], group["command"]))
+        commands.append(group["command"])
     return "\n\n".join(
         [
             quality_table(groups),
