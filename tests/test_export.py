@@ -449,6 +449,15 @@ def test_products_that_some_processors_cut_off_are_told() -> None:
     assert "weight_bits=7" in said
 
 
+def test_what_was_stored_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
+    model = toy("bert", "classification").bfloat16()
+    saved(tmp_path, model.float())
+    model.bfloat16().save_pretrained(tmp_path)
+    out = export(tmp_path, time=False, tell=lambda text: None)
+    (logits,) = onnxruntime.InferenceSession(str(out / "model.onnx")).get_outputs()
+    assert logits.type == "tensor(float)"
+
+
 def test_model_without_a_task_says_what_was_not_checked(teacher: Path, tmp_path: Path) -> None:
     folder = export(teacher / "model", out=tmp_path / "a", time=False, tell=lambda text: None)
     report = json.loads((folder / "export.json").read_text(encoding="utf-8"))
