@@ -333,10 +333,10 @@ def _inline(svg: str, key: str, title: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
+    svg = svg.replace(' id="', f' id="{key}-')
     svg = svg.replace('href="#', f'href="#{key}-').replace("url(#", f"url(#{key}-")
     svg = svg.replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
     head = f'<svg role="img" aria-label="{escape(title)}"'
     # The page's width rules; the view box keeps the proportions.
-    svg = re.sub(r'^<svg( width="[^"]*"| height="[^"]*")*', head, svg)
+    svg = re.sub(r'^<svg( width="[^"]*"| height="[^"]*")*', lambda _: head, svg)
     return re.sub(r'^(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg).strip()

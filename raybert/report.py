@@ -109,9 +109,9 @@ def summary_table(runs: Sequence[Run]) -> str:
                 tables.score(first.floor),
                 "" if group.is_teacher else tables.percent(group.spread(lambda r: r.retained)),
                 tables.megabytes(first.student.bytes.weights),
-                "" if group.is_teacher else speed_at(group, 1, "torch"),
+                "" if group.is_teacher else speed_at(group, groups, "torch"),
                 tables.megabytes(first.onnx.bytes) if first.onnx else "",
-                "" if group.is_teacher else speed_at(group, 1, "onnx"),
+                "" if group.is_teacher else speed_at(group, groups, "onnx"),
                 "*" if group in front else "",
                 "simulated" if group.simulated else "",
             ]
@@ -191,9 +191,10 @@ def _markdown(runs: Sequence[Run], title: str) -> str:
     for run in runs:
         for phase, tables_ in run.report.facts.items():
             for title, values in tables_.items():
-                parts.append(f"## {safe(title.capitalize())} of {safe(run.report.name)}, {phase}")
+                told = safe(title.capitalize())
+                parts.append(f"## {told} of {safe(run.report.name)}, {safe(phase)}")
                 rows = [[safe(name), f"{value:.4g}"] for name, value in values.items()]
-                parts.append(tables.markdown_table(["Where", title.capitalize()], rows))
+                parts.append(tables.markdown_table(["Where", told], rows))
     for run in runs:
         parts.append(f"## Recipe of {safe(run.report.name)}")
         # Indented rather than fenced: nothing in a recipe can end it.

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raybert import __version__
 from raybert.config import Recipe, UserError
+from raybert.latency import Backend
 from raybert.yaml_file import read_yaml
 
 RETAINED = (
@@ -61,7 +62,7 @@ class LatencyRow(Part):
     """A row of ``raybert.bench.latency``; ``model`` is ``student`` or ``teacher``."""
 
     model: str
-    backend: str
+    backend: Backend
     device: str
     batch: int
     length: int
@@ -78,7 +79,7 @@ class SpeedupRow(Part):
     """A row of ``raybert.bench.speedups``, against the teacher."""
 
     model: str
-    backend: str
+    backend: Backend
     batch: int
     length: int
     speedup: float

@@ -296,6 +296,24 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path, finished: Callable[..
     assert write_report(read_runs([folder]), tmp_path / "b")[1].read_bytes() == first
 
 
+def test_speed_is_shown_at_the_batches_that_were_timed(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    student = {"model": "student", "backend": "torch", "length": 128}
+    latency = [timed(m, ms, b) for b in (4, 32) for m, ms in (("teacher", 40), ("student", 20))]
+    speedup = [{**student, "batch": b, "speedup": 10.0 / b} for b in (4, 32)]
+    runs = read_runs([finished("run", latency=latency, speedup=speedup)])
+    assert "2.50×" in summary_table(runs)
+    markdown, page = (file.read_text() for file in write_report(runs, tmp_path / "out"))
+    for text in (markdown, page):
+        assert "Speed-up, batch 1<" not in text
+        assert "n/a" not in re.sub(r"How retained.*", "", text, flags=re.DOTALL)
+        for shown in ("Speed-up, batch 4", "Speed-up, batch 32", "2.50×", "0.31×"):
+            assert shown in text
+    assert "the teacher's speed at batch 4" in page.replace("&#39;", "'")
+    assert "median latency, torch, batch 4 × 128 tokens" in page
+
+
 def test_names_cannot_break_out_of_page_plot_or_table(
     tmp_path: Path, finished: Callable[..., Path]
 ) -> None:
@@ -306,17 +324,34 @@ def test_names_cannot_break_out_of_page_plot_or_table(
         "notes": [EVIL],
         "methods": [{"name": EVIL, "x": EVIL}],
         "hardware": {EVIL: EVIL},
+        "metric": EVIL,
+        "facts": {EVIL: {KEPT_SHARE: {f"layer 0 {EVIL}": 0.5}, EVIL: {EVIL: 1.0}}},
     }
+    for key in ("student", "teacher"):
+        hostile[key] = {**measured(0.8, 90), "metrics": {EVIL: 0.8}}
+    hostile["floors"] = {EVIL: 0.5}
     folder = finished("run", recipe={"note": EVIL}, **hostile)
     markdown, page = write_report(read_runs([folder]), tmp_path / "out")
     assert "script" not in Page(page.read_text()).tags
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in Page(page.read_text()).ids)
+    assert "\f" not in page.read_text(), "a name is no pattern: its backslashes are its own"
     assert page.read_text().count("&lt;script&gt;") > 8
     table = [line for line in markdown.read_text().splitlines() if line.startswith("|")]
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in table]
+    assert len(set(widths[:-6])) == len(set(widths[-6:])) == 1, "the runs, and a phase's facts"
     outside = [x for x in markdown.read_text().splitlines() if not x.startswith("    ")]
     assert "<script" not in "\n".join(outside)
     card = model_card(read_run(folder).report, "a: 1", plain=True)
     assert "<script" not in card.split("---")[2]
+
+
+def test_a_backend_is_one_of_two() -> None:
+    row = {**timed("student", 20, 1), "backend": EVIL}
+    with pytest.raises(UserError, match=r"`latency\.0\.backend` input should be 'torch' or 'onnx'"):
+        a_report(latency=[row])
+    student = {"model": "student", "batch": 1, "length": 128, "speedup": 2.0}
+    with pytest.raises(UserError, match=r"`speedup\.0\.backend` input should be"):
+        a_report(speedup=[{**student, "backend": EVIL}])
 
 
 def test_simulated_compression_is_labelled_everywhere(
