@@ -183,6 +183,19 @@ def test_a_successor_starts_another_task(toy, teacher, tmp_path):
     assert model.config.num_hidden_layers == 2
 
 
+def test_what_is_trained_on_is_still_called_compressed(toy, teacher, tmp_path):
+    keys = {"train": {"max_steps": 1}}
+    method = [{"name": "ebert", "epochs": 0}]
+    first = compress(toy(tmp_path / "one", teacher=str(teacher), method=method, **keys), **QUIET)
+    second = finetune(toy(tmp_path / "two", model=str(first), **keys), **QUIET)
+    for folder in (first, second):
+        card = (folder / "model" / "README.md").read_text()
+        assert "library_name: raybert" in card
+        assert "raybert.load(folder)" in card
+        (said,) = json.loads((folder / "report.json").read_text())["notes"]
+        assert "what is computed depends on the sample" in said
+
+
 def test_methods_and_fine_tuning_are_not_confused(toy, tmp_path):
     with pytest.raises(UserError, match="raybert compress"):
         finetune(toy(tmp_path / "run", method="theseus"), **QUIET)
