@@ -86,7 +86,7 @@ def assemble(
         hardware=measured["hardware"],
         latency=measured["latency"],
         speedup=measured["speedup"],
-        simulated=any(method.simulated for method in recipe.method),
+        simulated=[method.name for method in recipe.method if method.simulated],
         notes=list(dict.fromkeys(notes)),
         facts=position["facts"],
     )

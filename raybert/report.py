@@ -113,7 +113,7 @@ def summary_table(runs: Sequence[Run]) -> str:
                 tables.megabytes(first.onnx.bytes) if first.onnx else "",
                 "" if group.is_teacher else speed_at(group, groups, "onnx"),
                 "*" if group in front else "",
-                "simulated" if group.simulated else "",
+                group.caveat,
             ]
         )
     used = [i for i in range(len(head)) if i < always or any(row[i] for row in rows)]
@@ -178,9 +178,10 @@ def _markdown(runs: Sequence[Run], title: str) -> str:
     notes = [
         f"- {safe(r.name)}: {safe(note)}" for r in (x.report for x in runs) for note in r.notes
     ]
-    if any(run.report.simulated for run in runs):
+    if any(run.report.simulated or run.report.simulated_methods for run in runs):
         parts.append(
-            "**Simulated**: the marked compression saves no time in the form measured here."
+            "**Simulated**: a run, or a method of its chain, that is marked so saves no time in "
+            "PyTorch on the machine measured on."
         )
     if notes:
         parts += ["## Notes", "\n".join(notes)]

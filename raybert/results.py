@@ -133,11 +133,18 @@ class RunReport(Part):
     latency: list[LatencyRow]
     speedup: list[SpeedupRow]
     simulated: bool
+    simulated_methods: list[str] = []
     notes: list[str]
     facts: dict[str, dict[str, dict[str, float]]] = {}
     onnx: Exported | None = None
     training: Training
     hardware: dict[str, Any]
+
+    @property
+    def timed_integers(self) -> bool:
+        """Whether the exported graph was timed, and multiplies in integers."""
+        timed = any((row.model, row.backend) == ("student", "onnx") for row in self.latency)
+        return timed and self.onnx is not None and self.onnx.int8 is not None
 
     @property
     def chain(self) -> str:
@@ -189,7 +196,7 @@ def build(
     hardware: Mapping[str, Any],
     latency: Sequence[Mapping[str, Any]] = (),
     speedup: Sequence[Mapping[str, Any]] = (),
-    simulated: bool = False,
+    simulated: Sequence[str] = (),
     notes: Sequence[str] = (),
     facts: Mapping[str, Any] | None = None,
 ) -> RunReport:
@@ -203,8 +210,8 @@ def build(
         floors: each metric's score of a model that has learned nothing.
         latency, speedup: rows of ``raybert.bench``, whose models are called ``student`` and
             ``teacher``.
-        simulated: the compression saves nothing yet in this form; labelled so wherever the run is
-            shown.
+        simulated: names of methods that save no time in PyTorch here; labelled so wherever the run
+            is shown. Where all are, the run's compression is simulated.
         facts: what phases told of their start: phase -> title -> name -> number.
 
     Raises:
@@ -224,7 +231,8 @@ def build(
         **_scored(metric, student, teacher, floors),
         "latency": [dict(row) for row in latency],
         "speedup": [dict(row) for row in speedup],
-        "simulated": simulated,
+        "simulated": bool(methods) and all(method["name"] in simulated for method in methods),
+        "simulated_methods": list(simulated),
         "notes": list(notes),
         "facts": dict(facts or {}),
         "training": dict(training),

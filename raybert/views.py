@@ -115,7 +115,7 @@ def _row(group: Group, front: bool, batches: Sequence[int]) -> Row:
         Cell.of(tables.percent(group.spread(lambda r: r.ratio))),
         *size,
         *(speed_cell(group, batch) for batch in batches),
-        Cell.of("simulated" if group.simulated else "real"),
+        Cell.of(group.caveat or "real"),
         mark,
     ]
     return Row(group, label, tuple(cells))

@@ -26,7 +26,7 @@ from raybert.report import (
     write_report,
     write_run_report,
 )
-from raybert.results import Run, read_run
+from raybert.results import Run, read_run, with_export
 
 THESEUS = {"name": "theseus", "layers": 3, "replacing_rate": 0.3}
 EVIL = '<script>alert("x")</script> $\\frac$ | _a'
@@ -357,17 +357,41 @@ def test_a_backend_is_one_of_two() -> None:
 def test_simulated_compression_is_labelled_everywhere(
     tmp_path: Path, finished: Callable[..., Path]
 ) -> None:
-    folder = finished("run", simulated=True)
+    folder = finished("run", simulated=["theseus"])
     for file in write_report(read_runs([folder]), tmp_path / "out"):
         assert "simulated" in file.read_text()
     report = read_run(folder).report
     assert "simulated" in summary_table([Run(report, "")])
-    assert "simulated" in model_card(report, "", plain=True)
+    assert "it saves no time" in model_card(report, "", plain=True)
     assert "simulated" not in summary_table([Run(a_report(), "")])
 
 
+def test_of_a_chain_only_what_is_simulated_is_called_so(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    methods = [THESEUS, {"name": "q8bert"}]
+    folder = finished("run", methods=methods, simulated=["q8bert"])
+    report = read_run(folder).report
+    assert not report.simulated
+    (group,) = group_runs([Run(report, "")])
+    assert (group.caveat, group.ranked) == ("q8bert simulated", True)
+    for file in write_report(read_runs([folder]), tmp_path / "out"):
+        assert "q8bert simulated" in file.read_text()
+    assert summary_table([Run(report, "")]).endswith("q8bert simulated")
+    card = model_card(report, "", plain=True)
+    assert "q8bert is simulated: in this form that part of the chain saves no time" in card
+    assert read_run(
+        finished("all", methods=methods, simulated=["q8bert", "theseus"])
+    ).report.simulated
+
+
 def test_summary_shows_scores_retained_and_speed() -> None:
-    runs = [Run(a_report(0.83), ""), Run(a_report(0.86, methods=[], teacher=None), "")]
+    slow = [timed(m, ms, b) for b in (1, 8) for m, ms in (("teacher", 40), ("student", 40))]
+    teacher = {"methods": [], "student": measured(0.86, 90_000_000), "teacher": None}
+    runs = [
+        Run(a_report(student=measured(0.83, 90_000_000), latency=slow), ""),
+        Run(a_report(**teacher, latency=[], speedup=[]), ""),
+    ]
     lines = summary_table(runs).splitlines()
     assert lines[2].split() == [
         "mrpc:",
@@ -376,13 +400,13 @@ def test_summary_shows_scores_retained_and_speed() -> None:
         "f1",
         "0.860",
         "0.810",
-        "50.0",
+        "90.0",
         "MB",
         "*",
     ]
     assert lines[3].split()[:2] == ["mrpc:", "theseus"]
     assert "40 %" in lines[3]
-    assert lines[3].endswith("2.00×"), "the other run is better and no larger: no front"
+    assert lines[3].endswith("2.00×"), "its teacher is better, no larger and no slower"
 
 
 def test_front_is_what_nothing_beats_in_everything() -> None:
@@ -397,9 +421,35 @@ def test_front_is_what_nothing_beats_in_everything() -> None:
         group("faster", 0.83, 90, 10),
         group("beaten", 0.82, 90, 10),
         group("equal", 0.84, 20, 40),
-        group("simulated", 0.90, 10, 5, simulated=True),
+        group("simulated", 0.90, 10, 5, simulated=["theseus"]),
     ]
     assert on_front(groups) == [True, True, True, False, True, False]
+
+
+def test_a_teacher_is_as_fast_as_beside_its_students() -> None:
+    def student(score: float, ms: float, **keys: Any) -> Group:
+        rows = [timed("student", ms, 1), timed("teacher", 40, 1), timed("teacher", 400, 8)]
+        report = a_report(student=measured(score, 90), teacher=measured(0.86, 90), latency=rows)
+        return Group("student", (Run(report.model_copy(update=keys), ""),))
+
+    alone = {"methods": [], "teacher": None, "latency": [], "speedup": []}
+    teacher = Group("teacher", (Run(a_report(student=measured(0.86, 90), **alone), ""),))
+    assert on_front([teacher, student(0.85, 41)]) == [True, False]
+    assert on_front([teacher, student(0.85, 39)]) == [True, True]
+    assert on_front([teacher, student(0.86, 39)]) == [False, True]
+    other = student(0.85, 41, model="another/encoder")
+    assert on_front([teacher, other]) == [True, True], "of another's students nothing is known"
+
+
+def test_simulated_compression_is_on_a_front_once_its_graph_was_timed() -> None:
+    rows = [timed("student", 50, 1), timed("teacher", 40, 1)]
+    report = a_report(methods=[{"name": "q8bert"}], simulated=["q8bert"], latency=rows)
+    graph = {"latency": [{**timed("model", 10, 1), "backend": "onnx"}], "speedup": []}
+    graph |= {"bytes": 1, "int8": "fused", "parity": {"largest_difference": 0.0}, "metrics": None}
+    for int8, there in ((None, False), ("fused", True)):
+        found = with_export(report, {**graph, "int8": int8})
+        assert on_front([Group("q8bert", (Run(found, ""),))]) == [there]
+    assert on_front([Group("q8bert", (Run(report, ""),))]) == [False]
 
 
 def test_not_measurable_is_said_so() -> None:
