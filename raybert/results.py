@@ -305,8 +305,7 @@ def validated(data: Any, origin: str) -> RunReport:
             for item in error.errors(include_url=False)[:5]
         )
         raise UserError(
-            f"{origin} does not read as a report of raybert {__version__}: {wrong}. Write it again "
-            "with `raybert evaluate`."
+            f"{origin} does not read as a report of raybert {__version__}: {wrong}."
         ) from None
 
 
@@ -366,8 +365,14 @@ def read_run(folder: Path) -> Run:
             "to resume it."
         )
     read_yaml(recipe)  # what its text says is looked at later
+    try:
+        found = validated(_json(report), str(report))
+    except UserError as error:
+        raise UserError(
+            f"{error} Remove it and start the run's command again, which writes it anew."
+        ) from None
     return Run(
-        validated(_json(report), str(report)),
+        found,
         recipe.read_text(encoding="utf-8"),
         tuple(read_metrics(folder / "metrics.jsonl")),
     )
@@ -424,6 +429,4 @@ def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is not JSON ({error}). Write it again with `raybert evaluate`."
-        ) from None
+        raise UserError(f"{file} is not JSON ({error}).") from None

@@ -17,6 +17,7 @@ import raybert
 from raybert.artifact import evaluate_model
 from raybert.config import UserError
 from raybert.recipe_file import load_recipe, recipe_from
+from raybert.results import read_run
 from raybert.run import compress, finetune
 
 QUIET: dict[str, Any] = {"tell": lambda text: None}
@@ -194,6 +195,21 @@ def test_what_is_trained_on_is_still_called_compressed(toy, teacher, tmp_path):
         assert "raybert.load(folder)" in card
         (said,) = json.loads((folder / "report.json").read_text())["notes"]
         assert "what is computed depends on the sample" in said
+
+
+def test_a_report_that_was_lost_is_written_anew_and_nothing_trained(toy, tmp_path):
+    recipe = toy(tmp_path / "run", train={"max_steps": 2})
+    file, log = (finetune(recipe, **QUIET) / name for name in ("report.json", "metrics.jsonl"))
+    before, trained = json.loads(file.read_text()), log.read_bytes()
+    for damaged in ("{", '{"name": "run"}'):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=r"Remove it and start the run's command again"):
+            read_run(file.parent)
+    file.unlink()
+    finetune(recipe, **QUIET)
+    after = json.loads(file.read_text())
+    assert (after["student"], after["training"]) == (before["student"], before["training"])
+    assert log.read_bytes() == trained
 
 
 def test_methods_and_fine_tuning_are_not_confused(toy, tmp_path):
