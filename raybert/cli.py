@@ -273,15 +273,17 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from raybert.report import summary_table, write_report
+    from raybert.report import check_out, summary_table, write_report
     from raybert.results import read_runs
-    from raybert.storage import pull
+    from raybert.storage import path_of, pull
 
-    folders = [Path(run) for run in args.runs]
+    out = path_of(args.out)
+    check_out(out)
+    folders = [path_of(run) for run in args.runs]
     for folder in folders:
         pull(folder, deep=False)
     runs = read_runs(folders)
-    _, page = write_report(runs, Path(args.out))
+    _, page = write_report(runs, out)
     print(summary_table(runs))
     _print(f"report  {page}")
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raybert.cli import main
 from raybert.config import KEPT_SHARE, UserError
 from raybert.groups import Group, Spread, group_runs, on_front
 from raybert.plots import BINS, curve, kept_plot, pareto
@@ -288,6 +289,27 @@ def test_page_stands_alone_and_holds_every_plot(
     assert "<title>Compression report" in text
     assert "(student - floor) / (teacher - floor)" in text
     assert "successor" in text  # a phase's name, as text in a plot
+
+
+def test_reports_replace_reports_alone(
+    tmp_path: Path, finished: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = finished("run")
+    write_run_report(run, read_run(run).report)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for out in ("--out=~/new", f"--out={tmp_path / 'new'}", f"--out={run / 'page.html'}"):
+        assert main(["report", "~/run", out]) == 0
+    assert (tmp_path / "new" / "report.html").is_file()
+    assert main(["report", str(run), f"--out={run / 'page.html'}"]) == 0
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "report.html").write_text("the page of a search")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    for place in ("README.md", "run", "run/report.html", "search"):
+        assert main(["report", str(run), "--out", str(tmp_path / place)]) == 2
+        assert "is no report that `raybert report` wrote" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path, finished: Callable[..., Path]) -> None:
