@@ -233,15 +233,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(text: str, flag: str) -> list[int]:
+def _numbers(text: str, flag: str, least: int = 1) -> list[int]:
     from raybert.config import UserError
 
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or min(values) < 1:
-        raise UserError(f"{flag} {text!r} is not a list of positive numbers; write {flag} 1,8.")
+    if not values or min(values) < least:
+        raise UserError(
+            f"{flag} {text!r} is not a list of whole numbers from {least} on; write {flag} 1,8."
+        )
     return values
 
 
@@ -293,7 +295,7 @@ def _compare(args: argparse.Namespace) -> int:
     from raybert.compare import check_place, compare, make_comparison
     from raybert.plan import describe
 
-    seeds = _numbers(args.seeds, "--seeds") if args.seeds else []
+    seeds = _numbers(args.seeds, "--seeds", least=0) if args.seeds else []
     comparison = make_comparison(_recipe(args.words), args.chain, seeds)
     if args.dry_run:
         check_place(comparison.out)
