@@ -16,6 +16,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 import raybert
 from raybert.artifact import evaluate_model
 from raybert.config import UserError
+from raybert.plan import make_plan, resolve_paths
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.results import read_run
 from raybert.run import compress, finetune
@@ -210,6 +211,16 @@ def test_a_report_that_was_lost_is_written_anew_and_nothing_trained(toy, tmp_pat
     after = json.loads(file.read_text())
     assert (after["student"], after["training"]) == (before["student"], before["training"])
     assert log.read_bytes() == trained
+
+
+def test_what_starts_in_half_precision_is_predicted_in_float32(toy, tmp_path):
+    toy_encoder().bfloat16().save_pretrained(tmp_path / "encoder")
+    make_tokenizer().save_pretrained(tmp_path / "encoder")
+    recipe = toy(tmp_path / "run", model=str(tmp_path / "encoder"), method="ma_bert")
+    plan = make_plan(resolve_paths(recipe))
+    float32 = 4 * plan.after["parameters"]["total"]
+    assert plan.after["bytes"] == pytest.approx(float32, rel=0.1)
+    assert plan.before["bytes"] == pytest.approx(float32 / 2, rel=0.3)
 
 
 def test_methods_and_fine_tuning_are_not_confused(toy, tmp_path):
