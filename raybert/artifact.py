@@ -15,7 +15,7 @@ import torch
 
 from raybert.bench import bench, count, hardware
 from raybert.checkpoint import World
-from raybert.compressed import longest_input
+from raybert.compressed import finished, longest_input
 from raybert.config import Recipe, UserError
 from raybert.data import prepare
 from raybert.evaluate import predict
@@ -36,6 +36,7 @@ from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.report import model_card, write_run_report
 from raybert.results import RunReport, build, read_run, with_export
 from raybert.storage import push
+from raybert.surgery import compressed_by
 from raybert.tasks import write_submission
 from raybert.train import FINAL, RESULT
 
@@ -68,6 +69,10 @@ def assemble(
         if result[key] is not None
     }
     position = result["position"]
+    config = read_config(str(final))
+    # Of a compressed model that the run started from, the same is to be said as before.
+    methods = [*finished(config), *recipe.method]
+    notes = [*result["notes"], *(text for method in methods for text in method.remarks())]
     report = build(
         name=recipe.name or "run",
         task=plan.data.task.name,
@@ -89,11 +94,11 @@ def assemble(
         hardware=measured["hardware"],
         latency=measured["latency"],
         speedup=measured["speedup"],
-        simulated=any(method.simulated for method in recipe.method),
-        notes=[*result["notes"], *(text for m in recipe.method for text in m.remarks())],
+        simulated=[method.name for method in recipe.method if method.simulated],
+        notes=list(dict.fromkeys(notes)),
         facts=position["facts"],
     )
-    plain = not any(method.leaves_trace for method in recipe.method)
+    plain = not compressed_by(config)
     try:
         _place_model(final, recipe, model_card(report, dump_recipe(recipe), plain=plain))
         if recipe.export:

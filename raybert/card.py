@@ -88,6 +88,9 @@ def _summary(report: RunReport) -> str:
     )
     if report.simulated:
         text += " **The compression is simulated: in this form it saves no time.**"
+    elif report.simulated_methods:
+        names = _safe(" and ".join(report.simulated_methods))
+        text += f" **{names} is simulated: in this form that part of the chain saves no time.**"
     return text
 
 

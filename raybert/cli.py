@@ -242,15 +242,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(text: str, flag: str) -> list[int]:
+def _numbers(text: str, flag: str, least: int = 1) -> list[int]:
     from raybert.config import UserError
 
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or min(values) < 1:
-        raise UserError(f"{flag} {text!r} is not a list of positive numbers; write {flag} 1,8.")
+    if not values or min(values) < least:
+        raise UserError(
+            f"{flag} {text!r} is not a list of whole numbers from {least} on; write {flag} 1,8."
+        )
     return values
 
 
@@ -282,15 +284,17 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from raybert.report import summary_table, write_report
+    from raybert.report import check_out, summary_table, write_report
     from raybert.results import read_runs
-    from raybert.storage import pull
+    from raybert.storage import path_of, pull
 
-    folders = [Path(run) for run in args.runs]
+    out = path_of(args.out)
+    check_out(out)
+    folders = [path_of(run) for run in args.runs]
     for folder in folders:
         pull(folder, deep=False)
     runs = read_runs(folders)
-    _, page = write_report(runs, Path(args.out))
+    _, page = write_report(runs, out)
     print(summary_table(runs))
     _print(f"report  {page}")
     return 0
@@ -300,7 +304,7 @@ def _compare(args: argparse.Namespace) -> int:
     from raybert.compare import check_place, compare, make_comparison
     from raybert.plan import describe
 
-    seeds = _numbers(args.seeds, "--seeds") if args.seeds else []
+    seeds = _numbers(args.seeds, "--seeds", least=0) if args.seeds else []
     comparison = make_comparison(_recipe(args.words), args.chain, seeds)
     if args.dry_run:
         check_place(comparison.out)

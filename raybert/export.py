@@ -40,7 +40,7 @@ from raybert.parity import OnnxModel, logit_parity, metric_parity, probe_batches
 from raybert.qa import question_room
 from raybert.storage import check_writable, path_of, pull, push
 from raybert.surgery import family
-from raybert.tables import escape_markdown, markdown_table
+from raybert.tables import escape_markdown, markdown_table, score
 
 Int8 = Literal["fused", "qdq"]
 
@@ -244,7 +244,11 @@ def _compared(
 
 def saturating(network: Any) -> list[str]:
     """What is to be said of integer products that older processors cut off."""
-    layers = [module for module in network.modules() if isinstance(module, Int8Linear)]
+    layers = [
+        module
+        for module in network.modules()
+        if isinstance(module, Int8Linear) and module.scheme.inputs != "float"
+    ]
     number = sum(may_saturate(layer.matrix()[0]) for layer in layers)
     if not number:
         return []
@@ -395,7 +399,7 @@ def format_export(found: Mapping[str, Any]) -> str:
     if found["metrics"]:
         metrics = found["metrics"]
         rows = [
-            [escape_markdown(name), f"{100 * value:.2f}", f"{100 * metrics['onnx'][name]:.2f}"]
+            [escape_markdown(name), score(value), score(metrics["onnx"][name])]
             for name, value in metrics["torch"].items()
         ]
         head = [f"dev ({metrics['rows']} rows)", "PyTorch", "ONNX Runtime"]

@@ -59,8 +59,21 @@ class Group:
 
     @property
     def simulated(self) -> bool:
-        """Whether any run's compression is simulated."""
+        """Whether any run's compression is simulated, as a whole."""
         return any(report.simulated for report in self.reports)
+
+    @property
+    def caveat(self) -> str:
+        """What of the compression is simulated: all of it, or a chain's methods; or nothing."""
+        if self.simulated:
+            return "simulated"
+        names = dict.fromkeys(name for report in self.reports for name in report.simulated_methods)
+        return f"{' and '.join(names)} simulated" if names else ""
+
+    @property
+    def ranked(self) -> bool:
+        """Whether a front may have it: nothing simulated, unless its integer graph was timed."""
+        return not self.simulated or all(report.timed_integers for report in self.reports)
 
     def spread(self, value: Callable[[RunReport], float | None]) -> Spread | None:
         """Mean and deviation of ``value(report)`` over the runs."""
@@ -72,7 +85,7 @@ def on_front(groups: Sequence[Group]) -> list[bool]:
 
     A group is beaten by another that is at least as good in all three and better in one: the mean
     score, the weights' bytes, and the median latency of the smallest batch in the fastest backend.
-    What is simulated is on no front.
+    What is simulated is on no front, unless its graph was timed, which multiplies in integers.
     """
 
     costs = []
@@ -80,7 +93,7 @@ def on_front(groups: Sequence[Group]) -> list[bool]:
         means = [
             group.spread(lambda r: -r.student.score),
             group.spread(lambda r: float(r.student.bytes.weights)),
-            group.spread(latency_ms),
+            _clock(group, groups),
         ]
         costs.append([value.mean if value else math.inf for value in means])
 
@@ -89,10 +102,25 @@ def on_front(groups: Sequence[Group]) -> list[bool]:
         return any(
             other != own and all(a <= b for a, b in zip(other, own, strict=True))
             for i, other in enumerate(costs)
-            if not groups[i].simulated
+            if groups[i].ranked
         )
 
-    return [not group.simulated and not beaten(i) for i, group in enumerate(groups)]
+    return [group.ranked and not beaten(i) for i, group in enumerate(groups)]
+
+
+def _clock(group: Group, groups: Sequence[Group]) -> Spread | None:
+    """A group's latency. A teacher is timed beside its students, and their reports hold its own."""
+    if not group.is_teacher:
+        return group.spread(latency_ms)
+    own = group.first
+    taught = [
+        report
+        for report in (report for other in groups for report in other.reports)
+        if report.teacher is not None
+        and (report.model, report.teacher.parameters) == (own.model, own.student.parameters)
+    ]
+    times = [latency_ms(report, "teacher") for report in taught]
+    return Spread.of([time for time in times if time is not None])
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

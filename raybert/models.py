@@ -269,7 +269,10 @@ def blank(config: Any, kind: str, chain: list[MethodConfig]) -> PreTrainedModel:
 
 
 def load(folder: str | Path, *, verify: bool = True, attention: str = "sdpa") -> PreTrainedModel:
-    """Load a finished model, compressed or plain, in evaluation mode.
+    """Load a finished model, compressed or plain, in evaluation mode and in float32.
+
+    A model that was stored in half precision is computed in float32 too: students are, so what is
+    timed beside them must be, and processors that only emulate half precision are slow at it.
 
     Args:
         folder: a model folder, or a run folder (its ``model`` is taken).
@@ -296,7 +299,11 @@ def load(folder: str | Path, *, verify: bool = True, attention: str = "sdpa") ->
     )
     try:
         loaded: Any = model_class.from_pretrained(
-            path, attn_implementation=attention, use_safetensors=True, output_loading_info=True
+            path,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:  # as in read_config
         raise UserError(f"{path} cannot be loaded: {first_sentence(error)}") from None

@@ -230,6 +230,7 @@ def make_plan(recipe: Recipe, *, alone: bool = True) -> Plan:
     longest = longest_input(_finished_config(chain, config))
     length = min(recipe.measure.length, longest)
     before = _predict_start(config, data, length)
+    config.dtype = torch.float32  # what is trained is saved so, whatever it was stored in
     after = _predict(config, data, chain, length)
     memory = _memory(recipe, config, before, after)
     _check_memory(memory, recipe, alone)

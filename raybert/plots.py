@@ -100,7 +100,7 @@ def cost_plot(groups: Sequence[Group], cost: Cost, xlabel: str, key: str) -> str
 
     def draw(axes: Axes) -> None:
         # A simulated compression has not reached its place, so it beats nothing.
-        real = [(p.x.mean, p.y.mean) for p in placed if not p.group.simulated]
+        real = [(p.x.mean, p.y.mean) for p in placed if p.group.ranked]
         _front(axes, [*teachers, *real])
         for floor in sorted({place.group.first.floor for place in placed}):
             axes.axhline(floor, color="#8a8f98", linestyle=(0, (2, 3)), linewidth=1.2)
@@ -161,7 +161,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def legend_name(group: Group) -> str:
     """A group's label, cut to fit, with what must not be missed about it."""
     label = group.label if len(group.label) <= 44 else group.label[:43] + "…"
-    return f"{label} — simulated" if group.simulated else label
+    return f"{label} — {group.caveat}" if group.caveat else label
 
 
 @dataclass(frozen=True)
@@ -333,10 +333,10 @@ def _inline(svg: str, key: str, title: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
+    svg = svg.replace(' id="', f' id="{key}-')
     svg = svg.replace('href="#', f'href="#{key}-').replace("url(#", f"url(#{key}-")
     svg = svg.replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
     head = f'<svg role="img" aria-label="{escape(title)}"'
     # The page's width rules; the view box keeps the proportions.
-    svg = re.sub(r'^<svg( width="[^"]*"| height="[^"]*")*', head, svg)
+    svg = re.sub(r'^<svg( width="[^"]*"| height="[^"]*")*', lambda _: head, svg)
     return re.sub(r'^(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg).strip()

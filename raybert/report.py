@@ -14,6 +14,7 @@ from typing import Any
 
 from raybert import __version__, tables
 from raybert.card import model_card
+from raybert.config import UserError
 from raybert.folders import write_whole
 from raybert.groups import Group, group_runs, on_front
 from raybert.pages import render
@@ -27,12 +28,13 @@ from raybert.results import (
     retained,
     validated,
 )
-from raybert.storage import push
+from raybert.storage import pull, push
 from raybert.views import speed_at, task_views
 
 __all__ = [
     "RunReport",
     "build",
+    "check_out",
     "model_card",
     "read_runs",
     "retained",
@@ -40,6 +42,10 @@ __all__ = [
     "write_report",
     "write_run_report",
 ]
+
+
+SIGNATURE = "Written by raybert"
+"""What the last line of a report in Markdown begins with."""
 
 
 def write_run_report(folder: Path, report: RunReport | Mapping[str, Any]) -> RunReport:
@@ -77,15 +83,39 @@ def write_report(runs: Sequence[Run], out: Path) -> tuple[Path, Path]:
     Returns:
         The Markdown file and the HTML file.
     """
-    out = Path(out)
-    stem = out.with_suffix("") if out.suffix in (".md", ".html") else out / "report"
-    files = stem.parent / f"{stem.name}.md", stem.parent / f"{stem.name}.html"
+    files = _files(out)
     title = runs[0].report.name if len(runs) == 1 else "Compression report"
     write_whole(files[0], _markdown(runs, title))
     write_whole(files[1], _html(runs, title))
     for file in files:
         push(file)
     return files
+
+
+def _files(out: Path) -> tuple[Path, Path]:
+    stem = out.with_suffix("") if out.suffix in (".md", ".html") else out / "report"
+    return stem.parent / f"{stem.name}.md", stem.parent / f"{stem.name}.html"
+
+
+def check_out(out: Path) -> None:
+    """Refuse to write over anything but a report over several runs that was written earlier.
+
+    Args:
+        out: as `write_report` takes it.
+
+    Raises:
+        UserError: there is a file that is none, or the page of a run.
+    """
+    files = _files(out)
+    there = [file for file in files if pull(file)]
+    # The Markdown is written first, and an interruption may leave it alone.
+    last = files[0].read_bytes().rstrip().rpartition(b"\n")[2] if files[0] in there else b""
+    runs_own = files[0].name == "report.md" and pull(files[0].with_name("recipe.yaml"))
+    if there and (runs_own or not last.startswith(SIGNATURE.encode())):
+        raise UserError(
+            f"{there[0]} exists and is no report that `raybert report` wrote; nothing is "
+            "overwritten. Choose another --out."
+        )
 
 
 def summary_table(runs: Sequence[Run]) -> str:
@@ -109,11 +139,11 @@ def summary_table(runs: Sequence[Run]) -> str:
                 tables.score(first.floor),
                 "" if group.is_teacher else tables.percent(group.spread(lambda r: r.retained)),
                 tables.megabytes(first.student.bytes.weights),
-                "" if group.is_teacher else speed_at(group, 1, "torch"),
+                "" if group.is_teacher else speed_at(group, groups, "torch"),
                 tables.megabytes(first.onnx.bytes) if first.onnx else "",
-                "" if group.is_teacher else speed_at(group, 1, "onnx"),
+                "" if group.is_teacher else speed_at(group, groups, "onnx"),
                 "*" if group in front else "",
-                "simulated" if group.simulated else "",
+                group.caveat,
             ]
         )
     used = [i for i in range(len(head)) if i < always or any(row[i] for row in rows)]
@@ -178,9 +208,10 @@ def _markdown(runs: Sequence[Run], title: str) -> str:
     notes = [
         f"- {safe(r.name)}: {safe(note)}" for r in (x.report for x in runs) for note in r.notes
     ]
-    if any(run.report.simulated for run in runs):
+    if any(run.report.simulated or run.report.simulated_methods for run in runs):
         parts.append(
-            "**Simulated**: the marked compression saves no time in the form measured here."
+            "**Simulated**: a run, or a method of its chain, that is marked so saves no time in "
+            "PyTorch on the machine measured on."
         )
     if notes:
         parts += ["## Notes", "\n".join(notes)]
@@ -191,12 +222,13 @@ def _markdown(runs: Sequence[Run], title: str) -> str:
     for run in runs:
         for phase, tables_ in run.report.facts.items():
             for title, values in tables_.items():
-                parts.append(f"## {safe(title.capitalize())} of {safe(run.report.name)}, {phase}")
+                told = safe(title.capitalize())
+                parts.append(f"## {told} of {safe(run.report.name)}, {safe(phase)}")
                 rows = [[safe(name), f"{value:.4g}"] for name, value in values.items()]
-                parts.append(tables.markdown_table(["Where", title.capitalize()], rows))
+                parts.append(tables.markdown_table(["Where", told], rows))
     for run in runs:
         parts.append(f"## Recipe of {safe(run.report.name)}")
         # Indented rather than fenced: nothing in a recipe can end it.
         parts.append("\n".join(f"    {line}" for line in run.recipe.splitlines()))
-    parts.append(f"Written by raybert {__version__}; MB are 10^6 bytes, a multiply-add is 2 FLOPs.")
+    parts.append(f"{SIGNATURE} {__version__}; MB are 10^6 bytes, a multiply-add is 2 FLOPs.")
     return "\n\n".join(parts) + "\n"

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raybert import __version__
 from raybert.config import Recipe, UserError
+from raybert.latency import Backend
 from raybert.yaml_file import read_yaml
 
 RETAINED = (
@@ -61,7 +62,7 @@ class LatencyRow(Part):
     """A row of ``raybert.bench.latency``; ``model`` is ``student`` or ``teacher``."""
 
     model: str
-    backend: str
+    backend: Backend
     device: str
     batch: int
     length: int
@@ -78,7 +79,7 @@ class SpeedupRow(Part):
     """A row of ``raybert.bench.speedups``, against the teacher."""
 
     model: str
-    backend: str
+    backend: Backend
     batch: int
     length: int
     speedup: float
@@ -132,11 +133,18 @@ class RunReport(Part):
     latency: list[LatencyRow]
     speedup: list[SpeedupRow]
     simulated: bool
+    simulated_methods: list[str] = []
     notes: list[str]
     facts: dict[str, dict[str, dict[str, float]]] = {}
     onnx: Exported | None = None
     training: Training
     hardware: dict[str, Any]
+
+    @property
+    def timed_integers(self) -> bool:
+        """Whether the exported graph was timed, and multiplies in integers."""
+        timed = any((row.model, row.backend) == ("student", "onnx") for row in self.latency)
+        return timed and self.onnx is not None and self.onnx.int8 is not None
 
     @property
     def chain(self) -> str:
@@ -188,7 +196,7 @@ def build(
     hardware: Mapping[str, Any],
     latency: Sequence[Mapping[str, Any]] = (),
     speedup: Sequence[Mapping[str, Any]] = (),
-    simulated: bool = False,
+    simulated: Sequence[str] = (),
     notes: Sequence[str] = (),
     facts: Mapping[str, Any] | None = None,
 ) -> RunReport:
@@ -202,8 +210,8 @@ def build(
         floors: each metric's score of a model that has learned nothing.
         latency, speedup: rows of ``raybert.bench``, whose models are called ``student`` and
             ``teacher``.
-        simulated: the compression saves nothing yet in this form; labelled so wherever the run is
-            shown.
+        simulated: names of methods that save no time in PyTorch here; labelled so wherever the run
+            is shown. Where all are, the run's compression is simulated.
         facts: what phases told of their start: phase -> title -> name -> number.
 
     Raises:
@@ -223,7 +231,8 @@ def build(
         **_scored(metric, student, teacher, floors),
         "latency": [dict(row) for row in latency],
         "speedup": [dict(row) for row in speedup],
-        "simulated": simulated,
+        "simulated": bool(methods) and all(method["name"] in simulated for method in methods),
+        "simulated_methods": list(simulated),
         "notes": list(notes),
         "facts": dict(facts or {}),
         "training": dict(training),
@@ -296,8 +305,7 @@ def validated(data: Any, origin: str) -> RunReport:
             for item in error.errors(include_url=False)[:5]
         )
         raise UserError(
-            f"{origin} does not read as a report of raybert {__version__}: {wrong}. Write it again "
-            "with `raybert evaluate`."
+            f"{origin} does not read as a report of raybert {__version__}: {wrong}."
         ) from None
 
 
@@ -357,8 +365,14 @@ def read_run(folder: Path) -> Run:
             "to resume it."
         )
     read_yaml(recipe)  # what its text says is looked at later
+    try:
+        found = validated(_json(report), str(report))
+    except UserError as error:
+        raise UserError(
+            f"{error} Remove it and start the run's command again, which writes it anew."
+        ) from None
     return Run(
-        validated(_json(report), str(report)),
+        found,
         recipe.read_text(encoding="utf-8"),
         tuple(read_metrics(folder / "metrics.jsonl")),
     )
@@ -415,6 +429,4 @@ def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is not JSON ({error}). Write it again with `raybert evaluate`."
-        ) from None
+        raise UserError(f"{file} is not JSON ({error}).") from None

@@ -9,9 +9,6 @@ from raybert import plots, tables
 from raybert.groups import Group, Spread, group_runs, on_front
 from raybert.results import Measured, Run, RunReport
 
-BATCHES = (1, 8)
-"""Batch sizes that the speed-up is shown for."""
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -44,6 +41,7 @@ class TaskView:
     name: str
     metric: str
     groups: tuple[Group, ...]
+    batches: tuple[int, ...]
     head: tuple[str, ...]
     rows: tuple[Row, ...]
     charts: tuple[tuple[str, str], ...]
@@ -55,20 +53,29 @@ def task_views(runs: Sequence[Run], charts: bool) -> list[TaskView]:
     views = []
     for number, name in enumerate(names):
         groups = group_runs([run for run in runs if run.report.task == name])
+        batches = timed_batches(groups)
+        front = on_front(groups)
         views.append(
             TaskView(
                 name,
                 groups[0].first.metric,
                 tuple(groups),
-                _head(groups[0].first.metric),
-                tuple(map(_row, groups, on_front(groups))),
+                tuple(batches),
+                _head(groups[0].first.metric, batches),
+                tuple(_row(g, there, batches) for g, there in zip(groups, front, strict=True)),
                 tuple(_charts(groups, f"t{number}")) if charts else (),
             )
         )
     return views
 
 
-def _head(metric: str) -> tuple[str, ...]:
+def timed_batches(groups: Sequence[Group]) -> list[int]:
+    """Batch sizes that students were timed at, the smallest first."""
+    reports = [report for group in groups if not group.is_teacher for report in group.reports]
+    return sorted({row.batch for r in reports for row in r.latency if row.model == "student"})
+
+
+def _head(metric: str, batches: Sequence[int]) -> tuple[str, ...]:
     return (
         f"Teacher {metric}",
         f"Student {metric}",
@@ -78,13 +85,13 @@ def _head(metric: str) -> tuple[str, ...]:
         "Parameters",
         "Weights on disk",
         "FLOPs a row",
-        *(f"Speed-up, batch {batch}" for batch in BATCHES),
+        *(f"Speed-up, batch {batch}" for batch in batches),
         "Compression",
         "Pareto front",
     )
 
 
-def _row(group: Group, front: bool) -> Row:
+def _row(group: Group, front: bool, batches: Sequence[int]) -> Row:
     first, mark = group.first, Cell.of("yes" if front else "")
     own = tables.score(group.spread(lambda r: r.student.score))
     seeds = ", ".join(str(seed) for seed in sorted({r.seed for r in group.reports}))
@@ -97,7 +104,7 @@ def _row(group: Group, front: bool) -> Row:
     ]
     if group.is_teacher:
         blank = Cell.of("–")
-        speed = [blank] * len(BATCHES)
+        speed = [blank] * len(batches)
         cells = [Cell.of(own), blank, Cell.of(tables.score(first.floor)), blank, blank, *size]
         return Row(group, label, (*cells, *speed, Cell.of("none"), mark))
     cells = [
@@ -107,8 +114,8 @@ def _row(group: Group, front: bool) -> Row:
         Cell.of(tables.percent(group.spread(lambda r: r.retained))),
         Cell.of(tables.percent(group.spread(lambda r: r.ratio))),
         *size,
-        *(speed_cell(group, batch) for batch in BATCHES),
-        Cell.of("simulated" if group.simulated else "real"),
+        *(speed_cell(group, batch) for batch in batches),
+        Cell.of(group.caveat or "real"),
         mark,
     ]
     return Row(group, label, tuple(cells))
@@ -145,9 +152,11 @@ def speed_cell(group: Group, batch: int) -> Cell:
     )
 
 
-def speed_at(group: Group, batch: int, backend: str) -> str:
-    """The speed-up of one backend at a batch size, in the first length timed."""
-    lines = speed_cell(group, batch).lines
+def speed_at(group: Group, groups: Sequence[Group], backend: str) -> str:
+    """The speed-up of one backend in the first length timed, at the smallest batch that any of the
+    groups of its task was timed at."""
+    batches = timed_batches([g for g in groups if g.first.task == group.first.task])
+    lines = speed_cell(group, batches[0]).lines if batches else ()
     missing = tables.MISSING if backend == "torch" else ""
     return next((main for main, remark in lines if remark.startswith(backend)), missing)
 
@@ -164,14 +173,15 @@ def _charts(groups: Sequence[Group], key: str) -> list[tuple[str, str]]:
                 plots.cost_plot(groups, _disk, "weights on disk (MB)", f"{key}-size"),
             )
         )
+    batches = timed_batches(groups)
     timed = dict.fromkeys(
         (row.backend, row.batch, row.length)
         for group in students
         for report in group.reports
         for row in report.latency
-        if row.model == "student" and row.batch == BATCHES[0]
+        if row.model == "student" and row.batch == batches[0]
     )
-    for backend, batch, length in timed:
+    for number, (backend, batch, length) in enumerate(timed):
         label = f"median latency, {backend}, batch {batch} × {length} tokens (ms)"
         found.append(
             (
@@ -180,7 +190,7 @@ def _charts(groups: Sequence[Group], key: str) -> list[tuple[str, str]]:
                     groups,
                     _clock(backend, batch, length),
                     label,
-                    f"{key}-{backend}-{length}",
+                    f"{key}-latency{number}",
                 ),
             )
         )

@@ -105,3 +105,13 @@ def test_command_line_predicts_every_chain(rows, encoder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert main(["compare", "--chain", "q8bert,theseus", "--dry-run", *words]) == 2
     assert "q8bert" in capsys.readouterr().err
+
+
+def test_seeds_begin_at_0(rows, encoder, tmp_path, capsys):
+    words = [f"data.{key}={value}" for key, value in rows.items()]
+    words += ["task=classification", f"model={encoder}", f"out={tmp_path / 'out'}"]
+    words += ["--chain", "theseus", "--dry-run"]
+    assert main(["compare", *words, "--seeds", "0,1"]) == 0
+    assert capsys.readouterr().out.count("phases") == 2
+    assert main(["compare", *words, "--seeds", "-1"]) == 2
+    assert "'-1' is not a list of whole numbers from 0 on" in capsys.readouterr().err

@@ -449,6 +449,39 @@ def test_products_that_some_processors_cut_off_are_told() -> None:
     assert "weight_bits=7" in said
 
 
+def test_inputs_that_stay_floats_are_cut_off_nowhere() -> None:
+    model = finished([{"name": "q8bert", "mode": "none"}], "bert", "classification").model
+    model.bert.encoder.layer[0].output.dense.weight[0, :2] = 100
+    assert export_module.saturating(model) == []
+
+
+def test_only_what_it_is_is_told_of_a_metric() -> None:
+    metrics = {"f1": 0.8214, "best_f1_threshold": -1.5, "perplexity": 12.25}
+    found = {
+        "parity": {"largest_difference": 1e-6, "shapes": [[1, 1]], "scale": 2.0},
+        "model": {"kind": "qa"},
+        "int8": None,
+        "bytes": 1000,
+        "notes": [],
+        "metrics": {"rows": 7, "torch": metrics, "onnx": {**metrics, "perplexity": 12.5}},
+        "latency": [],
+    }
+    cells = [line.split("|")[1:-1] for line in export_module.format_export(found).splitlines()]
+    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells if row}
+    assert rows["f1"] == ["0.821", "0.821"]
+    assert rows["best_f1_threshold"] == ["-1.500", "-1.500"]
+    assert rows["perplexity"] == ["12.250", "12.500"]
+
+
+def test_what_was_stored_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
+    model = toy("bert", "classification").bfloat16()
+    saved(tmp_path, model.float())
+    model.bfloat16().save_pretrained(tmp_path)
+    out = export(tmp_path, time=False, tell=lambda text: None)
+    (logits,) = onnxruntime.InferenceSession(str(out / "model.onnx")).get_outputs()
+    assert logits.type == "tensor(float)"
+
+
 def test_model_without_a_task_says_what_was_not_checked(teacher: Path, tmp_path: Path) -> None:
     folder = export(teacher / "model", out=tmp_path / "a", time=False, tell=lambda text: None)
     report = json.loads((folder / "export.json").read_text(encoding="utf-8"))

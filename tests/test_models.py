@@ -175,6 +175,15 @@ def test_stock_models_are_untouched(tmp_path, name):
     assert torch.equal(outputs(again), outputs(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_was_stored_in_half_precision_is_computed_in_float32(tmp_path, dtype):
+    model = with_head("bert", "classification").to(dtype)
+    model.save_pretrained(tmp_path)
+    again = raybert.load(tmp_path)
+    assert again.dtype == again.config.dtype == torch.float32
+    assert torch.equal(outputs(again), outputs(model.float()))
+
+
 @pytest.mark.parametrize("order", [("bottleneck", "stepped"), ("stepped", "bottleneck")])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_chain_is_replayed_in_its_order_and_integers_survive(methods, tmp_path, name, order):

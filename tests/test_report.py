@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raybert.cli import main
 from raybert.config import KEPT_SHARE, UserError
 from raybert.groups import Group, Spread, group_runs, on_front
 from raybert.plots import BINS, curve, kept_plot, pareto
@@ -26,7 +27,7 @@ from raybert.report import (
     write_report,
     write_run_report,
 )
-from raybert.results import Run, read_run
+from raybert.results import Run, read_run, with_export
 
 THESEUS = {"name": "theseus", "layers": 3, "replacing_rate": 0.3}
 EVIL = '<script>alert("x")</script> $\\frac$ | _a'
@@ -290,10 +291,49 @@ def test_page_stands_alone_and_holds_every_plot(
     assert "successor" in text  # a phase's name, as text in a plot
 
 
+def test_reports_replace_reports_alone(
+    tmp_path: Path, finished: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = finished("run")
+    write_run_report(run, read_run(run).report)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for out in ("--out=~/new", f"--out={tmp_path / 'new'}", f"--out={run / 'page.html'}"):
+        assert main(["report", "~/run", out]) == 0
+    assert (tmp_path / "new" / "report.html").is_file()
+    assert main(["report", str(run), f"--out={run / 'page.html'}"]) == 0
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "report.html").write_text("the page of a search")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    for place in ("README.md", "run", "run/report.html", "search"):
+        assert main(["report", str(run), "--out", str(tmp_path / place)]) == 2
+        assert "is no report that `raybert report` wrote" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path, finished: Callable[..., Path]) -> None:
     folder = finished("one")
     first = write_report(read_runs([folder]), tmp_path / "a")[1].read_bytes()
     assert write_report(read_runs([folder]), tmp_path / "b")[1].read_bytes() == first
+
+
+def test_speed_is_shown_at_the_batches_that_were_timed(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    student = {"model": "student", "backend": "torch", "length": 128}
+    latency = [timed(m, ms, b) for b in (4, 32) for m, ms in (("teacher", 40), ("student", 20))]
+    speedup = [{**student, "batch": b, "speedup": 10.0 / b} for b in (4, 32)]
+    runs = read_runs([finished("run", latency=latency, speedup=speedup)])
+    assert "2.50×" in summary_table(runs)
+    markdown, page = (file.read_text() for file in write_report(runs, tmp_path / "out"))
+    for text in (markdown, page):
+        assert "Speed-up, batch 1<" not in text
+        assert "n/a" not in re.sub(r"How retained.*", "", text, flags=re.DOTALL)
+        for shown in ("Speed-up, batch 4", "Speed-up, batch 32", "2.50×", "0.31×"):
+            assert shown in text
+    assert "the teacher's speed at batch 4" in page.replace("&#39;", "'")
+    assert "median latency, torch, batch 4 × 128 tokens" in page
 
 
 def test_names_cannot_break_out_of_page_plot_or_table(
@@ -306,33 +346,74 @@ def test_names_cannot_break_out_of_page_plot_or_table(
         "notes": [EVIL],
         "methods": [{"name": EVIL, "x": EVIL}],
         "hardware": {EVIL: EVIL},
+        "metric": EVIL,
+        "facts": {EVIL: {KEPT_SHARE: {f"layer 0 {EVIL}": 0.5}, EVIL: {EVIL: 1.0}}},
     }
+    for key in ("student", "teacher"):
+        hostile[key] = {**measured(0.8, 90), "metrics": {EVIL: 0.8}}
+    hostile["floors"] = {EVIL: 0.5}
     folder = finished("run", recipe={"note": EVIL}, **hostile)
     markdown, page = write_report(read_runs([folder]), tmp_path / "out")
     assert "script" not in Page(page.read_text()).tags
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in Page(page.read_text()).ids)
+    assert "\f" not in page.read_text(), "a name is no pattern: its backslashes are its own"
     assert page.read_text().count("&lt;script&gt;") > 8
     table = [line for line in markdown.read_text().splitlines() if line.startswith("|")]
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in table]
+    assert len(set(widths[:-6])) == len(set(widths[-6:])) == 1, "the runs, and a phase's facts"
     outside = [x for x in markdown.read_text().splitlines() if not x.startswith("    ")]
     assert "<script" not in "\n".join(outside)
     card = model_card(read_run(folder).report, "a: 1", plain=True)
     assert "<script" not in card.split("---")[2]
 
 
+def test_a_backend_is_one_of_two() -> None:
+    row = {**timed("student", 20, 1), "backend": EVIL}
+    with pytest.raises(UserError, match=r"`latency\.0\.backend` input should be 'torch' or 'onnx'"):
+        a_report(latency=[row])
+    student = {"model": "student", "batch": 1, "length": 128, "speedup": 2.0}
+    with pytest.raises(UserError, match=r"`speedup\.0\.backend` input should be"):
+        a_report(speedup=[{**student, "backend": EVIL}])
+
+
 def test_simulated_compression_is_labelled_everywhere(
     tmp_path: Path, finished: Callable[..., Path]
 ) -> None:
-    folder = finished("run", simulated=True)
+    folder = finished("run", simulated=["theseus"])
     for file in write_report(read_runs([folder]), tmp_path / "out"):
         assert "simulated" in file.read_text()
     report = read_run(folder).report
     assert "simulated" in summary_table([Run(report, "")])
-    assert "simulated" in model_card(report, "", plain=True)
+    assert "it saves no time" in model_card(report, "", plain=True)
     assert "simulated" not in summary_table([Run(a_report(), "")])
 
 
+def test_of_a_chain_only_what_is_simulated_is_called_so(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    methods = [THESEUS, {"name": "q8bert"}]
+    folder = finished("run", methods=methods, simulated=["q8bert"])
+    report = read_run(folder).report
+    assert not report.simulated
+    (group,) = group_runs([Run(report, "")])
+    assert (group.caveat, group.ranked) == ("q8bert simulated", True)
+    for file in write_report(read_runs([folder]), tmp_path / "out"):
+        assert "q8bert simulated" in file.read_text()
+    assert summary_table([Run(report, "")]).endswith("q8bert simulated")
+    card = model_card(report, "", plain=True)
+    assert "q8bert is simulated: in this form that part of the chain saves no time" in card
+    assert read_run(
+        finished("all", methods=methods, simulated=["q8bert", "theseus"])
+    ).report.simulated
+
+
 def test_summary_shows_scores_retained_and_speed() -> None:
-    runs = [Run(a_report(0.83), ""), Run(a_report(0.86, methods=[], teacher=None), "")]
+    slow = [timed(m, ms, b) for b in (1, 8) for m, ms in (("teacher", 40), ("student", 40))]
+    teacher = {"methods": [], "student": measured(0.86, 90_000_000), "teacher": None}
+    runs = [
+        Run(a_report(student=measured(0.83, 90_000_000), latency=slow), ""),
+        Run(a_report(**teacher, latency=[], speedup=[]), ""),
+    ]
     lines = summary_table(runs).splitlines()
     assert lines[2].split() == [
         "mrpc:",
@@ -341,13 +422,13 @@ def test_summary_shows_scores_retained_and_speed() -> None:
         "f1",
         "0.860",
         "0.810",
-        "50.0",
+        "90.0",
         "MB",
         "*",
     ]
     assert lines[3].split()[:2] == ["mrpc:", "theseus"]
     assert "40 %" in lines[3]
-    assert lines[3].endswith("2.00×"), "the other run is better and no larger: no front"
+    assert lines[3].endswith("2.00×"), "its teacher is better, no larger and no slower"
 
 
 def test_front_is_what_nothing_beats_in_everything() -> None:
@@ -362,9 +443,35 @@ def test_front_is_what_nothing_beats_in_everything() -> None:
         group("faster", 0.83, 90, 10),
         group("beaten", 0.82, 90, 10),
         group("equal", 0.84, 20, 40),
-        group("simulated", 0.90, 10, 5, simulated=True),
+        group("simulated", 0.90, 10, 5, simulated=["theseus"]),
     ]
     assert on_front(groups) == [True, True, True, False, True, False]
+
+
+def test_a_teacher_is_as_fast_as_beside_its_students() -> None:
+    def student(score: float, ms: float, **keys: Any) -> Group:
+        rows = [timed("student", ms, 1), timed("teacher", 40, 1), timed("teacher", 400, 8)]
+        report = a_report(student=measured(score, 90), teacher=measured(0.86, 90), latency=rows)
+        return Group("student", (Run(report.model_copy(update=keys), ""),))
+
+    alone = {"methods": [], "teacher": None, "latency": [], "speedup": []}
+    teacher = Group("teacher", (Run(a_report(student=measured(0.86, 90), **alone), ""),))
+    assert on_front([teacher, student(0.85, 41)]) == [True, False]
+    assert on_front([teacher, student(0.85, 39)]) == [True, True]
+    assert on_front([teacher, student(0.86, 39)]) == [False, True]
+    other = student(0.85, 41, model="another/encoder")
+    assert on_front([teacher, other]) == [True, True], "of another's students nothing is known"
+
+
+def test_simulated_compression_is_on_a_front_once_its_graph_was_timed() -> None:
+    rows = [timed("student", 50, 1), timed("teacher", 40, 1)]
+    report = a_report(methods=[{"name": "q8bert"}], simulated=["q8bert"], latency=rows)
+    graph = {"latency": [{**timed("model", 10, 1), "backend": "onnx"}], "speedup": []}
+    graph |= {"bytes": 1, "int8": "fused", "parity": {"largest_difference": 0.0}, "metrics": None}
+    for int8, there in ((None, False), ("fused", True)):
+        found = with_export(report, {**graph, "int8": int8})
+        assert on_front([Group("q8bert", (Run(found, ""),))]) == [there]
+    assert on_front([Group("q8bert", (Run(report, ""),))]) == [False]
 
 
 def test_not_measurable_is_said_so() -> None:

@@ -21,7 +21,9 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 import raybert
 from raybert.artifact import evaluate_model
 from raybert.config import UserError
+from raybert.plan import make_plan, resolve_paths
 from raybert.recipe_file import dump_recipe, load_recipe, recipe_from
+from raybert.results import read_run
 from raybert.run import compress, finetune
 
 QUIET: dict[str, Any] = {"tell": lambda text: None}
@@ -193,6 +195,44 @@ def test_a_successor_starts_another_task(toy, teacher, tmp_path):
     finetune(recipe, **QUIET)
     model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "two" / "model")
     assert model.config.num_hidden_layers == 2
+
+
+def test_what_is_trained_on_is_still_called_compressed(toy, teacher, tmp_path):
+    keys = {"train": {"max_steps": 1}}
+    method = [{"name": "ebert", "epochs": 0}]
+    first = compress(toy(tmp_path / "one", teacher=str(teacher), method=method, **keys), **QUIET)
+    second = finetune(toy(tmp_path / "two", model=str(first), **keys), **QUIET)
+    for folder in (first, second):
+        card = (folder / "model" / "README.md").read_text()
+        assert "library_name: raybert" in card
+        assert "raybert.load(folder)" in card
+        (said,) = json.loads((folder / "report.json").read_text())["notes"]
+        assert "what is computed depends on the sample" in said
+
+
+def test_a_report_that_was_lost_is_written_anew_and_nothing_trained(toy, tmp_path):
+    recipe = toy(tmp_path / "run", train={"max_steps": 2})
+    file, log = (finetune(recipe, **QUIET) / name for name in ("report.json", "metrics.jsonl"))
+    before, trained = json.loads(file.read_text()), log.read_bytes()
+    for damaged in ("{", '{"name": "run"}'):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=r"Remove it and start the run's command again"):
+            read_run(file.parent)
+    file.unlink()
+    finetune(recipe, **QUIET)
+    after = json.loads(file.read_text())
+    assert (after["student"], after["training"]) == (before["student"], before["training"])
+    assert log.read_bytes() == trained
+
+
+def test_what_starts_in_half_precision_is_predicted_in_float32(toy, tmp_path):
+    toy_encoder().bfloat16().save_pretrained(tmp_path / "encoder")
+    make_tokenizer().save_pretrained(tmp_path / "encoder")
+    recipe = toy(tmp_path / "run", model=str(tmp_path / "encoder"), method="ma_bert")
+    plan = make_plan(resolve_paths(recipe))
+    float32 = 4 * plan.after["parameters"]["total"]
+    assert plan.after["bytes"] == pytest.approx(float32, rel=0.1)
+    assert plan.before["bytes"] == pytest.approx(float32 / 2, rel=0.3)
 
 
 def test_methods_and_fine_tuning_are_not_confused(toy, tmp_path):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import raybert.export as export_module
 from raybert import side_by_side
 from raybert.compare import compare, make_comparison
 from raybert.config import UserError
@@ -71,6 +72,32 @@ def test_a_comparison_times_each_backend_once(toy, tmp_path, clock):
 
     compare(comparison, tell=print)
     assert len(clock) == 2, "what was timed is not timed again"
+
+
+def test_failing_exports_end_no_comparison_and_are_made_up_for_in_turns(
+    toy, teacher, tmp_path, clock, monkeypatch
+):
+    measure = {"batches": [1], "length": 16}
+    keys = {"teacher": str(teacher), "train": {"max_steps": 1}, "measure": measure}
+    comparison = make_comparison(toy(tmp_path / "out", **keys, export="onnx"), ["theseus", "ebert"])
+
+    def refused():
+        raise UserError("the graph is wrong.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "need_packages", refused)
+        said = "^all is trained, and the report written; not measured: theseus: the.*; ebert: the"
+        with pytest.raises(UserError, match=said):
+            compare(comparison, tell=print)
+    assert (tmp_path / "out" / "report.html").is_file()
+
+    compare(comparison, tell=print)
+    timed = [(backend, names[1:]) for backend, names, _ in clock]
+    assert timed == [(backend, ["theseus", "ebert"]) for backend in ("torch", "onnx")]
+    for name in ("theseus", "ebert"):
+        report = read_run(tmp_path / "out" / name).report
+        assert report.onnx is not None
+        assert {row.backend for row in report.latency} == {"torch", "onnx"}
 
 
 def test_models_that_do_not_fit_together_take_turns_in_groups(monkeypatch):

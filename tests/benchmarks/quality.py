@@ -197,6 +197,7 @@ def entry(group: Group, commands: dict[int, dict[str, str]]) -> dict[str, Any]:
         "label": group.label,
         "encoder": first.model,
         "simulated": group.simulated,
+        "caveat": group.caveat,
         "n": len(reports),
         "seeds": sorted(report.seed for report in reports),
         "scores": [report.student.score for report in reports],

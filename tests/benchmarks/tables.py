@@ -78,7 +78,8 @@ def quality_row(group: dict[str, Any]) -> list[str]:
     """One chain on one task."""
     teacher, student = group["teacher"], group["student"]
     seconds = group["training_seconds"]
-    method = escape_markdown(group["label"]) + (" (simulated)" if group["simulated"] else "")
+    caveat = group.get("caveat", "simulated" if group["simulated"] else "")  # older files lack it
+    method = escape_markdown(group["label"]) + (f" ({escape_markdown(caveat)})" if caveat else "")
 
     def of(key: str, unit: Callable[[float], str]) -> str:
         return f"{unit(student[key]['mean'])} of {unit(teacher[key]['mean'])}"

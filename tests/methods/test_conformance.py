@@ -475,7 +475,8 @@ def test_a_run_ends_in_a_model_and_a_full_report(
     for case in chain:
         methods.append(method_of(case).resolve(config))
         config = methods[-1].student_config(config)
-    assert data["simulated"] is any(method.simulated for method in methods)
+    assert data["simulated"] is all(method.simulated for method in methods)
+    assert data["simulated_methods"] == [method.name for method in methods if method.simulated]
     phases = [phase.name for method in methods for phase in method.phases()]
     assert [phase["name"] for phase in data["training"]["phases"]] == phases
     assert {row["batch"] for row in data["latency"]} == {1, 8}

@@ -419,6 +419,23 @@ def test_it_loads_in_half_precision_with_its_scales_whole(tmp_path, dtype):
     assert moved < 0.2 * outputs(done.model)[0].abs().max()
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_integers_stored_beside_half_precision_load_as_they_are(tmp_path, bits):
+    case = {"name": "q8bert", "weight_bits": bits}
+    model = finished([case], "bert", "classification").model.bfloat16()
+    model.save_pretrained(tmp_path)
+    again = raybert.load(tmp_path)
+    held, found = model.state_dict(), again.state_dict()
+    for name, tensor in found.items():
+        if held[name].dtype == torch.bfloat16:
+            assert tensor.dtype == torch.float32, name
+        else:
+            assert tensor.dtype == held[name].dtype, name
+            assert torch.equal(tensor, held[name]), name
+    assert {tensor.dtype for tensor in held.values()} >= {torch.bfloat16, torch.float32}
+    assert outputs(again)[0].dtype == torch.float32
+
+
 def test_what_runs_in_floats_is_called_simulated(monkeypatch):
     for name, real in (("onednn", True), ("float", False)):
         monkeypatch.setattr("raybert.methods.q8bert.backend", lambda device, name=name: name)
