@@ -859,6 +859,19 @@ def test_a_folder_of_another_search_is_left_alone(toy, teacher, tmp_path, change
         check_place(search)
 
 
+def test_the_demo_of_a_search_takes_as_many_workers_as_it_is_told(tmp_path, monkeypatch):
+    asked: list[int] = []
+
+    def search(recipe, space, **how):
+        asked.append(recipe.workers)
+        raise UserError("enough.")
+
+    monkeypatch.setattr("raybert.demo.tune", search)
+    words = ["demo", "--tune", "--out", str(tmp_path / "s")]
+    assert main([*words, "--workers", "4"]) == main(words) == 2
+    assert asked == [4, 1]
+
+
 def test_the_command_line_checks_and_predicts(rows, encoder, teacher, tmp_path, capsys):
     words = [f"data.{key}={value}" for key, value in rows.items()]
     words += ["task=classification", f"teacher={teacher}", f"out={tmp_path / 'out'}"]
