@@ -14,7 +14,14 @@ import yaml
 
 from raybert.cluster import machines
 from raybert.config import Recipe, UserError
-from raybert.draws import ALGORITHMS, Plain, Source, has_optuna, make_source
+from raybert.draws import (
+    ALGORITHMS,
+    Plain,
+    Source,
+    different_points,
+    has_optuna,
+    make_source,
+)
 from raybert.finalists import Loss, parse_loss
 from raybert.loggers import LOGGERS, make_loggers
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
@@ -218,7 +225,7 @@ def make_search(
     source = make_source(
         settings.algorithm or "", space, recipe, in_trials(objectives), recipe.train.seed
     )
-    notes = _cut_grid(source, settings)
+    notes = _cut_grid(source, recipe, settings)
     notes += check_stopping(settings.scheduler, in_trials(objectives), plans)
     make_loggers(settings.loggers, recipe.folder)
     teacher = None
@@ -257,9 +264,11 @@ def unused_gpu(settings: Settings, shares: Shares) -> tuple[str, ...]:
     return (f"--gpu {settings.gpu:g} has no effect: trials run on CPUs here",)
 
 
-def _cut_grid(source: Source, settings: Settings) -> list[str]:
+def _cut_grid(source: Source, recipe: Recipe, settings: Settings) -> list[str]:
     """That a grid has more points than there are to be trials, where it has."""
-    points = len(source.grid) if isinstance(source, Plain) and source.ends else 0
+    if not (isinstance(source, Plain) and source.ends):
+        return []
+    points = different_points(source, recipe)
     if points <= settings.trials:
         return []
     return [

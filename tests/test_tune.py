@@ -258,6 +258,77 @@ def test_a_grid_is_walked_to_its_end_past_its_mistakes(tmp_path):
     assert [config["values"]["train.lr"] for config in found] == lr
 
 
+CHAINS = {
+    "method": {"grid_search": ["lobert", "theseus"]},
+    "method.theseus.layers": {"grid_search": [2, 3]},
+    "method.lobert.share": {"grid_search": [0.4, 0.5, 0.6]},
+}
+"""A grid of twelve points that are five recipes: each chain has but one of the parameters."""
+
+
+def test_a_grid_trains_no_recipe_twice(tmp_path):
+    base, told = recipe_from({"teacher": "t"}), []
+    source = Plain(make_space(CHAINS, "chains", base), 0)
+    found = drain(Draws(source, Ledger(tmp_path), base, lambda values: "", 5, told.append))
+    assert len({json.dumps(config["values"]) for config in found}) == len(found) == 5
+    trials = Ledger(tmp_path).trials
+    assert trials[3].reason == "the same as trial 000."
+    assert len(told) == sum(trial.state == "skipped" for trial in trials)
+    # What was drawn before is walked past, and the rest of the grid repeats it.
+    assert not drain(Draws(source, Ledger(tmp_path), base, lambda values: "", 99, told.append))[5:]
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_space_of_few_recipes_ends_when_all_were_drawn(tmp_path, algorithm):
+    axes = {"train.lr": ray_tune.choice([1e-4, 1e-3]), "kd.cls": ray_tune.choice([0.0, 1.0])}
+    told: list[str] = []
+    source = make_source(algorithm, make_space(axes, "few", BASE), BASE, SCORE_BYTES, 0)
+    draws = Draws(source, Ledger(tmp_path), BASE, lambda values: "", 16, told.append)
+    found = []
+    while (config := draws.suggest("x")) != Searcher.FINISHED:
+        found.append(config["values"])
+        trial = draws.ledger.get(config["number"])
+        assert trial is not None
+        trial.state, trial.results = "finished", {"score": 0.5, "bytes": 1.0}
+        draws.ledger.write(trial)
+        draws.told(trial)
+    assert len({json.dumps(values) for values in found}) == len(found) == 4
+    assert [trial.number for trial in draws.ledger.trials] == [0, 1, 2, 3]
+    assert not draws.hopeless
+    assert "hardly more than these 4" in told[0]
+
+
+def test_optuna_goes_on_in_a_space_of_tuples(tmp_path):
+    axes = {"kd.layer_map": ray_tune.choice([(1, 2), (3, 4), (2, 4)])}
+    space = make_space(axes, "maps", BASE)
+    first = Optuna(space, BASE, SCORE_BYTES, seed=0).ask(0)
+    Ledger(tmp_path).write(Trial(0, first or {}, "finished"))
+    (known,) = Ledger(tmp_path).trials
+    again = Optuna(space, BASE, SCORE_BYTES, seed=1)
+    again.remember(0, known.values)
+    again.tell(0, {"score": 0.5, "bytes": 1.0})
+    assert again.study.trials[0].params == first == known.values
+
+
+@pytest.mark.parametrize("state", ["finished", "failed"])
+def test_a_space_of_mistakes_leaves_an_answer_where_a_trial_has_finished(tmp_path, state):
+    ledger, told = Ledger(tmp_path), []
+    ledger.write(Trial(0, {"method.lobert.share": 0.5}, state, results={"score": 0.5}))
+    work = Work(BASE, tmp_path, SCORE_BYTES, 1, 0.0, False, (), {}, None)
+    how = {"retries": 0, "deadline": float("inf"), "last_start": float("inf"), "loggers": []}
+    runner = Runner(work, Shares(1, 0.0, 1), ledger, **how, tell=told.append)
+
+    def search() -> None:
+        runner.search(Plain(SPACE, 0), Refuses(above=0.0), 5, "none", SPACE)
+
+    if state == "finished":
+        search()
+        assert "20 samples in a row were skipped" in told[-1]
+    else:
+        with pytest.raises(UserError, match="20 samples in a row were skipped; the last: it saves"):
+            search()
+
+
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
 def test_an_interrupted_search_goes_on_where_it_was(tmp_path, algorithm):
     def drawn(limit: int, seed: int) -> tuple[Draws, list[dict]]:
@@ -787,6 +858,14 @@ def test_a_grid_that_is_cut_says_so_before_it_starts(toy, teacher, tmp_path, set
     for text, pattern in zip(search.notes, noted, strict=True):
         assert re.search(pattern, text)
         assert f"note      {text}" in describe(search)
+
+
+def test_points_of_a_grid_that_are_one_recipe_count_once(toy, teacher, tmp_path):
+    recipe = toy(tmp_path / "s", teacher=str(teacher))
+    settings = {"algorithm": "grid", "objectives": "score", "finalists": 0}
+    assert make_search(recipe, CHAINS, Settings(**settings, trials=5)).notes == ()
+    (note,) = make_search(recipe, CHAINS, Settings(**settings, trials=4)).notes
+    assert "the grid has 5 points" in note
 
 
 @pytest.mark.parametrize(
