@@ -109,6 +109,12 @@ class Settings:
             )
         if self.minutes is not None and self.minutes <= 0:
             raise UserError(f"{self.minutes:g} minutes leave no time to train; give more.")
+        if self.minutes is not None and self.scheduler == "pbt":
+            raise UserError(
+                "population-based training brings all of its trials to their ends side by side, so "
+                "that minutes would end every one of them unfinished. Leave --minutes out and give "
+                "fewer --trials or train.epochs, or use scheduler asha."
+            )
         check_gpu(self.gpu)
         return replace(self, algorithm=algorithm)
 

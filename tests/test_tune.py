@@ -405,6 +405,26 @@ def test_asha_remembers_trials_of_before_and_spares_the_front():
     assert decision(SCORE_BYTES, 0.65, 85.0) == "STOP", "a smaller one is better"
 
 
+def rungs_of(curves: dict[str, list[tuple[float, float]]]) -> dict[float, dict[str, float]]:
+    """What ASHA's rungs know of trials that report so, and complete."""
+    scheduler = make_scheduler("asha", SPACE, SCORE_BYTES[:1])
+    for name, curve in curves.items():
+        stub = SimpleTrial(name)
+        scheduler.on_trial_add(None, stub)
+        for percent, score in curve:
+            scheduler.on_trial_result(None, stub, {"percent": percent, "score": score})
+        scheduler.on_trial_complete(None, stub, {"percent": curve[-1][0], "score": curve[-1][1]})
+    return dict(scheduler._brackets[0]._rungs)
+
+
+def test_asha_compares_no_late_score_with_earlier_ones():
+    often, seldom = [(20.0, 0.6), (50.0, 0.7), (75.0, 0.8), (100.0, 0.9)], [(60.0, 0.7)]
+    rungs = rungs_of(
+        {"often": often, "seldom": [*seldom, (80.0, 0.8), (100.0, 0.9)], "at its end": often[-1:]}
+    )
+    assert rungs == {15: {"often": 0.6}, 45: {"often": 0.7, "seldom": 0.7}}
+
+
 def test_asha_remembers_what_trials_of_before_had_spent_on_the_way():
     """Not what they had spent at their ends, by which every trial that runs would be cheaper."""
     objectives = parse_objectives("score,seconds", METRICS)
@@ -792,6 +812,7 @@ def test_a_share_of_a_gpu_that_nobody_has_is_noted(toy, teacher, tmp_path, monke
         ({"loss": "much"}, "loss 'much'"),
         ({"objectives": "speed"}, "no report has an objective 'speed'"),
         ({"minutes": -1.0}, "no time to train"),
+        ({"minutes": 5.0, "scheduler": "pbt"}, "Leave --minutes out"),
         ({"loggers": ("tensorbored",)}, "no logger 'tensorbored'"),
         ({"algorithm": "grid"}, "has no grid"),
         ({"objectives": "score,latency"}, r"measure\.batches is empty"),
@@ -874,6 +895,7 @@ def test_points_of_a_grid_that_are_one_recipe_count_once(toy, teacher, tmp_path)
         ("asha", {"epochs": 1}, 1),
         ("median", {"epochs": 2, "eval_every": 999}, 1),
         ("asha", {"epochs": 1, "eval_every": 2}, 0),
+        ("asha", {"epochs": 20, "eval_every": 10}, 0),
         ("asha", {"epochs": 2}, 0),
         ("none", {"epochs": 1}, 0),
     ],
@@ -901,6 +923,27 @@ def test_a_population_must_be_of_one_structure(toy, teacher, tmp_path):
     with pytest.raises(UserError, match="chooses the methods"):
         make_search(recipe, {"method": "theseus"}, Settings(scheduler="pbt"))
     assert make_search(recipe, None, Settings(scheduler="pbt")).space.name == "theseus:SCHEDULES"
+
+
+@pytest.mark.parametrize(
+    ("method", "train", "taken"),
+    [
+        ({"epochs": 1}, {"epochs": 3}, False),
+        ({"epochs": 6}, {"epochs": 1}, True),
+        ({"finetune_epochs": 1}, {"epochs": 3, "eval_every": 9999}, True),  # between its phases
+        ({"finetune_epochs": 30}, {"epochs": 3, "eval_every": 9999}, False),
+        ({}, {"epochs": 3, "eval_every": 9999}, False),
+        ({}, {"epochs": 3}, True),
+        ({}, {"epochs": 1}, False),
+        ({}, {"epochs": 1, "eval_every": 2}, True),
+    ],
+)
+def test_a_population_must_be_looked_at_on_the_way(toy, teacher, tmp_path, method, train, taken):
+    methods = [{"name": "theseus", **method}]
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=methods, train=train)
+    refused = pytest.raises(UserError, match="none between 20 % of their steps and their end")
+    with contextlib.nullcontext() if taken else refused:
+        make_search(recipe, None, Settings(scheduler="pbt"))
 
 
 def test_a_space_in_which_nothing_runs_is_refused(toy, teacher, tmp_path):
