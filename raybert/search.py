@@ -123,7 +123,7 @@ def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
         tell("measuring")
         failures = _measure(search, ledger, tell)
     except KeyboardInterrupt:
-        if any(trial.state == "finished" for trial in ledger.trials):
+        if read_finished(ledger, search.folder):
             write_answer(_answer(search, ledger))
             tell(f"interrupted; the best so far: {search.folder / 'best.yaml'}")
         raise
@@ -243,14 +243,17 @@ def _again(search: Search, finished: list[Finished]) -> list[Trial]:
 
 
 def _nothing(ledger: Ledger, folder: Path) -> UserError:
-    """The error of a search without a single finished trial."""
+    """The error of a search without a single finished trial that can be read."""
+    unread: list[str] = []
+    read_finished(ledger, folder, unread.append)
     states = [trial.state for trial in ledger.trials]
-    reasons = [trial.reason for trial in ledger.trials if trial.reason]
+    reasons = [*unread, *(trial.reason for trial in ledger.trials if trial.reason)]
     counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "none drawn"
     why = f"; the first reason: {reasons[0]}" if reasons else "."
     return UserError(
-        f"no trial has finished ({counted}), so there is no answer{why} The trials are in "
-        f"{folder}; the same command goes on with those that were cut short."
+        f"no trial {'that has finished can be read' if unread else 'has finished'} ({counted}), so "
+        f"there is no answer{why} The trials are in {folder}; the same command goes on with those "
+        "that were cut short."
     )
 
 
@@ -266,7 +269,7 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
     Returns:
         Names of trials that could not be, and why: the answer is written without.
     """
-    finished = read_finished(ledger, search.folder)
+    finished = read_finished(ledger, search.folder, lambda text: tell(f"note: {text}"))
     objectives = in_trials(search.objectives)
     chosen = finalists_of(finished, objectives, search.loss, search.settings.finalists or 1)
     if any(objective.path == (LATENCY,) for objective in search.objectives):

@@ -22,13 +22,13 @@ from ray.tune.search import Searcher
 from raybert.cli import main
 from raybert.config import UserError
 from raybert.draws import SKIPS, Draws, Optuna, Plain, as_grid, make_source
-from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished
+from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished, rule
 from raybert.ledger import Ledger, Trial
 from raybert.objectives import front, in_trials, parse_objectives
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
 from raybert.results import build, latency_ms
-from raybert.search import run_search, write_answer
+from raybert.search import _nothing, run_search, write_answer
 from raybert.search_plan import Settings, check_place, describe, make_search, shares_of
 from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
@@ -554,11 +554,29 @@ def test_the_smallest_whose_mean_is_within_the_loss_wins():
     assert alone == [choose([steady, best, small], SCORE_BYTES, loss)[0]] == [steady]
     assert choose(chosen, SCORE_BYTES, loss) == (steady, True)
     assert choose([lucky, small], SCORE_BYTES, loss) == (lucky, False)
-    once = finished(4, [0.89], 100)  # its other seeds failed
+    once = replace(finished(4, [0.89], 100), failed=True)
     assert choose([once, steady, best], SCORE_BYTES, loss) == (steady, True)
+    assert rule([once, steady, best], SCORE_BYTES, loss).endswith("a seed failed: 004.")
+    assert choose([once], SCORE_BYTES, loss) == (once, True), "of all of them one has"
     only_score = parse_objectives("score", METRICS)
     assert choose([lucky, steady, best], only_score, loss) == (best, True)
     assert finalists_of([lucky, steady], SCORE_BYTES, loss, 0) == []
+
+
+def test_finalists_that_were_cut_short_are_compared_over_the_seeds_that_all_have():
+    loss = parse_loss("0.05")
+    small = finished(0, [0.88, 0.86], 100)  # there was no time for its third
+    large = finished(1, [0.88, 0.87, 0.86], 200)
+    assert choose([small, large], SCORE_BYTES, loss) == (small, True)
+    said = rule([small, large], SCORE_BYTES, loss)
+    assert "over the 2 seeds that all of them have" in said
+    # What its own further seeds say is not forgotten.
+    lucky, best = finished(2, [0.89, 0.70], 100), finished(3, [0.90], 600)
+    assert choose([lucky, best], SCORE_BYTES, loss) == (best, True)
+    only_score = parse_objectives("score", METRICS)
+    late = finished(4, [0.89, 0.89, 0.99], 100)
+    assert choose([late, finished(5, [0.90, 0.90], 100)], only_score, loss)[0].trial.number == 5
+    assert "trials run again with 3 seeds in all" in rule([large], SCORE_BYTES, loss)
 
 
 def test_latency_decides_where_it_is_asked_for():
@@ -764,6 +782,21 @@ def test_a_search_without_a_score_near_the_teacher_says_so(folder):
 
 def test_only_whole_runs_count(folder):
     assert [entry.trial.number for entry in read_finished(Ledger(folder), folder)] == [0, 1]
+    Ledger(folder).write(Trial(1, {}, "failed", seed=43))
+    assert [entry.failed for entry in read_finished(Ledger(folder), folder)] == [False, True]
+
+
+def test_a_run_that_cannot_be_read_is_passed_over_and_told(folder):
+    (folder / "trials" / "000" / "report.json").unlink()
+    found = answer(folder)
+    assert found.winner.trial.number == 1
+    assert any("trial 000 has finished and counts for nothing" in text for text in found.notes)
+    write_answer(found)
+    assert "Trial 000 has finished and counts for nothing" in (folder / "report.html").read_text()
+    shutil.rmtree(folder / "trials")
+    error = str(_nothing(Ledger(folder), folder))
+    assert "no trial that has finished can be read (2 finished" in error
+    assert "trials/000 is not a run folder" in error
 
 
 # -- before anything is trained --------------------------------------------------------------------
