@@ -209,11 +209,19 @@ def make_source(
     return Optuna(space, recipe, objectives, seed)
 
 
-def different_points(source: Plain, recipe: Recipe) -> int:
-    """How many recipes a grid comes to: points that differ in parameters of methods outside their
-    chain are one."""
+def cut_grid(source: Source, recipe: Recipe, trials: int) -> list[str]:
+    """That a grid has more points than there are to be trials, where it has. Points that differ in
+    parameters of methods outside their chain are one."""
+    if not (isinstance(source, Plain) and source.ends):
+        return []
     points = [source.ask(number) for number in range(len(source.grid))]
-    return len({_same(used(recipe, point)) for point in points if point is not None})
+    count = len({_same(used(recipe, point)) for point in points if point is not None})
+    if count <= trials:
+        return []
+    return [
+        f"the grid has {count} points, of which the first {trials} that can be run are tried; "
+        f"--trials {count} tries all"
+    ]
 
 
 def _same(values: Values) -> str:

@@ -27,15 +27,15 @@ from raybert.data import steps_per_epoch
 from raybert.draws import Plain, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import owned, write_whole
-from raybert.ledger import DONE, Ledger, Trial
+from raybert.ledger import DONE, SEARCH, Ledger, Trial
 from raybert.loggers import make_loggers
 from raybert.objectives import LATENCY, in_trials
 from raybert.predictions import takes_saved
 from raybert.recipe_file import portable
+from raybert.room import check_seen, wait_for_room
 from raybert.run import finetune, predict_teacher
 from raybert.search_page import write_page
 from raybert.search_plan import (
-    SEARCH,
     TEACHER,
     Search,
     Settings,
@@ -46,6 +46,7 @@ from raybert.search_plan import (
     unused_gpu,
 )
 from raybert.search_results import Answer, answer_of, write_tables
+from raybert.shares import Shares
 from raybert.space import Space, apply
 from raybert.trial import Work
 from raybert.tuning import Runner
@@ -168,11 +169,12 @@ def _train(
 ) -> None:
     """All that needs Ray: the trials, and the finalists' further seeds."""
     settings, recipe = search.settings, search.recipe
-    began, seconds = time.time(), 60 * (settings.minutes or float("inf"))
     repeats = settings.finalists > 0 and settings.seeds > 1
     with ray_up(dashboard=recipe.workers > 1):
-        shares = shares_of(search)
+        shares = _find_room(search, ledger, tell)
         tell(shares.text(recipe.workers))
+        # From here on: a cluster's machines took none of the search's minutes.
+        began, seconds = time.time(), 60 * (settings.minutes or float("inf"))
         objectives = in_trials(search.objectives)
         work = Work(
             portable(recipe),
@@ -216,6 +218,22 @@ def _train(
         if not finished:
             raise _nothing(ledger, search.folder)
         runner.repeat(_again(search, finished))
+
+
+def _find_room(search: Search, ledger: Ledger, tell: Tell) -> Shares:
+    """What each trial gets; a cluster first starts its machines, and all must see the search."""
+    settings, minutes = search.settings, search.recipe.resources.wait
+    if "RAY_ADDRESS" in os.environ:
+        if minutes:
+            left = max(settings.trials - ledger.ended, settings.finalists, 1)
+            count = min(settings.at_once, left)
+            tell(
+                f"waiting up to {minutes:g} minutes for room for {count} trials at once; "
+                "--concurrent asks for fewer"
+            )
+            wait_for_room(search.recipe, count, settings.gpu)
+        check_seen(search.folder / SEARCH)
+    return shares_of(search)
 
 
 def _is_done(search: Search, ledger: Ledger) -> bool:

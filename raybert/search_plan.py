@@ -14,15 +14,9 @@ import yaml
 
 from raybert.cluster import machines
 from raybert.config import Recipe, UserError
-from raybert.draws import (
-    ALGORITHMS,
-    Plain,
-    Source,
-    different_points,
-    has_optuna,
-    make_source,
-)
+from raybert.draws import ALGORITHMS, Plain, cut_grid, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
+from raybert.ledger import SEARCH
 from raybert.loggers import LOGGERS, make_loggers
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
 from raybert.places import HIDDEN, uri_of
@@ -33,9 +27,6 @@ from raybert.space import Space, apply, chain_of, make_space, read_space, sample
 from raybert.steering import SCHEDULERS, check_schedules, check_stopping
 from raybert.teacher import teacher_digest
 from raybert.yaml_file import read_yaml
-
-SEARCH = "search.yaml"
-"""What a search folder says of itself."""
 
 TEACHER = "teacher.json"
 """The teacher's dev metrics."""
@@ -85,6 +76,11 @@ class Settings:
     retries: int = 2
     retry_failed: bool = False
     loggers: tuple[str, ...] = ()
+
+    @property
+    def at_once(self) -> int:
+        """Trials that may run at once, where there is room for them."""
+        return min(self.trials, self.concurrent or self.trials)
 
     def checked(self) -> Settings:
         """The same, its algorithm settled.
@@ -231,7 +227,7 @@ def make_search(
     source = make_source(
         settings.algorithm or "", space, recipe, in_trials(objectives), recipe.train.seed
     )
-    notes = _cut_grid(source, recipe, settings)
+    notes = cut_grid(source, recipe, settings.trials)
     notes += check_stopping(settings.scheduler, in_trials(objectives), plans)
     make_loggers(settings.loggers, recipe.folder)
     teacher = None
@@ -249,17 +245,19 @@ def shares_of(search: Search) -> Shares:
     """What each trial gets of this machine, or of the cluster that Ray is connected to.
 
     Raises:
-        UserError: not one fits, or not as many at once as were asked for.
+        UserError: not one fits, or not as many at once as were asked for; a cluster that was waited
+            for may do with fewer.
     """
-    free = None if "RAY_ADDRESS" in os.environ else psutil.virtual_memory().available
+    on_cluster, settings = "RAY_ADDRESS" in os.environ, search.settings
+    waited = on_cluster and search.recipe.resources.wait > 0
     return share_out(
         search.recipe,
         machines(),
-        trials=search.settings.trials,
-        concurrent=search.settings.concurrent,
-        gpu=search.settings.gpu,
+        trials=settings.at_once if waited else settings.trials,
+        concurrent=None if waited else settings.concurrent,
+        gpu=settings.gpu,
         memory=max(plan.memory for plan in search.plans),
-        free=free,
+        free=None if on_cluster else psutil.virtual_memory().available,
     )
 
 
@@ -268,19 +266,6 @@ def unused_gpu(settings: Settings, shares: Shares) -> tuple[str, ...]:
     if settings.gpu == Settings.gpu or shares.gpu:
         return ()
     return (f"--gpu {settings.gpu:g} has no effect: trials run on CPUs here",)
-
-
-def _cut_grid(source: Source, recipe: Recipe, settings: Settings) -> list[str]:
-    """That a grid has more points than there are to be trials, where it has."""
-    if not (isinstance(source, Plain) and source.ends):
-        return []
-    points = different_points(source, recipe)
-    if points <= settings.trials:
-        return []
-    return [
-        f"the grid has {points} points, of which the first {settings.trials} that can be run are "
-        f"tried; --trials {points} tries all"
-    ]
 
 
 def _check_measured(objectives: tuple[Objective, ...], recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,19 @@ def work_of(recipe: Any, folder: Path, **keys: Any) -> Work:
     return Work(recipe, folder, **{**shared, **keys})
 
 
+CONFIG: dict[str, Any] = {"number": 0, "seed": None, "population": None}
+CONFIG["values"] = {"train.lr": 1e-3}
+
+
+def test_a_trial_that_does_not_see_the_search_says_so_and_trains_nothing(toy, tmp_path, told):
+    recipe = toy(tmp_path / "r", teacher="t", method=["lobert"])
+    run_trial(CONFIG, work_of(recipe, tmp_path / "nowhere"))
+    (report,) = told
+    assert f"{tmp_path / 'nowhere'} cannot be seen from {socket.gethostname()}" in report["failed"]
+    assert "--retry-failed" in report["failed"]
+    assert not list(tmp_path.iterdir())
+
+
 def memory_of(available: float, total: float):
     return lambda: SimpleNamespace(available=available, total=total)
 
@@ -73,8 +87,8 @@ def test_a_trial_runs_beside_others_and_gives_gpu_memory_back(toy, tmp_path, tol
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("emptied"))
     recipe = toy(tmp_path / "r", teacher="t", method=["lobert"])
-    config = {"number": 0, "seed": None, "values": {"train.lr": 1e-3}, "population": None}
-    run_trial(config, work_of(recipe, tmp_path))
+    (tmp_path / "search.yaml").touch()
+    run_trial(CONFIG, work_of(recipe, tmp_path))
     assert seen == [False, "emptied"]
     assert told == [{"failed": "it saves nothing.", "values": {"train.lr": 1e-3}}]
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 from ray import tune as ray_tune
 from ray.tune.search import Searcher
@@ -28,7 +32,8 @@ from raybert.objectives import front, in_trials, parse_objectives
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
 from raybert.results import build, latency_ms
-from raybert.search import _nothing, run_search, write_answer
+from raybert.room import check_seen, wait_for_room
+from raybert.search import _find_room, _nothing, run_search, write_answer
 from raybert.search_plan import Settings, check_place, describe, make_search, shares_of
 from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
@@ -144,6 +149,8 @@ def test_all_trials_that_start_find_room(keys, nodes, asked, wanted):
         ({"workers": 4}, [(2, 0)], {}, "4 workers of 1 CPU fits nowhere.*at most workers=2"),
         ({"resources": {"cpus": 6}}, [(4, 0), (4, 0)], {}, "6 CPUs fits nowhere"),
         ({"resources": {"gpu": True}}, [(4, 0)], {}, "1 GPU fits nowhere.*resources.gpu=false"),
+        ({}, [(0, 0)], {}, r"there are 0 CPUs .* for ever; use resources\.wait=15 where a cluster"),
+        ({"resources": {"wait": 5}}, [(0, 0)], {}, r"use a larger resources\.wait than 5 where"),
         ({"workers": 2}, [(8, 0)], {"concurrent": 5}, "5 trials at once.*at most --concurrent 4"),
         ({}, [(8, 1)], {"gpu": 2.0}, "share of a GPU is 2"),
         (
@@ -157,6 +164,101 @@ def test_all_trials_that_start_find_room(keys, nodes, asked, wanted):
 def test_what_would_wait_for_ever_is_refused(keys, nodes, asked, message):
     with pytest.raises(UserError, match=message):
         share_out(recipe_from({"teacher": "t", **keys}), nodes, **{"trials": 8, **asked})
+
+
+class Growing:
+    """A cluster that starts a machine of two CPUs each time it is waited for, two at most."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.nodes, self.asked, self.removed = 0.0, [(0, 0)], [], 0
+        groups = importlib.import_module("ray.util.placement_group")
+        monkeypatch.setattr(groups, "placement_group", self.group)
+        monkeypatch.setattr(groups, "remove_placement_group", self.remove)
+        monkeypatch.setattr("raybert.room.time.monotonic", lambda: self.now)
+        for user in ("room", "search_plan"):
+            monkeypatch.setattr(f"raybert.{user}.machines", lambda: self.nodes)
+
+    def group(self, bundles: list[dict[str, float]]) -> SimpleNamespace:
+        self.asked.append(bundles)
+        place = len(self.asked)
+        return SimpleNamespace(wait=lambda seconds: self.wait(place))
+
+    def wait(self, place: int) -> bool:
+        self.now += 60
+        if len(self.nodes) < 3:
+            self.nodes = [*self.nodes, (2, 0)]
+        return place <= sum(cpus for cpus, _ in self.nodes)
+
+    def remove(self, group: SimpleNamespace) -> None:
+        self.removed += 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "trials", "minutes"),
+    [({}, 3, 3), ({}, 8, 20), ({"workers": 2, "resources": {"wait": 20, "gpu": True}}, 2, 2)],
+)
+def test_a_search_asks_for_room_and_waits_for_it(monkeypatch, keys, trials, minutes):
+    cluster = Growing(monkeypatch)
+    recipe = recipe_from({"teacher": "t", "resources": {"wait": 20}, **keys})
+    wait_for_room(recipe, trials, 0.5)
+    bundle = {"CPU": 1, "GPU": 1} if recipe.resources.gpu else {"CPU": 1}
+    assert cluster.asked == [[bundle] * recipe.workers] * trials, "each for itself"
+    assert cluster.now == 60 * minutes
+    assert cluster.removed == trials
+
+
+def test_a_cluster_that_was_waited_for_does_with_fewer_trials_at_once(
+    toy, teacher, tmp_path, monkeypatch
+):
+    cluster = Growing(monkeypatch)
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    keys = {"teacher": str(teacher), "method": ["lobert"], "resources": {"wait": 9, "cpus": 1}}
+    search = make_search(toy(tmp_path / "s", **keys), AXES, Settings(concurrent=6, trials=9))
+    cluster.nodes = [(0, 0), (2, 0), (2, 0)]
+    assert shares_of(search) == Shares(1, 0, 4)
+    cluster.nodes = [(0, 0), (64, 0)]
+    assert shares_of(search) == Shares(1, 0, 6)
+    cluster.nodes = [(0, 0)]
+    with pytest.raises(UserError, match=r"a larger resources\.wait than 9"):
+        shares_of(search)
+    # All of it: asked for, looked at from its machines, and shared out.
+    told: list[str] = []
+    monkeypatch.setattr("raybert.search.check_seen", lambda file: told.append(str(file)))
+    assert _find_room(search, Ledger(tmp_path), told.append) == Shares(1, 0, 4)
+    assert len(cluster.asked) == 6
+    assert told[1:] == [str(search.folder / "search.yaml")]
+    assert "up to 9 minutes for room for 6 trials" in told[0]
+
+
+def test_a_machine_that_does_not_see_the_search_is_named(tmp_path, monkeypatch):
+    """The cluster is one machine thrice: the head has no CPUs, and one is gone."""
+    nodes = [
+        {"Alive": alive, "Resources": {"CPU": cpus} if cpus else {}, "NodeID": "ab" * 28}
+        for alive, cpus in ((True, 0), (True, 2), (False, 2))
+    ]
+    asked: list[Path] = []
+
+    class Look:
+        def __init__(self, function) -> None:
+            self.function = function
+
+        def options(self, **_: object) -> Look:
+            return self
+
+        def remote(self, file: Path) -> str:
+            asked.append(file)
+            return self.function(file)
+
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "remote", lambda **_: Look)
+    monkeypatch.setattr(ray, "wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr(ray, "get", lambda refs: refs)
+    file = tmp_path / "search.yaml"
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be seen from {socket.gethostname()},"):
+        check_seen(file)
+    file.touch()
+    check_seen(file)
+    assert asked == [file, file]
 
 
 @pytest.mark.parametrize(
