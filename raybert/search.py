@@ -27,9 +27,12 @@ from raybert.data import steps_per_epoch
 from raybert.draws import Plain, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import owned, write_whole
+from raybert.job import phase_steps, phases_of
 from raybert.ledger import DONE, SEARCH, Ledger, Trial
 from raybert.loggers import make_loggers
+from raybert.models import read_config
 from raybert.objectives import LATENCY, in_trials
+from raybert.places import named
 from raybert.predictions import takes_saved
 from raybert.recipe_file import portable
 from raybert.room import check_seen, wait_for_room
@@ -136,16 +139,15 @@ def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
 def _save_predictions(search: Search, tell: Tell) -> None:
     """The teacher's predictions, once for all trials that learn from them."""
     source, plan = Plain(search.space, search.recipe.train.seed), search.plans[0]
-    rows, kinds = len(plan.data.splits["train"]), set()
+    rows, config = len(plan.data.splits["train"]), read_config(plan.start)
+    kinds = set()
     for number in range(LOOKED):
         values = source.ask(number)
         if values is None:
             break
         try:
             recipe = apply(search.recipe, values)
-            train, kd = recipe.train, recipe.kd
-            each = steps_per_epoch(rows, train.batch_size, train.accumulation, recipe.workers)
-            passes = sum(steps for _, steps in plan.phases) / each
+            kd, passes = recipe.kd, _passes(recipe, config, rows)
             if takes_saved(kd, plan.data.task.kind, passes) and kd.predictions_folder is None:
                 kinds.add(kd.cls > 0)
         except UserError:
@@ -153,6 +155,20 @@ def _save_predictions(search: Search, tell: Tell) -> None:
     if kinds:
         # Those with [CLS] states serve trials without them too.
         predict_teacher(search.recipe, cls=True in kinds, tell=tell)
+
+
+def _passes(recipe: Recipe, config: Any, rows: int) -> float:
+    """How often a sample's student sees every training row, in its own phases.
+
+    Args:
+        recipe: with the sample put over it.
+        config: the Hugging Face config of the model to start from.
+        rows: to train on.
+    """
+    bound = tuple(method.bind(recipe) for method in recipe.method)
+    recipe, train = recipe.model_copy(update={"method": bound}), recipe.train
+    steps = sum(phase_steps(recipe, entry.phase, rows) for entry in phases_of(recipe, config))
+    return steps / steps_per_epoch(rows, train.batch_size, train.accumulation, recipe.workers)
 
 
 def _teacher_metrics(search: Search) -> dict[str, float]:
@@ -177,7 +193,7 @@ def _train(
         began, seconds = time.time(), 60 * (settings.minutes or float("inf"))
         objectives = in_trials(search.objectives)
         work = Work(
-            portable(recipe),
+            _as_trials_read_it(recipe),
             search.folder,
             objectives,
             shares.cpus,
@@ -234,6 +250,13 @@ def _find_room(search: Search, ledger: Ledger, tell: Tell) -> Shares:
             wait_for_room(search.recipe, count, settings.gpu)
         check_seen(search.folder / SEARCH)
     return shares_of(search)
+
+
+def _as_trials_read_it(recipe: Recipe) -> Recipe:
+    """The recipe for processes elsewhere, whose working folder and environment are not this one's:
+    what was made for all trials is found where it was put."""
+    cache = {"cache": named(recipe.data.cache_folder)}
+    return portable(recipe).model_copy(update={"data": recipe.data.model_copy(update=cache)})
 
 
 def _is_done(search: Search, ledger: Ledger) -> bool:

@@ -33,7 +33,14 @@ from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
 from raybert.results import build, latency_ms
 from raybert.room import check_seen, wait_for_room
-from raybert.search import _find_room, _nothing, run_search, write_answer
+from raybert.search import (
+    _as_trials_read_it,
+    _find_room,
+    _nothing,
+    _save_predictions,
+    run_search,
+    write_answer,
+)
 from raybert.search_plan import Settings, check_place, describe, make_search, shares_of
 from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
@@ -1114,6 +1121,39 @@ def test_a_folder_of_another_search_is_left_alone(toy, teacher, tmp_path, change
         message = "holds notes.txt"
     with pytest.raises(UserError, match=message):
         check_place(search)
+
+
+@pytest.mark.parametrize(
+    ("axes", "wanted"),
+    [
+        ({"train.epochs": ray_tune.choice([0.2, 2.0])}, [False]),
+        ({"train.epochs": 0.2}, []),
+        ({"kd.cls": ray_tune.choice([0.0, 1.0])}, [True]),
+        ({"kd.predictions": "live"}, []),
+    ],
+)
+def test_predictions_are_made_before_where_any_trial_reads_them(
+    toy, teacher, tmp_path, monkeypatch, axes, wanted
+):
+    """Not the first alone, which with this seed makes less than one pass over the rows."""
+    made: list[bool] = []
+    monkeypatch.setattr("raybert.search.predict_teacher", lambda *_, cls, tell: made.append(cls))
+    keys = {"method": ["lobert"], "kd": {"alpha": 0.5}, "train": {"seed": 3}}
+    search = make_search(toy(tmp_path / "s", teacher=str(teacher), **keys), axes)
+    assert search.samples[0].values.get("train.epochs", 0.2) == 0.2
+    _save_predictions(search, print)
+    assert made == wanted
+
+
+def test_trials_elsewhere_are_told_where_the_cache_is(toy, tmp_path, monkeypatch):
+    def cache(named: str | None) -> str | None:
+        return _as_trials_read_it(toy(tmp_path / "s", data={"cache": named})).data.cache
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAYBERT_CACHE", str(tmp_path / "own"))
+    assert cache(None) == str(tmp_path / "own")
+    assert cache("here") == str(tmp_path / "here")
+    assert cache("s3://team/cache") == "s3://team/cache"
 
 
 def test_the_demo_of_a_search_takes_as_many_workers_as_it_is_told(tmp_path, monkeypatch):
