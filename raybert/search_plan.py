@@ -21,7 +21,7 @@ from raybert.loggers import LOGGERS, make_loggers
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
 from raybert.places import HIDDEN, uri_of
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
-from raybert.recipe_file import dump_recipe
+from raybert.recipe_file import dump_recipe, recipe_from
 from raybert.shares import Shares, check_gpu, share_out
 from raybert.space import Space, apply, chain_of, make_space, read_space, sample_text
 from raybert.steering import SCHEDULERS, check_schedules, check_stopping
@@ -334,13 +334,27 @@ def check_place(search: Search) -> bool:
         ("recipe", "recipe"),
         ("how", "algorithm, scheduler or objectives"),
     ):
-        if there.get(key) != here[key]:
+        held = there.get(key)
+        if key in ("teacher", "recipe"):
+            held = _filled(held, here[key])
+        if held != here[key]:
             raise UserError(
                 f"{folder} holds a search of another {what}; nothing in it is touched. Choose "
-                f"another out=. There: {_short(there.get(key), here[key])}; here: "
-                f"{_short(here[key], there.get(key))}."
+                f"another out=. There: {_short(held, here[key])}; here: {_short(here[key], held)}."
             )
     return True
+
+
+def _filled(held: Any, here: Any) -> Any:
+    """Parts of a recipe as a search of an earlier version holds them, with the keys that have come
+    since at their defaults; a teacher's digest as it is."""
+    if not (isinstance(held, dict) and isinstance(here, dict)):
+        return held
+    try:
+        filled = yaml.safe_load(dump_recipe(recipe_from(held)))
+    except UserError:  # of another version altogether
+        return held
+    return {key: filled[key] for key in here}
 
 
 def _short(own: Any, other: Any) -> str:

@@ -1123,6 +1123,22 @@ def test_a_folder_of_another_search_is_left_alone(toy, teacher, tmp_path, change
         check_place(search)
 
 
+def test_a_search_of_an_earlier_version_is_the_same_search(toy, tmp_path):
+    """Its recipe and its teacher's lack keys that have come since."""
+    recipe = toy(tmp_path / "s", method=["lobert"])
+    search = make_search(recipe, AXES)
+    search.folder.mkdir()
+    held = json.loads(json.dumps(search.identity))
+    del held["recipe"]["kd"]["over_layers"], held["recipe"]["method"][0]["energy"]
+    del held["teacher"]["train"]["keep"], held["teacher"]["data"]["metric"]
+    (search.folder / "search.yaml").write_text(yaml.safe_dump(held))
+    assert check_place(search)
+    held["teacher"]["train"]["lr"] = 0.5
+    (search.folder / "search.yaml").write_text(yaml.safe_dump(held))
+    with pytest.raises(UserError, match=r"another teacher.*'lr': 0\.5"):
+        check_place(search)
+
+
 @pytest.mark.parametrize(
     ("axes", "wanted"),
     [
