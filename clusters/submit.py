@@ -114,7 +114,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         job = submit(client, args.words, args.recipe)
         print(f"job {job}; `--stop {job}` ends it", file=sys.stderr)
-        return asyncio.run(follow(client, job))
+        try:
+            return asyncio.run(follow(client, job))
+        except KeyboardInterrupt:
+            print(
+                f"\njob {job} runs on: `ray job logs --follow {job}` shows it, and `--stop {job}` "
+                "ends it",
+                file=sys.stderr,
+            )
+            return 130
     except FAILURES as error:
         print(
             f"{' '.join(str(error).split())} ({args.address}; `ray dashboard CLUSTER.yaml` "

@@ -350,7 +350,7 @@ def _demo(args: argparse.Namespace) -> int:
     from raybert.search_results import summary
 
     if args.tune:
-        answer = tune_demo(Path(args.out or "demo-tune"), tell=_tell)
+        answer = tune_demo(Path(args.out or "demo-tune"), workers=args.workers, tell=_tell)
         print(summary(answer))
         print(f"report   {answer.folder / 'report.html'}")
         return 1 if answer.failures else 0

@@ -69,12 +69,13 @@ def run_demo(out: Path, workers: int, tell: Callable[[str], None]) -> Path:
     return compare(demo_comparison(out, workers), tell=tell)
 
 
-def tune_demo(out: Path, tell: Callable[[str], None]) -> Answer:
+def tune_demo(out: Path, workers: int, tell: Callable[[str], None]) -> Answer:
     """Search LoBERT's parameters on the demo task: a handful of short trials, early stopping, and
     two finalists with two seeds.
 
     Args:
         out: the search folder; an interrupted search continues there.
+        workers: of each trial.
         tell: gets progress.
 
     Returns:
@@ -87,6 +88,7 @@ def tune_demo(out: Path, tell: Callable[[str], None]) -> Answer:
     recipe = recipe_from(
         {
             "task": "demo",
+            "workers": workers,
             "model": demo_encoder(),
             "data": data,
             "method": [{"name": "lobert"}],

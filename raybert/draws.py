@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -23,6 +24,9 @@ ALGORITHMS = ("random", "grid", "optuna")
 SKIPS = 20
 """Samples in a row that may be skipped before a search gives up."""
 
+REPEATS = 100
+"""Samples in a row that may repeat recipes that were drawn, before a space counts as exhausted."""
+
 
 class Source(Protocol):
     """A search algorithm: asked for samples, and told what became of them.
@@ -33,8 +37,14 @@ class Source(Protocol):
 
     ends: bool
 
-    def ask(self, number: int) -> Values | None:
-        """The sample of that number; None when there are no more."""
+    def ask(self, number: int, again: int = 0) -> Values | None:
+        """The sample of that number; None when there are no more.
+
+        Args:
+            number: of the trial.
+            again: above 0, another one in its place, so many times already; a source that ends has
+                none.
+        """
         ...
 
     def remember(self, number: int, values: Values) -> None:
@@ -49,7 +59,8 @@ class Source(Protocol):
 class Plain:
     """Random samples, and all combinations of what is given as a grid.
 
-    A number's sample depends on it and the seed alone, so that nothing need be remembered.
+    A number's sample depends on it, the seed and ``again`` alone, so that nothing need be
+    remembered.
     """
 
     def __init__(self, space: Space, seed: int) -> None:
@@ -60,10 +71,10 @@ class Plain:
         ]
         self.ends = bool(grids)
 
-    def ask(self, number: int) -> Values | None:
-        if self.ends and number >= len(self.grid):
+    def ask(self, number: int, again: int = 0) -> Values | None:
+        if self.ends and (again or number >= len(self.grid)):
             return None
-        draw = np.random.RandomState([self.seed, number])
+        draw = np.random.RandomState([self.seed, number, *([again] if again else [])])
         fixed = self.grid[number % len(self.grid)]
         return {
             key: fixed[key] if key in fixed else _sample(axis, draw)
@@ -131,7 +142,9 @@ class Optuna:
         )
         self.asked: dict[int, Any] = {}
 
-    def ask(self, number: int) -> Values | None:
+    def ask(self, number: int, again: int = 0) -> Values | None:
+        if again:
+            self.tell(number, None)
         trial = self.asked[number] = self.study.ask()
         values: Values = {}
         # The chain first: it decides which parameters there are.
@@ -194,6 +207,26 @@ def make_source(
             "use algorithm grid, or tune.choice in the space."
         )
     return Optuna(space, recipe, objectives, seed)
+
+
+def cut_grid(source: Source, recipe: Recipe, trials: int) -> list[str]:
+    """That a grid has more points than there are to be trials, where it has. Points that differ in
+    parameters of methods outside their chain are one."""
+    if not (isinstance(source, Plain) and source.ends):
+        return []
+    points = [source.ask(number) for number in range(len(source.grid))]
+    count = len({_same(used(recipe, point)) for point in points if point is not None})
+    if count <= trials:
+        return []
+    return [
+        f"the grid has {count} points, of which the first {trials} that can be run are tried; "
+        f"--trials {count} tries all"
+    ]
+
+
+def _same(values: Values) -> str:
+    """What samples of the same recipe have in common."""
+    return json.dumps(values, sort_keys=True)
 
 
 Check = Callable[[Values], str]
@@ -278,11 +311,26 @@ class Draws(Searcher):
         return bool(self.ahead)
 
     def _draw(self) -> Trial | None:
-        values = self.source.ask(self.number)
-        if values is None:
-            return None
-        values = used(self.recipe, values)
-        reason = self.check(values)
+        """The next trial, which repeats none; None where there are no more."""
+        drawn = {_same(trial.values): trial for trial in reversed(self.ledger.trials)}
+        for again in range(REPEATS):
+            values = self.source.ask(self.number, again)
+            if values is None:
+                return None
+            values = used(self.recipe, values)
+            twin = drawn.get(_same(values))
+            # A grid's numbers are its points: one that repeats another keeps its own.
+            if twin is None or self.source.ends:
+                reason = f"the same as trial {twin.name}." if twin else self.check(values)
+                return self._noted(values, reason)
+        self._say(
+            f"note: {REPEATS} samples in a row were of recipes that were drawn before; the space "
+            f"has hardly more than these {len(drawn)}"
+        )
+        return None
+
+    def _noted(self, values: Values, reason: str) -> Trial:
+        """A trial as it goes into the ledger; with a reason not to run, skipped."""
         trial = Trial(self.number, values, "skipped" if reason else "running", reason)
         self.ledger.write(trial)
         if reason:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raybert.config import UserError
@@ -15,7 +15,7 @@ from raybert.results import RunReport, read_run
 
 RULE = (
     "Of the finalists, {seeds}, the one with the least {cost} wins "
-    "whose mean score over its seeds is at least {least:.4f}: the teacher's {teacher:.4f} less "
+    "whose mean score over {over} is at least {least:.4f}: the teacher's {teacher:.4f} less "
     "{loss}. Finalists are the trials with the least {cost} among those that reached that score "
     "once, and the one with the best score."
 )
@@ -64,10 +64,17 @@ def parse_loss(text: str) -> Loss:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished trial, with the reports of its runs."""
+    """A finished trial.
+
+    Attributes:
+        trial: as the ledger has it.
+        reports: of its run, and of those with further seeds that have finished.
+        failed: whether one with a further seed has failed.
+    """
 
     trial: Trial
     reports: tuple[RunReport, ...]
+    failed: bool = False
 
     @property
     def score(self) -> Spread:
@@ -81,16 +88,32 @@ class Finished:
         return objective.of(self.reports[0])
 
 
-def read_finished(ledger: Ledger, folder: Path) -> list[Finished]:
-    """Every trial of a search that has a finished model."""
+def read_finished(
+    ledger: Ledger, folder: Path, tell: Callable[[str], None] = lambda text: None
+) -> list[Finished]:
+    """Every trial of a search that has a finished model.
+
+    Args:
+        ledger: the search's.
+        folder: the search folder.
+        tell: hears of runs that have finished and cannot be read; the others count without them.
+    """
+
+    def read(place: str, trial: Trial) -> list[RunReport]:
+        if trial.state != "finished":
+            return []
+        try:
+            return [read_run(folder / place / trial.name).report]
+        except UserError as error:
+            tell(f"trial {trial.name} has finished and counts for nothing: {error}")
+            return []
+
     found = []
     for trial in ledger.trials:
-        if trial.state != "finished":
-            continue
-        runs = [folder / "trials" / trial.name]
-        again = [t for t in ledger.seeds_of(trial.number) if t.state == "finished"]
-        runs += [folder / "finalists" / t.name for t in again]
-        found.append(Finished(trial, tuple(read_run(run).report for run in runs)))
+        again = ledger.seeds_of(trial.number)
+        if own := read("trials", trial):
+            own += [report for run in again for report in read("finalists", run)]
+            found.append(Finished(trial, tuple(own), any(run.state == "failed" for run in again)))
     return found
 
 
@@ -141,19 +164,36 @@ def finalists_of(
     return list({f.trial.number: f for f in chosen}.values())[:count]
 
 
+def contenders(finalists: Sequence[Finished]) -> list[Finished]:
+    """The finalists that can win: one of which a seed failed does not by those it is left, unless
+    that is so of all."""
+    return [f for f in finalists if not f.failed] or list(finalists)
+
+
+def even(finalists: Sequence[Finished]) -> list[Finished]:
+    """Finalists with the seeds alone that all of them have: a search that is cut short ends some
+    with fewer. The first is each trial's own."""
+    shared = set.intersection(*({r.seed for r in f.reports[1:]} for f in finalists))
+    return [
+        replace(f, reports=(f.reports[0], *(r for r in f.reports[1:] if r.seed in shared)))
+        for f in finalists
+    ]
+
+
 def choose(
     finalists: Sequence[Finished], objectives: Sequence[Objective], loss: Loss
 ) -> tuple[Finished, bool]:
     """The winner, and whether it stays within the loss; if none does, the best score wins.
 
-    A finalist with fewer seeds than others, since some failed, does not win by those it is left.
+    Finalists are compared over the seeds that all have; one whose further seeds bring it below the
+    least score is not within the loss.
     """
-    seeds = max(len(f.reports) for f in finalists)
-    finalists = [f for f in finalists if len(f.reports) == seeds]
     least, cost = least_score(finalists, loss), cost_of(objectives)
-    within = [f for f in finalists if f.score.mean >= least]
+    able = contenders(finalists)
+    compared = list(zip(able, even(able), strict=True))
+    within = [f for f, same in compared if min(f.score.mean, same.score.mean) >= least]
     if cost is None or not within:
-        best = max(finalists, key=lambda f: f.score.mean)
+        best, _ = max(compared, key=lambda pair: pair[1].score.mean)
         return best, best in within
 
     def price(entry: Finished) -> tuple[float, float]:
@@ -163,19 +203,27 @@ def choose(
     return min(within, key=price), True
 
 
-def rule(
-    finalists: Sequence[Finished], objectives: Sequence[Objective], loss: Loss, seeds: int
-) -> str:
+def rule(finalists: Sequence[Finished], objectives: Sequence[Objective], loss: Loss) -> str:
     """How the winner was found, in words."""
     report, cost = finalists[0].reports[0], cost_of(objectives)
     teacher = report.teacher.score if report.teacher else report.student.score
+    able = contenders(finalists)
+    shared = min(len(f.reports) for f in even(able))
+    many = f"trials run again with {shared} seeds in all" if shared > 1 else "each of one seed"
+    over = "its seeds"
+    if any(len(f.reports) > shared for f in able):
+        many = "not all of as many seeds"
+        over = f"the {shared} seed{'s' if shared > 1 else ''} that all of them have"
+        over += ", and over all of its own," if cost else ""
     if cost is None:
-        return "Of the finalists, the one with the best mean score over its seeds wins."
-    many = f"trials run again with {seeds} seeds in all" if seeds > 1 else "each of one seed"
-    return RULE.format(
-        seeds=many, cost=cost.name, least=least_score(finalists, loss), teacher=teacher,
-        loss=loss.text,
-    )  # fmt: skip
+        text = f"Of the finalists, the one with the best mean score over {over} wins."
+    else:
+        text = RULE.format(
+            seeds=many, cost=cost.name, over=over, least=least_score(finalists, loss),
+            teacher=teacher, loss=loss.text,
+        )  # fmt: skip
+    lost = [f.trial.name for f in finalists if f not in able]
+    return text + (f" Left out, since a seed failed: {', '.join(lost)}." if lost else "")
 
 
 def on_front(finished: Sequence[Finished], objectives: Sequence[Objective]) -> list[bool]:

@@ -14,6 +14,9 @@ from typing import Any, Literal
 from raybert.config import UserError
 from raybert.folders import write_whole
 
+SEARCH = "search.yaml"
+"""What a search folder says of itself, beside the ledger; written before the first trial."""
+
 State = Literal["running", "finished", "stopped", "failed", "skipped"]
 
 DONE = ("finished", "stopped", "failed", "skipped")

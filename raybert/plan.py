@@ -173,6 +173,8 @@ def check_folder(recipe: Recipe) -> bool:
             one.pop(key, None)
         if isinstance(one.get("train"), dict):
             one["train"].pop("zero", None)  # a checkpoint knows whether it can be continued
+        if isinstance(one.get("data"), dict):
+            one["data"].pop("cache", None)  # where rows are kept, and not which
     differing = _differences(there, here)
     if differing:
         raise UserError(

@@ -126,7 +126,9 @@ def _carry_out(plan: Plan, tell: Callable[[str], None], fit: Fit | None, timed: 
         tell(f"fine-tuning the teacher {recipe.model}")
         teacher = str(_drive(plan.teacher.recipe, tell) / "model")
     if not _trained(folder):
-        _fit(plan, teacher, _predictions(plan, teacher, tell), fit)
+        # One trial of many that asked the cluster for more than its own share might never get it.
+        here = fit is not None or _is_local(recipe)
+        _fit(plan, teacher, _predictions(plan, teacher, here, tell), fit)
     if not _trained(folder):
         final = folder / "checkpoints" / "final"
         raise UserError(
@@ -181,11 +183,13 @@ def predict_teacher(
     request = plan_predictions(recipe, split, cls=cls, out=folder)
     if folder is not None:
         check_out(request)
-    _predict(request, recipe, tell)
+    _predict(request, recipe, _is_local(recipe), tell)
     return request.folder
 
 
-def _predictions(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -> Path | None:
+def _predictions(
+    plan: Plan, teacher: str | None, here: bool, tell: Callable[[str], None]
+) -> Path | None:
     """The folder of the teacher's saved predictions, made first where they are not there yet."""
     recipe = plan.recipe
     if not plan.saved or teacher is None:
@@ -201,14 +205,15 @@ def _predictions(plan: Plan, teacher: str | None, tell: Callable[[str], None]) -
         out=named,
     )
     if named is None:
-        _predict(request, recipe, tell)
+        _predict(request, recipe, here, tell)
     elif plan.teacher is not None:  # else the plan has looked
         check_named(named, request.identity, cls=request.cls)
     return request.folder
 
 
-def _predict(request: Request, recipe: Recipe, tell: Callable[[str], None]) -> None:
-    """Make the predictions that are not there yet, on as many workers as the recipe says."""
+def _predict(request: Request, recipe: Recipe, here: bool, tell: Callable[[str], None]) -> None:
+    """Make the predictions that are not there yet: in this process, or on as many workers as the
+    recipe says."""
     pull(request.folder)
     reason = fault(request.folder, request.identity, cls=request.cls)
     if reason is None:
@@ -221,7 +226,7 @@ def _predict(request: Request, recipe: Recipe, tell: Callable[[str], None]) -> N
     check_room(request, len(missing))
     there = f"; {len(files)} of {request.shards} shards are there" if files else ""
     tell(f"predicting {request.rows} {request.split} rows with {request.teacher}{there}")
-    make = _predict_here if _is_local(recipe) else predict_on_ray
+    make = _predict_here if here else predict_on_ray
     files |= make(request, recipe, missing) if missing else {}
     pull(request.folder)  # other machines may have made them
     seal(request, files)
@@ -301,8 +306,10 @@ def _predict_here(request: Request, recipe: Recipe, shards: list[int]) -> dict[i
     files = {}
     before = torch.get_num_threads()
     torch.set_num_threads(recipe.resources.cpus or before)
+    # A trial's process that only watches several workers has none of their GPUs.
+    on_gpu = recipe.resources.gpu is not False and torch.cuda.is_available()
     try:
-        predictor = Predictor(request, _device_here(recipe))
+        predictor = Predictor(request, torch.device("cuda:0" if on_gpu else "cpu"))
         with bar(request.rows_of(shards), "teacher", "row") as told:
             for shard in shards:
                 files[shard] = predictor.write(shard)

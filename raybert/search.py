@@ -27,15 +27,18 @@ from raybert.data import steps_per_epoch
 from raybert.draws import Plain, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import owned, write_whole
-from raybert.ledger import DONE, Ledger, Trial
+from raybert.job import phase_steps, phases_of
+from raybert.ledger import DONE, SEARCH, Ledger, Trial
 from raybert.loggers import make_loggers
+from raybert.models import read_config
 from raybert.objectives import LATENCY, in_trials
+from raybert.places import named
 from raybert.predictions import takes_saved
 from raybert.recipe_file import portable
+from raybert.room import check_seen, wait_for_room
 from raybert.run import finetune, predict_teacher
 from raybert.search_page import write_page
 from raybert.search_plan import (
-    SEARCH,
     TEACHER,
     Search,
     Settings,
@@ -46,6 +49,7 @@ from raybert.search_plan import (
     unused_gpu,
 )
 from raybert.search_results import Answer, answer_of, write_tables
+from raybert.shares import Shares
 from raybert.space import Space, apply
 from raybert.trial import Work
 from raybert.tuning import Runner
@@ -123,7 +127,7 @@ def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
         tell("measuring")
         failures = _measure(search, ledger, tell)
     except KeyboardInterrupt:
-        if any(trial.state == "finished" for trial in ledger.trials):
+        if read_finished(ledger, search.folder):
             write_answer(_answer(search, ledger))
             tell(f"interrupted; the best so far: {search.folder / 'best.yaml'}")
         raise
@@ -135,16 +139,15 @@ def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
 def _save_predictions(search: Search, tell: Tell) -> None:
     """The teacher's predictions, once for all trials that learn from them."""
     source, plan = Plain(search.space, search.recipe.train.seed), search.plans[0]
-    rows, kinds = len(plan.data.splits["train"]), set()
+    rows, config = len(plan.data.splits["train"]), read_config(plan.start)
+    kinds = set()
     for number in range(LOOKED):
         values = source.ask(number)
         if values is None:
             break
         try:
             recipe = apply(search.recipe, values)
-            train, kd = recipe.train, recipe.kd
-            each = steps_per_epoch(rows, train.batch_size, train.accumulation, recipe.workers)
-            passes = sum(steps for _, steps in plan.phases) / each
+            kd, passes = recipe.kd, _passes(recipe, config, rows)
             if takes_saved(kd, plan.data.task.kind, passes) and kd.predictions_folder is None:
                 kinds.add(kd.cls > 0)
         except UserError:
@@ -152,6 +155,20 @@ def _save_predictions(search: Search, tell: Tell) -> None:
     if kinds:
         # Those with [CLS] states serve trials without them too.
         predict_teacher(search.recipe, cls=True in kinds, tell=tell)
+
+
+def _passes(recipe: Recipe, config: Any, rows: int) -> float:
+    """How often a sample's student sees every training row, in its own phases.
+
+    Args:
+        recipe: with the sample put over it.
+        config: the Hugging Face config of the model to start from.
+        rows: to train on.
+    """
+    bound = tuple(method.bind(recipe) for method in recipe.method)
+    recipe, train = recipe.model_copy(update={"method": bound}), recipe.train
+    steps = sum(phase_steps(recipe, entry.phase, rows) for entry in phases_of(recipe, config))
+    return steps / steps_per_epoch(rows, train.batch_size, train.accumulation, recipe.workers)
 
 
 def _teacher_metrics(search: Search) -> dict[str, float]:
@@ -168,14 +185,15 @@ def _train(
 ) -> None:
     """All that needs Ray: the trials, and the finalists' further seeds."""
     settings, recipe = search.settings, search.recipe
-    began, seconds = time.time(), 60 * (settings.minutes or float("inf"))
     repeats = settings.finalists > 0 and settings.seeds > 1
     with ray_up(dashboard=recipe.workers > 1):
-        shares = shares_of(search)
+        shares = _find_room(search, ledger, tell)
         tell(shares.text(recipe.workers))
+        # From here on: a cluster's machines took none of the search's minutes.
+        began, seconds = time.time(), 60 * (settings.minutes or float("inf"))
         objectives = in_trials(search.objectives)
         work = Work(
-            portable(recipe),
+            _as_trials_read_it(recipe),
             search.folder,
             objectives,
             shares.cpus,
@@ -218,6 +236,29 @@ def _train(
         runner.repeat(_again(search, finished))
 
 
+def _find_room(search: Search, ledger: Ledger, tell: Tell) -> Shares:
+    """What each trial gets; a cluster first starts its machines, and all must see the search."""
+    settings, minutes = search.settings, search.recipe.resources.wait
+    if "RAY_ADDRESS" in os.environ:
+        if minutes:
+            left = max(settings.trials - ledger.ended, settings.finalists, 1)
+            count = min(settings.at_once, left)
+            tell(
+                f"waiting up to {minutes:g} minutes for room for {count} trials at once; "
+                "--concurrent asks for fewer"
+            )
+            wait_for_room(search.recipe, count, settings.gpu)
+        check_seen(search.folder / SEARCH)
+    return shares_of(search)
+
+
+def _as_trials_read_it(recipe: Recipe) -> Recipe:
+    """The recipe for processes elsewhere, whose working folder and environment are not this one's:
+    what was made for all trials is found where it was put."""
+    cache = {"cache": named(recipe.data.cache_folder)}
+    return portable(recipe).model_copy(update={"data": recipe.data.model_copy(update=cache)})
+
+
 def _is_done(search: Search, ledger: Ledger) -> bool:
     """Whether all that was asked for has been run, so that Ray need not be started."""
     if ledger.ended < search.settings.trials:
@@ -243,14 +284,17 @@ def _again(search: Search, finished: list[Finished]) -> list[Trial]:
 
 
 def _nothing(ledger: Ledger, folder: Path) -> UserError:
-    """The error of a search without a single finished trial."""
+    """The error of a search without a single finished trial that can be read."""
+    unread: list[str] = []
+    read_finished(ledger, folder, unread.append)
     states = [trial.state for trial in ledger.trials]
-    reasons = [trial.reason for trial in ledger.trials if trial.reason]
+    reasons = [*unread, *(trial.reason for trial in ledger.trials if trial.reason)]
     counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "none drawn"
     why = f"; the first reason: {reasons[0]}" if reasons else "."
     return UserError(
-        f"no trial has finished ({counted}), so there is no answer{why} The trials are in "
-        f"{folder}; the same command goes on with those that were cut short."
+        f"no trial {'that has finished can be read' if unread else 'has finished'} ({counted}), so "
+        f"there is no answer{why} The trials are in {folder}; the same command goes on with those "
+        "that were cut short."
     )
 
 
@@ -266,7 +310,7 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
     Returns:
         Names of trials that could not be, and why: the answer is written without.
     """
-    finished = read_finished(ledger, search.folder)
+    finished = read_finished(ledger, search.folder, lambda text: tell(f"note: {text}"))
     objectives = in_trials(search.objectives)
     chosen = finalists_of(finished, objectives, search.loss, search.settings.finalists or 1)
     if any(objective.path == (LATENCY,) for objective in search.objectives):

@@ -14,21 +14,19 @@ import yaml
 
 from raybert.cluster import machines
 from raybert.config import Recipe, UserError
-from raybert.draws import ALGORITHMS, Plain, Source, has_optuna, make_source
+from raybert.draws import ALGORITHMS, Plain, cut_grid, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
+from raybert.ledger import SEARCH
 from raybert.loggers import LOGGERS, make_loggers
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
 from raybert.places import HIDDEN, uri_of
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
-from raybert.recipe_file import dump_recipe
+from raybert.recipe_file import dump_recipe, recipe_from
 from raybert.shares import Shares, check_gpu, share_out
 from raybert.space import Space, apply, chain_of, make_space, read_space, sample_text
 from raybert.steering import SCHEDULERS, check_schedules, check_stopping
 from raybert.teacher import teacher_digest
 from raybert.yaml_file import read_yaml
-
-SEARCH = "search.yaml"
-"""What a search folder says of itself."""
 
 TEACHER = "teacher.json"
 """The teacher's dev metrics."""
@@ -79,6 +77,11 @@ class Settings:
     retry_failed: bool = False
     loggers: tuple[str, ...] = ()
 
+    @property
+    def at_once(self) -> int:
+        """Trials that may run at once, where there is room for them."""
+        return min(self.trials, self.concurrent or self.trials)
+
     def checked(self) -> Settings:
         """The same, its algorithm settled.
 
@@ -102,6 +105,12 @@ class Settings:
             )
         if self.minutes is not None and self.minutes <= 0:
             raise UserError(f"{self.minutes:g} minutes leave no time to train; give more.")
+        if self.minutes is not None and self.scheduler == "pbt":
+            raise UserError(
+                "population-based training brings all of its trials to their ends side by side, so "
+                "that minutes would end every one of them unfinished. Leave --minutes out and give "
+                "fewer --trials or train.epochs, or use scheduler asha."
+            )
         check_gpu(self.gpu)
         return replace(self, algorithm=algorithm)
 
@@ -218,7 +227,7 @@ def make_search(
     source = make_source(
         settings.algorithm or "", space, recipe, in_trials(objectives), recipe.train.seed
     )
-    notes = _cut_grid(source, settings)
+    notes = cut_grid(source, recipe, settings.trials)
     notes += check_stopping(settings.scheduler, in_trials(objectives), plans)
     make_loggers(settings.loggers, recipe.folder)
     teacher = None
@@ -236,17 +245,19 @@ def shares_of(search: Search) -> Shares:
     """What each trial gets of this machine, or of the cluster that Ray is connected to.
 
     Raises:
-        UserError: not one fits, or not as many at once as were asked for.
+        UserError: not one fits, or not as many at once as were asked for; a cluster that was waited
+            for may do with fewer.
     """
-    free = None if "RAY_ADDRESS" in os.environ else psutil.virtual_memory().available
+    on_cluster, settings = "RAY_ADDRESS" in os.environ, search.settings
+    waited = on_cluster and search.recipe.resources.wait > 0
     return share_out(
         search.recipe,
         machines(),
-        trials=search.settings.trials,
-        concurrent=search.settings.concurrent,
-        gpu=search.settings.gpu,
+        trials=settings.at_once if waited else settings.trials,
+        concurrent=None if waited else settings.concurrent,
+        gpu=settings.gpu,
         memory=max(plan.memory for plan in search.plans),
-        free=free,
+        free=None if on_cluster else psutil.virtual_memory().available,
     )
 
 
@@ -255,17 +266,6 @@ def unused_gpu(settings: Settings, shares: Shares) -> tuple[str, ...]:
     if settings.gpu == Settings.gpu or shares.gpu:
         return ()
     return (f"--gpu {settings.gpu:g} has no effect: trials run on CPUs here",)
-
-
-def _cut_grid(source: Source, settings: Settings) -> list[str]:
-    """That a grid has more points than there are to be trials, where it has."""
-    points = len(source.grid) if isinstance(source, Plain) and source.ends else 0
-    if points <= settings.trials:
-        return []
-    return [
-        f"the grid has {points} points, of which the first {settings.trials} that can be run are "
-        f"tried; --trials {points} tries all"
-    ]
 
 
 def _check_measured(objectives: tuple[Objective, ...], recipe: Recipe) -> None:
@@ -334,13 +334,27 @@ def check_place(search: Search) -> bool:
         ("recipe", "recipe"),
         ("how", "algorithm, scheduler or objectives"),
     ):
-        if there.get(key) != here[key]:
+        held = there.get(key)
+        if key in ("teacher", "recipe"):
+            held = _filled(held, here[key])
+        if held != here[key]:
             raise UserError(
                 f"{folder} holds a search of another {what}; nothing in it is touched. Choose "
-                f"another out=. There: {_short(there.get(key), here[key])}; here: "
-                f"{_short(here[key], there.get(key))}."
+                f"another out=. There: {_short(held, here[key])}; here: {_short(here[key], held)}."
             )
     return True
+
+
+def _filled(held: Any, here: Any) -> Any:
+    """Parts of a recipe as a search of an earlier version holds them, with the keys that have come
+    since at their defaults; a teacher's digest as it is."""
+    if not (isinstance(held, dict) and isinstance(here, dict)):
+        return held
+    try:
+        filled = yaml.safe_load(dump_recipe(recipe_from(held)))
+    except UserError:  # of another version altogether
+        return held
+    return {key: filled[key] for key in here}
 
 
 def _short(own: Any, other: Any) -> str:

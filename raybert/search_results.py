@@ -55,7 +55,7 @@ class Answer:
         front: numbers of the trials that no other beats in all objectives.
         failures: names of trials that could not be exported or timed, and why; one of them wins
             only where none could be.
-        notes: what was said before the search started.
+        notes: what was said before the search started, and which runs could not be read.
     """
 
     folder: Path
@@ -103,12 +103,12 @@ def answer_of(
     """The answer, from what the ledger and the run folders say; at least one trial has finished."""
     failures = failures or {}
     folder = recipe.folder
-    finished = read_finished(ledger, folder)
+    unread: list[str] = []
+    finished = read_finished(ledger, folder, unread.append)
     chosen = finalists_of(finished, in_trials(objectives), loss, finalists) or finished
     able = [entry for entry in chosen if entry.trial.name not in failures] or chosen
     judged = judged_by(finished, objectives)
     winner, within = choose(able, judged, loss)
-    seeds = max(len(entry.reports) for entry in chosen)
     there = on_front(finished, judged)
     return Answer(
         folder,
@@ -123,10 +123,10 @@ def answer_of(
         winner,
         within,
         least_score(chosen, loss),
-        rule(chosen, judged, loss, seeds),
+        rule(able, judged, loss),
         tuple(f.trial.number for f, front in zip(finished, there, strict=True) if front),
         failures,
-        tuple(notes),
+        (*notes, *(text.removesuffix(".") for text in unread)),
     )
 
 

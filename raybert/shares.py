@@ -74,8 +74,8 @@ def share_out(
     there = f"{total} CPUs and {sum(g for _, g in nodes)} GPUs on {len(nodes)} machine(s)"
     if fits < 1:
         raise UserError(
-            f"a trial of {what} fits nowhere: there are {there}. It would wait for ever; use at "
-            f"most workers={slots(nodes, 1, share)}, fewer resources.cpus, or resources.gpu=false."
+            f"a trial of {what} fits nowhere: there are {there}. It would wait for ever; "
+            f"{_what_would_fit(recipe, slots(nodes, 1, share), on_gpu)}."
         )
     mend = "fewer workers or fewer resources.cpus"
     if memory and free is not None and not on_gpu:
@@ -94,6 +94,17 @@ def share_out(
     if recipe.resources.cpus is None:
         cpus = most_cpus(nodes, workers * at_once, share)
     return Shares(cpus, share, at_once)
+
+
+def _what_would_fit(recipe: Recipe, most: int, on_gpu: bool) -> str:
+    """How to mend a trial that fits nowhere; ``most``: workers of one CPU that do."""
+    mends = [f"at most workers={most}"] if 0 < most < recipe.workers else []
+    mends += ["fewer resources.cpus"] if (recipe.resources.cpus or 1) > 1 else []
+    mends += ["resources.gpu=false"] if on_gpu else []
+    wait = recipe.resources.wait
+    asked = f"a larger resources.wait than {wait:g}" if wait else "resources.wait=15"
+    mends.append(f"{asked} where a cluster starts machines on demand")
+    return f"use {', or '.join(mends)}"
 
 
 def check_gpu(gpu: float) -> None:

@@ -138,6 +138,7 @@ def make_space(axes: Mapping[str, Any], name: str, recipe: Recipe) -> Space:
     for key, axis in axes.items():
         _check_key(name, key)
         _check_axis(f"space {name}: `{key}`", axis)
+    axes = {key: _as_json(axis) for key, axis in axes.items()}
     chains = [entry.name for entry in recipe.method]
     own = {key.split(".")[1] for key in axes if key.startswith("method.")}
     used = _methods_in(axes.get("method"), chains)
@@ -211,6 +212,15 @@ def _check_axis(what: str, axis: Any) -> None:
             f"{what}: no value can be drawn of {axis!r} ({error}). Give a number, a word, or one "
             f"of ray.tune's {', '.join(DISTRIBUTIONS)} and grid_search."
         ) from None
+
+
+def _as_json(axis: Any) -> Any:
+    """An axis with its values as the ledger will give them back: lists for tuples."""
+    values = listed(axis)
+    if values is None:
+        return axis if isinstance(axis, Domain) else json.loads(json.dumps(axis))
+    values = json.loads(json.dumps(values))
+    return tune.grid_search(values) if is_grid(axis) else tune.choice(values)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

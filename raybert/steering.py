@@ -77,7 +77,17 @@ class _Sparing(FIFOScheduler):
 
 
 class Asha(_Sparing, AsyncHyperBandScheduler):
-    """Asynchronous successive halving."""
+    """Asynchronous successive halving: a rung knows each trial by its first score between there
+    and the next. The end is no rung."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """The rule, for a trial that has not come to its end: that one's model is written."""
+        if result.get(TIME, 0) >= 100:
+            return self.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Ray's rule would put its last score down for a rung that it was not seen on."""
 
 
 class Median(_Sparing, MedianStoppingRule):
@@ -104,9 +114,10 @@ def make_scheduler(name: str, space: Space, objectives: Sequence[Objective]) -> 
     """A Tune scheduler by its name; all go by the dev score."""
     shared: dict[str, Any] = {"time_attr": TIME, "metric": "score", "mode": "max"}
     if name == "asha":
-        # More than 100: a trial that has trained to its end is not stopped before its model is
-        # written.
-        asha = Asha(**shared, max_t=101, grace_period=GRACE, reduction_factor=THINNING)
+        # Unless the last trials are let go on, Ray's rule puts a later score down for a lower rung,
+        # which a trial that was first seen on a higher one has passed.
+        rungs = {"max_t": 100, "grace_period": GRACE, "reduction_factor": THINNING}
+        asha = Asha(**shared, **rungs, stop_last_trials=False)
         asha.objectives = objectives
         return asha
     if name == "median":
@@ -186,11 +197,11 @@ def check_schedules(space: Space, plans: Sequence[Plan]) -> None:
             f"{space.name} differ in structure or steps. Give it a space of rates and weights, "
             "such as that of --space lobert:SCHEDULES, or use scheduler asha."
         )
-    evaluations = plans[0].recipe.train.eval_every if plans else "epoch"
-    if evaluations == "epoch" and plans and plans[0].recipe.train.epochs <= 1:
+    if not any(_is_watched(plan, PERTURB) for plan in plans):
         raise UserError(
-            "population-based training compares trials at evaluations, and one epoch has a single "
-            "one, at its end. Give train.eval_every, for example a tenth of the steps."
+            "population-based training compares trials at evaluations, and these have none between "
+            f"{PERTURB} % of their steps and their end. Give train.eval_every, for example a tenth "
+            "of the steps."
         )
 
 
@@ -219,23 +230,29 @@ def check_stopping(
                 f"scheduler {scheduler} would stop what is good in it. Use --scheduler none, or "
                 "objectives of score, retained, bytes, parameters, flops, latency and seconds."
             )
-    if any(_is_watched(plan) for plan in plans):
+    if any(_is_watched(plan, GRACE) for plan in plans):
         return []
     return [
-        f"scheduler {scheduler} can stop nothing: trials are evaluated at their end alone; give "
-        "train.eval_every, for example a tenth of the steps"
+        f"scheduler {scheduler} can stop nothing: trials have no evaluation between {GRACE} % of "
+        "their steps and their end; give train.eval_every, for example a tenth of the steps"
     ]
 
 
-def _is_watched(plan: Plan) -> bool:
-    """Whether a trial is evaluated between its start and its end."""
+def _is_watched(plan: Plan, percent: float) -> bool:
+    """Whether a trial is evaluated before its end, and after so many percent of its steps."""
     train, rows = plan.recipe.train, len(plan.data.splits["train"])
     every = train.eval_every
     if every == "epoch":
         workers = plan.recipe.workers
         every = steps_per_epoch(rows, train.batch_size, train.accumulation, workers)
-    trained = [steps for _, steps in plan.phases if steps]
-    return len(trained) > 1 or any(steps > every for steps in trained)
+    total, before = sum(steps for _, steps in plan.phases), 0
+    for _, steps in plan.phases:
+        # The phase's own evaluations, and the one at its end.
+        last = before + (steps - 1) // every * every
+        if any(percent * total <= 100 * step < 100 * total for step in (last, before + steps)):
+            return True
+        before += steps
+    return False
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import threading
 import warnings
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from raybert.cluster import run_group
 from raybert.config import Recipe, UserError
 from raybert.job import Job
+from raybert.ledger import SEARCH
 from raybert.metrics import floor
 from raybert.objectives import Objective
 from raybert.plan import Plan, make_plan, resolve_paths
@@ -113,6 +115,7 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
     if seed is not None:  # a finalist's run: its recipe stays as it is
         work = replace(work, hands_over=False)
     try:
+        _check_shared(work.folder)
         if work.hands_over:
             values = _take_over(work, number, values, folder)
         recipe = work.recipe_for(number, seed, values)
@@ -136,6 +139,16 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
             "values": values,
         }
     )
+
+
+def _check_shared(folder: Path) -> None:
+    """Refuse to train where nobody would find the model."""
+    if not (folder / SEARCH).is_file():
+        raise UserError(
+            f"{folder} cannot be seen from {socket.gethostname()}, where a trial runs: `out` must "
+            "be on storage that all machines share, and data.cache too. When it is, the same "
+            "command with --retry-failed goes on."
+        )
 
 
 def _give_back() -> None:

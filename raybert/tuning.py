@@ -242,7 +242,7 @@ class Runner:
         """Run the search's own trials, as far as they have not been run.
 
         Raises:
-            UserError: hardly a sample can be run.
+            UserError: hardly a sample can be run, and none has.
         """
         recipe = self.work.recipe
         if scheduler == "pbt":
@@ -256,10 +256,10 @@ class Runner:
             self._fit({}, scribe, limit, search_alg=draws, scheduler=steering)
         if draws.hopeless:
             last = [t for t in self.ledger.trials if t.state == "skipped"][-1]
-            raise UserError(
-                f"{SKIPS} samples in a row were skipped; the last: {last.reason} Make the space "
-                "smaller. What was found before is kept."
-            )
+            why = f"{SKIPS} samples in a row were skipped; the last: {last.reason}"
+            if not any(t.state == "finished" for t in self.ledger.trials):
+                raise UserError(f"{why} Make the space smaller.")
+            self.tell(f"note: {why} The search ends with the trials that it has.")
 
     def repeat(self, trials: Sequence[Trial]) -> None:
         """Run finalists with other seeds, as far as they have not been run."""

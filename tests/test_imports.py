@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py", "loggers.py"}
 """The rooms of `raybert tune` that are written in Ray Tune's words."""
 
-ONLY_HERE = {"ray": {"cluster.py", "network.py", *SEARCH}, "deepspeed": {"engine.py"}}
+ONLY_HERE = {"ray": {"cluster.py", "network.py", "room.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
     {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress", "grid"},
@@ -52,7 +52,7 @@ LAYERS = [
     {"export"},
     {"plan"},
     {"steering", "cluster"},
-    {"artifact"},
+    {"artifact", "room"},
     {"side_by_side"},
     {"run"},
     {"compare", "trial", "search_results"},

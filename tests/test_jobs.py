@@ -102,6 +102,27 @@ def test_a_lost_connection_is_no_lost_job(monkeypatch, capsys):
         asyncio.run(module["follow"](Silent(0), "job-1"))
 
 
+def test_ctrl_c_leaves_the_job_running_and_says_so(monkeypatch, capsys):
+    module = runpy.run_path(str(SUBMIT))
+
+    class Client:
+        def __init__(self, address: str) -> None:
+            pass
+
+        def submit_job(self, **_: object) -> str:
+            return "job-1"
+
+    async def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(module["main"].__globals__, "JobSubmissionClient", Client)
+    monkeypatch.setitem(module["main"].__globals__, "follow", interrupted)
+    assert module["main"](["tasks"]) == 130
+    told = capsys.readouterr().err
+    assert "job job-1 runs on" in told
+    assert "`--stop job-1` ends it" in told
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from raybert import plan, trial
 from raybert.config import UserError
 from raybert.objectives import parse_objectives
 from raybert.plan import make_plan, resolve_paths
+from raybert.predictions import Predictions
 from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.search_plan import plan_of
 from raybert.trial import ORIGIN, Work, _Carrier, _take_over, _TuneHooks, run_trial
@@ -47,6 +49,41 @@ def work_of(recipe: Any, folder: Path, **keys: Any) -> Work:
     return Work(recipe, folder, **{**shared, **keys})
 
 
+CONFIG: dict[str, Any] = {"number": 0, "seed": None, "population": None}
+CONFIG["values"] = {"train.lr": 1e-3}
+
+
+def test_a_trial_that_does_not_see_the_search_says_so_and_trains_nothing(toy, tmp_path, told):
+    recipe = toy(tmp_path / "r", teacher="t", method=["lobert"])
+    run_trial(CONFIG, work_of(recipe, tmp_path / "nowhere"))
+    (report,) = told
+    assert f"{tmp_path / 'nowhere'} cannot be seen from {socket.gethostname()}" in report["failed"]
+    assert "--retry-failed" in report["failed"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trial_makes_predictions_that_are_not_there_itself(
+    toy, teacher, tmp_path, told, monkeypatch
+):
+    """On a cluster too: other trials hold the CPUs that more processes would wait for."""
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    (tmp_path / "search.yaml").touch()
+    data = {"cache": str(tmp_path / "cache")}
+    kd, workers = {"alpha": 0.5}, 2
+    recipe = toy(tmp_path / "r", teacher=str(teacher), method=["lobert"], kd=kd, data=data,
+                 workers=workers)  # fmt: skip
+    found: list[Any] = []
+
+    def fit(carrier: _Carrier, plan: Any, job: Any) -> dict[str, Any]:
+        found.append(Predictions(job.predictions, cls=False).rows)
+        return {"error": "enough."}
+
+    monkeypatch.setattr(_Carrier, "fit", fit)
+    run_trial(CONFIG, work_of(recipe, tmp_path, gpu=1.0))
+    assert found == [90]
+    assert told == [{"failed": "enough.", "values": {"train.lr": 1e-3}}]
+
+
 def memory_of(available: float, total: float):
     return lambda: SimpleNamespace(available=available, total=total)
 
@@ -73,8 +110,8 @@ def test_a_trial_runs_beside_others_and_gives_gpu_memory_back(toy, tmp_path, tol
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("emptied"))
     recipe = toy(tmp_path / "r", teacher="t", method=["lobert"])
-    config = {"number": 0, "seed": None, "values": {"train.lr": 1e-3}, "population": None}
-    run_trial(config, work_of(recipe, tmp_path))
+    (tmp_path / "search.yaml").touch()
+    run_trial(CONFIG, work_of(recipe, tmp_path))
     assert seen == [False, "emptied"]
     assert told == [{"failed": "it saves nothing.", "values": {"train.lr": 1e-3}}]
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 from ray import tune as ray_tune
 from ray.tune.search import Searcher
@@ -22,13 +26,21 @@ from ray.tune.search import Searcher
 from raybert.cli import main
 from raybert.config import UserError
 from raybert.draws import SKIPS, Draws, Optuna, Plain, as_grid, make_source
-from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished
+from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished, rule
 from raybert.ledger import Ledger, Trial
 from raybert.objectives import front, in_trials, parse_objectives
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
 from raybert.results import build, latency_ms
-from raybert.search import run_search, write_answer
+from raybert.room import check_seen, wait_for_room
+from raybert.search import (
+    _as_trials_read_it,
+    _find_room,
+    _nothing,
+    _save_predictions,
+    run_search,
+    write_answer,
+)
 from raybert.search_plan import Settings, check_place, describe, make_search, shares_of
 from raybert.search_results import answer_of, importance, summary
 from raybert.shares import Shares, share_out
@@ -144,6 +156,8 @@ def test_all_trials_that_start_find_room(keys, nodes, asked, wanted):
         ({"workers": 4}, [(2, 0)], {}, "4 workers of 1 CPU fits nowhere.*at most workers=2"),
         ({"resources": {"cpus": 6}}, [(4, 0), (4, 0)], {}, "6 CPUs fits nowhere"),
         ({"resources": {"gpu": True}}, [(4, 0)], {}, "1 GPU fits nowhere.*resources.gpu=false"),
+        ({}, [(0, 0)], {}, r"there are 0 CPUs .* for ever; use resources\.wait=15 where a cluster"),
+        ({"resources": {"wait": 5}}, [(0, 0)], {}, r"use a larger resources\.wait than 5 where"),
         ({"workers": 2}, [(8, 0)], {"concurrent": 5}, "5 trials at once.*at most --concurrent 4"),
         ({}, [(8, 1)], {"gpu": 2.0}, "share of a GPU is 2"),
         (
@@ -157,6 +171,101 @@ def test_all_trials_that_start_find_room(keys, nodes, asked, wanted):
 def test_what_would_wait_for_ever_is_refused(keys, nodes, asked, message):
     with pytest.raises(UserError, match=message):
         share_out(recipe_from({"teacher": "t", **keys}), nodes, **{"trials": 8, **asked})
+
+
+class Growing:
+    """A cluster that starts a machine of two CPUs each time it is waited for, two at most."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.nodes, self.asked, self.removed = 0.0, [(0, 0)], [], 0
+        groups = importlib.import_module("ray.util.placement_group")
+        monkeypatch.setattr(groups, "placement_group", self.group)
+        monkeypatch.setattr(groups, "remove_placement_group", self.remove)
+        monkeypatch.setattr("raybert.room.time.monotonic", lambda: self.now)
+        for user in ("room", "search_plan"):
+            monkeypatch.setattr(f"raybert.{user}.machines", lambda: self.nodes)
+
+    def group(self, bundles: list[dict[str, float]]) -> SimpleNamespace:
+        self.asked.append(bundles)
+        place = len(self.asked)
+        return SimpleNamespace(wait=lambda seconds: self.wait(place))
+
+    def wait(self, place: int) -> bool:
+        self.now += 60
+        if len(self.nodes) < 3:
+            self.nodes = [*self.nodes, (2, 0)]
+        return place <= sum(cpus for cpus, _ in self.nodes)
+
+    def remove(self, group: SimpleNamespace) -> None:
+        self.removed += 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "trials", "minutes"),
+    [({}, 3, 3), ({}, 8, 20), ({"workers": 2, "resources": {"wait": 20, "gpu": True}}, 2, 2)],
+)
+def test_a_search_asks_for_room_and_waits_for_it(monkeypatch, keys, trials, minutes):
+    cluster = Growing(monkeypatch)
+    recipe = recipe_from({"teacher": "t", "resources": {"wait": 20}, **keys})
+    wait_for_room(recipe, trials, 0.5)
+    bundle = {"CPU": 1, "GPU": 1} if recipe.resources.gpu else {"CPU": 1}
+    assert cluster.asked == [[bundle] * recipe.workers] * trials, "each for itself"
+    assert cluster.now == 60 * minutes
+    assert cluster.removed == trials
+
+
+def test_a_cluster_that_was_waited_for_does_with_fewer_trials_at_once(
+    toy, teacher, tmp_path, monkeypatch
+):
+    cluster = Growing(monkeypatch)
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    keys = {"teacher": str(teacher), "method": ["lobert"], "resources": {"wait": 9, "cpus": 1}}
+    search = make_search(toy(tmp_path / "s", **keys), AXES, Settings(concurrent=6, trials=9))
+    cluster.nodes = [(0, 0), (2, 0), (2, 0)]
+    assert shares_of(search) == Shares(1, 0, 4)
+    cluster.nodes = [(0, 0), (64, 0)]
+    assert shares_of(search) == Shares(1, 0, 6)
+    cluster.nodes = [(0, 0)]
+    with pytest.raises(UserError, match=r"a larger resources\.wait than 9"):
+        shares_of(search)
+    # All of it: asked for, looked at from its machines, and shared out.
+    told: list[str] = []
+    monkeypatch.setattr("raybert.search.check_seen", lambda file: told.append(str(file)))
+    assert _find_room(search, Ledger(tmp_path), told.append) == Shares(1, 0, 4)
+    assert len(cluster.asked) == 6
+    assert told[1:] == [str(search.folder / "search.yaml")]
+    assert "up to 9 minutes for room for 6 trials" in told[0]
+
+
+def test_a_machine_that_does_not_see_the_search_is_named(tmp_path, monkeypatch):
+    """The cluster is one machine thrice: the head has no CPUs, and one is gone."""
+    nodes = [
+        {"Alive": alive, "Resources": {"CPU": cpus} if cpus else {}, "NodeID": "ab" * 28}
+        for alive, cpus in ((True, 0), (True, 2), (False, 2))
+    ]
+    asked: list[Path] = []
+
+    class Look:
+        def __init__(self, function) -> None:
+            self.function = function
+
+        def options(self, **_: object) -> Look:
+            return self
+
+        def remote(self, file: Path) -> str:
+            asked.append(file)
+            return self.function(file)
+
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "remote", lambda **_: Look)
+    monkeypatch.setattr(ray, "wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr(ray, "get", lambda refs: refs)
+    file = tmp_path / "search.yaml"
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be seen from {socket.gethostname()},"):
+        check_seen(file)
+    file.touch()
+    check_seen(file)
+    assert asked == [file, file]
 
 
 @pytest.mark.parametrize(
@@ -258,6 +367,77 @@ def test_a_grid_is_walked_to_its_end_past_its_mistakes(tmp_path):
     assert [config["values"]["train.lr"] for config in found] == lr
 
 
+CHAINS = {
+    "method": {"grid_search": ["lobert", "theseus"]},
+    "method.theseus.layers": {"grid_search": [2, 3]},
+    "method.lobert.share": {"grid_search": [0.4, 0.5, 0.6]},
+}
+"""A grid of twelve points that are five recipes: each chain has but one of the parameters."""
+
+
+def test_a_grid_trains_no_recipe_twice(tmp_path):
+    base, told = recipe_from({"teacher": "t"}), []
+    source = Plain(make_space(CHAINS, "chains", base), 0)
+    found = drain(Draws(source, Ledger(tmp_path), base, lambda values: "", 5, told.append))
+    assert len({json.dumps(config["values"]) for config in found}) == len(found) == 5
+    trials = Ledger(tmp_path).trials
+    assert trials[3].reason == "the same as trial 000."
+    assert len(told) == sum(trial.state == "skipped" for trial in trials)
+    # What was drawn before is walked past, and the rest of the grid repeats it.
+    assert not drain(Draws(source, Ledger(tmp_path), base, lambda values: "", 99, told.append))[5:]
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_space_of_few_recipes_ends_when_all_were_drawn(tmp_path, algorithm):
+    axes = {"train.lr": ray_tune.choice([1e-4, 1e-3]), "kd.cls": ray_tune.choice([0.0, 1.0])}
+    told: list[str] = []
+    source = make_source(algorithm, make_space(axes, "few", BASE), BASE, SCORE_BYTES, 0)
+    draws = Draws(source, Ledger(tmp_path), BASE, lambda values: "", 16, told.append)
+    found = []
+    while (config := draws.suggest("x")) != Searcher.FINISHED:
+        found.append(config["values"])
+        trial = draws.ledger.get(config["number"])
+        assert trial is not None
+        trial.state, trial.results = "finished", {"score": 0.5, "bytes": 1.0}
+        draws.ledger.write(trial)
+        draws.told(trial)
+    assert len({json.dumps(values) for values in found}) == len(found) == 4
+    assert [trial.number for trial in draws.ledger.trials] == [0, 1, 2, 3]
+    assert not draws.hopeless
+    assert "hardly more than these 4" in told[0]
+
+
+def test_optuna_goes_on_in_a_space_of_tuples(tmp_path):
+    axes = {"kd.layer_map": ray_tune.choice([(1, 2), (3, 4), (2, 4)])}
+    space = make_space(axes, "maps", BASE)
+    first = Optuna(space, BASE, SCORE_BYTES, seed=0).ask(0)
+    Ledger(tmp_path).write(Trial(0, first or {}, "finished"))
+    (known,) = Ledger(tmp_path).trials
+    again = Optuna(space, BASE, SCORE_BYTES, seed=1)
+    again.remember(0, known.values)
+    again.tell(0, {"score": 0.5, "bytes": 1.0})
+    assert again.study.trials[0].params == first == known.values
+
+
+@pytest.mark.parametrize("state", ["finished", "failed"])
+def test_a_space_of_mistakes_leaves_an_answer_where_a_trial_has_finished(tmp_path, state):
+    ledger, told = Ledger(tmp_path), []
+    ledger.write(Trial(0, {"method.lobert.share": 0.5}, state, results={"score": 0.5}))
+    work = Work(BASE, tmp_path, SCORE_BYTES, 1, 0.0, False, (), {}, None)
+    how = {"retries": 0, "deadline": float("inf"), "last_start": float("inf"), "loggers": []}
+    runner = Runner(work, Shares(1, 0.0, 1), ledger, **how, tell=told.append)
+
+    def search() -> None:
+        runner.search(Plain(SPACE, 0), Refuses(above=0.0), 5, "none", SPACE)
+
+    if state == "finished":
+        search()
+        assert "20 samples in a row were skipped" in told[-1]
+    else:
+        with pytest.raises(UserError, match="20 samples in a row were skipped; the last: it saves"):
+            search()
+
+
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
 def test_an_interrupted_search_goes_on_where_it_was(tmp_path, algorithm):
     def drawn(limit: int, seed: int) -> tuple[Draws, list[dict]]:
@@ -332,6 +512,26 @@ def test_asha_remembers_trials_of_before_and_spares_the_front():
     assert decision(only_score, 0.65, 50.0) == "STOP"
     assert decision(SCORE_BYTES, 0.65, 75.0) == "CONTINUE", "no smaller one is as good"
     assert decision(SCORE_BYTES, 0.65, 85.0) == "STOP", "a smaller one is better"
+
+
+def rungs_of(curves: dict[str, list[tuple[float, float]]]) -> dict[float, dict[str, float]]:
+    """What ASHA's rungs know of trials that report so, and complete."""
+    scheduler = make_scheduler("asha", SPACE, SCORE_BYTES[:1])
+    for name, curve in curves.items():
+        stub = SimpleTrial(name)
+        scheduler.on_trial_add(None, stub)
+        for percent, score in curve:
+            scheduler.on_trial_result(None, stub, {"percent": percent, "score": score})
+        scheduler.on_trial_complete(None, stub, {"percent": curve[-1][0], "score": curve[-1][1]})
+    return dict(scheduler._brackets[0]._rungs)
+
+
+def test_asha_compares_no_late_score_with_earlier_ones():
+    often, seldom = [(20.0, 0.6), (50.0, 0.7), (75.0, 0.8), (100.0, 0.9)], [(60.0, 0.7)]
+    rungs = rungs_of(
+        {"often": often, "seldom": [*seldom, (80.0, 0.8), (100.0, 0.9)], "at its end": often[-1:]}
+    )
+    assert rungs == {15: {"often": 0.6}, 45: {"often": 0.7, "seldom": 0.7}}
 
 
 def test_asha_remembers_what_trials_of_before_had_spent_on_the_way():
@@ -463,11 +663,29 @@ def test_the_smallest_whose_mean_is_within_the_loss_wins():
     assert alone == [choose([steady, best, small], SCORE_BYTES, loss)[0]] == [steady]
     assert choose(chosen, SCORE_BYTES, loss) == (steady, True)
     assert choose([lucky, small], SCORE_BYTES, loss) == (lucky, False)
-    once = finished(4, [0.89], 100)  # its other seeds failed
+    once = replace(finished(4, [0.89], 100), failed=True)
     assert choose([once, steady, best], SCORE_BYTES, loss) == (steady, True)
+    assert rule([once, steady, best], SCORE_BYTES, loss).endswith("a seed failed: 004.")
+    assert choose([once], SCORE_BYTES, loss) == (once, True), "of all of them one has"
     only_score = parse_objectives("score", METRICS)
     assert choose([lucky, steady, best], only_score, loss) == (best, True)
     assert finalists_of([lucky, steady], SCORE_BYTES, loss, 0) == []
+
+
+def test_finalists_that_were_cut_short_are_compared_over_the_seeds_that_all_have():
+    loss = parse_loss("0.05")
+    small = finished(0, [0.88, 0.86], 100)  # there was no time for its third
+    large = finished(1, [0.88, 0.87, 0.86], 200)
+    assert choose([small, large], SCORE_BYTES, loss) == (small, True)
+    said = rule([small, large], SCORE_BYTES, loss)
+    assert "over the 2 seeds that all of them have" in said
+    # What its own further seeds say is not forgotten.
+    lucky, best = finished(2, [0.89, 0.70], 100), finished(3, [0.90], 600)
+    assert choose([lucky, best], SCORE_BYTES, loss) == (best, True)
+    only_score = parse_objectives("score", METRICS)
+    late = finished(4, [0.89, 0.89, 0.99], 100)
+    assert choose([late, finished(5, [0.90, 0.90], 100)], only_score, loss)[0].trial.number == 5
+    assert "trials run again with 3 seeds in all" in rule([large], SCORE_BYTES, loss)
 
 
 def test_latency_decides_where_it_is_asked_for():
@@ -673,6 +891,21 @@ def test_a_search_without_a_score_near_the_teacher_says_so(folder):
 
 def test_only_whole_runs_count(folder):
     assert [entry.trial.number for entry in read_finished(Ledger(folder), folder)] == [0, 1]
+    Ledger(folder).write(Trial(1, {}, "failed", seed=43))
+    assert [entry.failed for entry in read_finished(Ledger(folder), folder)] == [False, True]
+
+
+def test_a_run_that_cannot_be_read_is_passed_over_and_told(folder):
+    (folder / "trials" / "000" / "report.json").unlink()
+    found = answer(folder)
+    assert found.winner.trial.number == 1
+    assert any("trial 000 has finished and counts for nothing" in text for text in found.notes)
+    write_answer(found)
+    assert "Trial 000 has finished and counts for nothing" in (folder / "report.html").read_text()
+    shutil.rmtree(folder / "trials")
+    error = str(_nothing(Ledger(folder), folder))
+    assert "no trial that has finished can be read (2 finished" in error
+    assert "trials/000 is not a run folder" in error
 
 
 # -- before anything is trained --------------------------------------------------------------------
@@ -721,6 +954,7 @@ def test_a_share_of_a_gpu_that_nobody_has_is_noted(toy, teacher, tmp_path, monke
         ({"loss": "much"}, "loss 'much'"),
         ({"objectives": "speed"}, "no report has an objective 'speed'"),
         ({"minutes": -1.0}, "no time to train"),
+        ({"minutes": 5.0, "scheduler": "pbt"}, "Leave --minutes out"),
         ({"loggers": ("tensorbored",)}, "no logger 'tensorbored'"),
         ({"algorithm": "grid"}, "has no grid"),
         ({"objectives": "score,latency"}, r"measure\.batches is empty"),
@@ -789,12 +1023,21 @@ def test_a_grid_that_is_cut_says_so_before_it_starts(toy, teacher, tmp_path, set
         assert f"note      {text}" in describe(search)
 
 
+def test_points_of_a_grid_that_are_one_recipe_count_once(toy, teacher, tmp_path):
+    recipe = toy(tmp_path / "s", teacher=str(teacher))
+    settings = {"algorithm": "grid", "objectives": "score", "finalists": 0}
+    assert make_search(recipe, CHAINS, Settings(**settings, trials=5)).notes == ()
+    (note,) = make_search(recipe, CHAINS, Settings(**settings, trials=4)).notes
+    assert "the grid has 5 points" in note
+
+
 @pytest.mark.parametrize(
     ("scheduler", "train", "notes"),
     [
         ("asha", {"epochs": 1}, 1),
         ("median", {"epochs": 2, "eval_every": 999}, 1),
         ("asha", {"epochs": 1, "eval_every": 2}, 0),
+        ("asha", {"epochs": 20, "eval_every": 10}, 0),
         ("asha", {"epochs": 2}, 0),
         ("none", {"epochs": 1}, 0),
     ],
@@ -822,6 +1065,27 @@ def test_a_population_must_be_of_one_structure(toy, teacher, tmp_path):
     with pytest.raises(UserError, match="chooses the methods"):
         make_search(recipe, {"method": "theseus"}, Settings(scheduler="pbt"))
     assert make_search(recipe, None, Settings(scheduler="pbt")).space.name == "theseus:SCHEDULES"
+
+
+@pytest.mark.parametrize(
+    ("method", "train", "taken"),
+    [
+        ({"epochs": 1}, {"epochs": 3}, False),
+        ({"epochs": 6}, {"epochs": 1}, True),
+        ({"finetune_epochs": 1}, {"epochs": 3, "eval_every": 9999}, True),  # between its phases
+        ({"finetune_epochs": 30}, {"epochs": 3, "eval_every": 9999}, False),
+        ({}, {"epochs": 3, "eval_every": 9999}, False),
+        ({}, {"epochs": 3}, True),
+        ({}, {"epochs": 1}, False),
+        ({}, {"epochs": 1, "eval_every": 2}, True),
+    ],
+)
+def test_a_population_must_be_looked_at_on_the_way(toy, teacher, tmp_path, method, train, taken):
+    methods = [{"name": "theseus", **method}]
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=methods, train=train)
+    refused = pytest.raises(UserError, match="none between 20 % of their steps and their end")
+    with contextlib.nullcontext() if taken else refused:
+        make_search(recipe, None, Settings(scheduler="pbt"))
 
 
 def test_a_space_in_which_nothing_runs_is_refused(toy, teacher, tmp_path):
@@ -857,6 +1121,68 @@ def test_a_folder_of_another_search_is_left_alone(toy, teacher, tmp_path, change
         message = "holds notes.txt"
     with pytest.raises(UserError, match=message):
         check_place(search)
+
+
+def test_a_search_of_an_earlier_version_is_the_same_search(toy, tmp_path):
+    """Its recipe and its teacher's lack keys that have come since."""
+    recipe = toy(tmp_path / "s", method=["lobert"])
+    search = make_search(recipe, AXES)
+    search.folder.mkdir()
+    held = json.loads(json.dumps(search.identity))
+    del held["recipe"]["kd"]["over_layers"], held["recipe"]["method"][0]["energy"]
+    del held["teacher"]["train"]["keep"], held["teacher"]["data"]["metric"]
+    (search.folder / "search.yaml").write_text(yaml.safe_dump(held))
+    assert check_place(search)
+    held["teacher"]["train"]["lr"] = 0.5
+    (search.folder / "search.yaml").write_text(yaml.safe_dump(held))
+    with pytest.raises(UserError, match=r"another teacher.*'lr': 0\.5"):
+        check_place(search)
+
+
+@pytest.mark.parametrize(
+    ("axes", "wanted"),
+    [
+        ({"train.epochs": ray_tune.choice([0.2, 2.0])}, [False]),
+        ({"train.epochs": 0.2}, []),
+        ({"kd.cls": ray_tune.choice([0.0, 1.0])}, [True]),
+        ({"kd.predictions": "live"}, []),
+    ],
+)
+def test_predictions_are_made_before_where_any_trial_reads_them(
+    toy, teacher, tmp_path, monkeypatch, axes, wanted
+):
+    """Not the first alone, which with this seed makes less than one pass over the rows."""
+    made: list[bool] = []
+    monkeypatch.setattr("raybert.search.predict_teacher", lambda *_, cls, tell: made.append(cls))
+    keys = {"method": ["lobert"], "kd": {"alpha": 0.5}, "train": {"seed": 3}}
+    search = make_search(toy(tmp_path / "s", teacher=str(teacher), **keys), axes)
+    assert search.samples[0].values.get("train.epochs", 0.2) == 0.2
+    _save_predictions(search, print)
+    assert made == wanted
+
+
+def test_trials_elsewhere_are_told_where_the_cache_is(toy, tmp_path, monkeypatch):
+    def cache(named: str | None) -> str | None:
+        return _as_trials_read_it(toy(tmp_path / "s", data={"cache": named})).data.cache
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAYBERT_CACHE", str(tmp_path / "own"))
+    assert cache(None) == str(tmp_path / "own")
+    assert cache("here") == str(tmp_path / "here")
+    assert cache("s3://team/cache") == "s3://team/cache"
+
+
+def test_the_demo_of_a_search_takes_as_many_workers_as_it_is_told(tmp_path, monkeypatch):
+    asked: list[int] = []
+
+    def search(recipe, space, **how):
+        asked.append(recipe.workers)
+        raise UserError("enough.")
+
+    monkeypatch.setattr("raybert.demo.tune", search)
+    words = ["demo", "--tune", "--out", str(tmp_path / "s")]
+    assert main([*words, "--workers", "4"]) == main(words) == 2
+    assert asked == [4, 1]
 
 
 def test_the_command_line_checks_and_predicts(rows, encoder, teacher, tmp_path, capsys):

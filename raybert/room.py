@@ -1,0 +1,79 @@
+"""A search's room on a cluster: machines that are started for it, and the folder that all see."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from raybert.cluster import machines
+from raybert.config import Recipe, UserError
+
+TURN = 5.0
+"""Seconds that are waited for room at a time."""
+
+SEEN = 120
+"""Seconds in which machines are heard that are asked whether they see a folder."""
+
+
+def wait_for_room(recipe: Recipe, trials: int, gpu: float) -> None:
+    """Ask the cluster for room for a search's trials, and wait until it has it, or for as long as
+    `resources.wait` says: with less, fewer run at once.
+
+    Args:
+        recipe: what all trials share.
+        trials: that may run at once.
+        gpu: GPUs of a trial of one worker.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    resources = recipe.resources
+    # As in `_workers_of`: what is not there yet cannot be counted.
+    counted = sum(gpus for _, gpus in machines()) >= recipe.workers
+    on_gpu = resources.gpu if resources.gpu is not None else counted
+    each = {"CPU": float(resources.cpus or 1)}
+    if on_gpu:
+        each["GPU"] = gpu if recipe.workers == 1 else 1.0
+    end = time.monotonic() + 60 * resources.wait
+    # A group a trial: of one for all, or of `request_resources`, a cluster that may not grow so far
+    # starts no machine at all.
+    groups = [placement_group([dict(each)] * recipe.workers) for _ in range(trials)]
+    try:
+        for group in groups:
+            # In short turns: Ctrl-C is not heard in between.
+            while not group.wait(min(TURN, max(0.0, end - time.monotonic()))):
+                if time.monotonic() >= end:
+                    return
+    finally:
+        for group in groups:
+            remove_placement_group(group)
+
+
+def check_seen(file: Path) -> None:
+    """Refuse a file's folder where a machine of the cluster that trials may run on does not see it.
+
+    Raises:
+        UserError: it names the machines; one that does not answer in time is left to its trials.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look: Any = ray.remote(num_cpus=0)(_unless_seen)
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in nodes]
+    asked = [look.options(scheduling_strategy=place).remote(file) for place in there]
+    heard, _ = ray.wait(asked, num_returns=len(asked), timeout=SEEN)
+    with contextlib.suppress(RayError):  # a machine that was lost in between
+        if blind := sorted({host for host in ray.get(heard) if host}):
+            raise UserError(
+                f"{file.parent} cannot be seen from {', '.join(blind)}, where trials would run: "
+                "`out` must be on storage that all machines share, and data.cache too."
+            )
+
+
+def _unless_seen(file: Path) -> str:
+    """This machine's name where it does not see a file."""
+    return "" if file.is_file() else socket.gethostname()
