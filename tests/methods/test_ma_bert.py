@@ -288,7 +288,7 @@ def test_the_fit_comes_closer_to_the_model_than_no_fit(shared):
         assert len(before) == len(after) == count
         assert all(after[name] < before[name] for name in after)
         assert all(0 < error < 1 for error in after.values())
-    own, inputs = copy.deepcopy(model), model_inputs(many)
+    own, inputs = copy.deepcopy(model), model_inputs(model, many)
     with torch.no_grad():
         wanted = own(**inputs, output_hidden_states=True).hidden_states[-1]
     distances = []
