@@ -110,7 +110,7 @@ def _recipe(words: Sequence[str]) -> Recipe:
 
 def _train(args: argparse.Namespace) -> int:
     recipe = _recipe(args.words)
-    from raybert.plan import check_command
+    from raybert.checks import check_command
 
     check_command(recipe, args.command)
     if args.print_recipe or args.dry_run:
@@ -131,7 +131,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace, recipe: Recipe) -> int:
-    from raybert.plan import check_folder, describe, make_plan, resolve_paths
+    from raybert.checks import check_folder
+    from raybert.plan import describe, make_plan, resolve_paths
     from raybert.recipe_file import dump_recipe
 
     recipe = resolve_paths(recipe)

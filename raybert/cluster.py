@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raybert.checks import own_cores
 from raybert.config import Recipe, UserError
 from raybert.places import mirrors
-from raybert.plan import own_cores
 from raybert.progress import Lines, NoBar, bar, on_terminal
 from raybert.shares import most_cpus, slots
 from raybert.storage import pull

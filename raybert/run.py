@@ -13,14 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raybert.checks import check_command, check_folder
 from raybert.cluster import predict_on_ray, ray_for, run_group, takes_gpu
 from raybert.config import Recipe, UserError
 from raybert.folders import owned, write_whole
 from raybert.inputs import changed, inputs_of, keep_inputs
 from raybert.plan import (
     Plan,
-    check_command,
-    check_folder,
     make_plan,
     plan_predictions,
     resolve_paths,

@@ -50,6 +50,7 @@ LAYERS = [
     {"evaluate", "inputs", "report", "step"},
     {"train", "parity"},
     {"export"},
+    {"checks"},
     {"plan"},
     {"steering", "cluster"},
     {"artifact", "room"},

@@ -15,11 +15,11 @@ import pytest
 import yaml
 from ray import tune as ray_tune
 
+from raybert.checks import own_cores
 from raybert.cli import main
 from raybert.config import UserError
 from raybert.draws import Plain
 from raybert.ledger import Ledger
-from raybert.plan import own_cores
 from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.run import compress
 from raybert.search import tune
