@@ -30,6 +30,7 @@ from raybert.plan import make_plan
 from raybert.predictions import META, Predictions, fault, takes_saved
 from raybert.recipe_file import recipe_from
 from raybert.run import compress, predict_teacher
+from raybert.surgery import model_inputs
 from raybert.teacher import Predictor, check_room, request_for
 
 QUIET: dict[str, Any] = {"tell": lambda text: None}
@@ -145,7 +146,7 @@ def test_other_families_are_predicted(tmp_path, family):
     model.save_pretrained(str(recipe.teacher))
     saved = Predictions(predicted(recipe), cls=True)
     batch = saved.beside(data.batcher("train"))(np.array([9, 2]))
-    inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
+    inputs = model_inputs(model, batch)
     with torch.no_grad():
         wanted = model.eval()(**inputs, output_hidden_states=True)
     torch.testing.assert_close(batch["teacher_logits"], wanted.logits, rtol=1e-4, atol=1e-5)

@@ -221,6 +221,8 @@ def test_a_layer_that_runs_several_times_has_one_range_for_all():
     x = torch.randn(3, 4)
 
     class Model(nn.Module):
+        config = predecessor("bert").config
+
         def forward(self, input_ids):
             return model(input_ids)
 
