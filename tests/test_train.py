@@ -199,7 +199,8 @@ def test_two_workers_train_like_one(toy, teacher, tmp_path, zero):
         assert one == pytest.approx(two, rel=1e-3), key
     one, two = (json.loads((run / "report.json").read_text()) for run in runs)
     assert one["student"]["metrics"] == pytest.approx(two["student"]["metrics"])
-    assert one["training"]["tokens"] <= two["training"]["tokens"]
+    # Padding depends on which rows share a pass.
+    assert one["training"]["tokens"] == pytest.approx(two["training"]["tokens"], rel=0.1)
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
