@@ -51,7 +51,7 @@ def assemble(
         plan: the run.
         teacher: the teacher's model folder, if it had one.
         tell: gets the report's notes.
-        timed: False leaves latency to `raybert.side_by_side`.
+        timed: False leaves latency, and exporting, to `raybert.side_by_side`.
 
     Raises:
         UserError: storage refused, and the trained weights are still there; or the model could not
@@ -101,8 +101,8 @@ def assemble(
     plain = not compressed_by(config)
     try:
         _place_model(final, recipe, model_card(report, dump_recipe(recipe), plain=plain))
-        if recipe.export:
-            report = _exported(report, recipe, teacher, timed, tell)
+        if recipe.export and timed:
+            report = _exported(report, recipe, teacher, tell)
         write_run_report(recipe.folder, report)
     except OSError as error:
         raise UserError(
@@ -116,12 +116,11 @@ def _exported(
     report: RunReport,
     recipe: Recipe,
     teacher: str | None,
-    timed: bool,
     tell: Callable[[str], None],
 ) -> RunReport:
     """The report with what the exported graph adds; where there is none, it is written without."""
     try:
-        export(recipe.folder, recipe, against=teacher, time=timed, overwrite=True, tell=tell)
+        export(recipe.folder, recipe, against=teacher, overwrite=True, tell=tell)
     except UserError as error:
         write_run_report(recipe.folder, report)
         raise UserError(

@@ -159,9 +159,7 @@ def compare(comparison: Comparison, *, tell: Callable[[str], None] = print) -> P
     for number, student in enumerate(comparison.students, start=len(runs) + 1):
         chain = " + ".join(method.name for method in student.method)
         tell(f"{number}. compressing: {chain}, seed {student.train.seed}")
-        # What cannot be exported must not end the comparison: that is left to `measure`, too.
-        unexported = student.model_copy(update={"export": None})
-        runs.append(compress(unexported, tell=tell, timed=False))
+        runs.append(compress(student, tell=tell, timed=False))
     failed = side_by_side.measure(runs, comparison.students[0], tell)
     found = read_runs(runs)
     _, page = write_report(found, comparison.out)

@@ -24,6 +24,10 @@ ALGORITHMS = ("random", "grid", "optuna")
 SKIPS = 20
 """Samples in a row that may be skipped before a search gives up."""
 
+OWN = 3
+"""Samples in place of a repeat that are Optuna's own; then random ones: it proposes the likeliest
+point, and that a trial of it failed changes nothing."""
+
 REPEATS = 100
 """Samples in a row that may repeat recipes that were drawn, before a space counts as exhausted."""
 
@@ -141,10 +145,13 @@ class Optuna:
             sampler=optuna.samplers.TPESampler(seed=seed),
         )
         self.asked: dict[int, Any] = {}
+        self.plain = Plain(space, seed)
 
     def ask(self, number: int, again: int = 0) -> Values | None:
         if again:
             self.tell(number, None)
+        if again > OWN:
+            self._enqueue(self.plain.ask(number, again) or {})
         trial = self.asked[number] = self.study.ask()
         values: Values = {}
         # The chain first: it decides which parameters there are.
@@ -162,8 +169,11 @@ class Optuna:
         return values
 
     def remember(self, number: int, values: Values) -> None:
-        self.study.enqueue_trial({k: v for k, v in values.items() if k in self.distributions})
+        self._enqueue(values)
         self.ask(number)
+
+    def _enqueue(self, values: Values) -> None:
+        self.study.enqueue_trial({k: v for k, v in values.items() if k in self.distributions})
 
     def tell(self, number: int, results: dict[str, float] | None) -> None:
         known = results or {}
@@ -210,18 +220,23 @@ def make_source(
 
 
 def cut_grid(source: Source, recipe: Recipe, trials: int) -> list[str]:
-    """That a grid has more points than there are to be trials, where it has. Points that differ in
-    parameters of methods outside their chain are one."""
-    if not (isinstance(source, Plain) and source.ends):
-        return []
-    points = [source.ask(number) for number in range(len(source.grid))]
-    count = len({_same(used(recipe, point)) for point in points if point is not None})
-    if count <= trials:
+    """That a grid has more points than there are to be trials, where it has."""
+    count = different_points(source, recipe)
+    if count is None or count <= trials:
         return []
     return [
         f"the grid has {count} points, of which the first {trials} that can be run are tried; "
         f"--trials {count} tries all"
     ]
+
+
+def different_points(source: Source, recipe: Recipe) -> int | None:
+    """How many recipes a grid comes to; nothing for what is no grid. Points that differ in
+    parameters of methods outside their chain are one."""
+    if not (isinstance(source, Plain) and source.ends):
+        return None
+    points = [source.ask(number) for number in range(len(source.grid))]
+    return len({_same(used(recipe, point)) for point in points if point is not None})
 
 
 def _same(values: Values) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ class Finished:
     Attributes:
         trial: as the ledger has it.
         reports: of its run, and of those with further seeds that have finished.
-        failed: whether one with a further seed has failed.
+        failed: whether one with a further seed has failed, or cannot be read.
     """
 
     trial: Trial
@@ -112,8 +113,12 @@ def read_finished(
     for trial in ledger.trials:
         again = ledger.seeds_of(trial.number)
         if own := read("trials", trial):
-            own += [report for run in again for report in read("finalists", run)]
-            found.append(Finished(trial, tuple(own), any(run.state == "failed" for run in again)))
+            more = [read("finalists", run) for run in again]
+            lost = any(
+                run.state == "failed" or (run.state == "finished" and not reports)
+                for run, reports in zip(again, more, strict=True)
+            )
+            found.append(Finished(trial, (*own, *itertools.chain(*more)), lost))
     return found
 
 
@@ -186,12 +191,13 @@ def choose(
     """The winner, and whether it stays within the loss; if none does, the best score wins.
 
     Finalists are compared over the seeds that all have; one whose further seeds bring it below the
-    least score is not within the loss.
+    least score is not within the loss, and one without any comes after those that have some.
     """
     least, cost = least_score(finalists, loss), cost_of(objectives)
     able = contenders(finalists)
     compared = list(zip(able, even(able), strict=True))
     within = [f for f, same in compared if min(f.score.mean, same.score.mean) >= least]
+    within = [f for f in within if len(f.reports) > 1] or within
     if cost is None or not within:
         best, _ = max(compared, key=lambda pair: pair[1].score.mean)
         return best, best in within
@@ -223,7 +229,11 @@ def rule(finalists: Sequence[Finished], objectives: Sequence[Objective], loss: L
             teacher=teacher, loss=loss.text,
         )  # fmt: skip
     lost = [f.trial.name for f in finalists if f not in able]
-    return text + (f" Left out, since a seed failed: {', '.join(lost)}." if lost else "")
+    if cost and min(len(f.reports) for f in able) == 1 < max(len(f.reports) for f in able):
+        text += " One without further seeds comes after those that have some."
+    if lost:
+        text += f" Left out, since a seed failed or cannot be read: {', '.join(lost)}."
+    return text
 
 
 def on_front(finished: Sequence[Finished], objectives: Sequence[Objective]) -> list[bool]:

@@ -73,7 +73,7 @@ def compress(
         recipe: with at least one method, or a `model` to be taught by a `teacher`.
         tell: gets one line for each thing that happens.
         fit: carries the training out; nothing: this process, or a Ray Train worker group.
-        timed: False leaves latency to `raybert.side_by_side`.
+        timed: False leaves latency, and exporting, to `raybert.side_by_side`.
         alone: whether it has the machine to itself; see `raybert.plan.make_plan`.
 
     Returns:
@@ -104,7 +104,7 @@ def _drive(
                 tell(f"note: {what} changed since; the run is what they were then")
             pull(folder / "model")
             pull(folder / "onnx")
-            if recipe.export and not (folder / "onnx").exists():
+            if recipe.export and timed and not (folder / "onnx").exists():
                 _export(recipe, tell)
             return folder
         tell(f"continuing {folder}")
@@ -141,7 +141,7 @@ def _carry_out(plan: Plan, tell: Callable[[str], None], fit: Fit | None, timed: 
 
 
 def _inputs(plan: Plan) -> dict[str, str]:
-    return inputs_of(plan.data.key, plan.start, plan.recipe.teacher)
+    return inputs_of(plan.data, plan.start, plan.recipe.teacher)
 
 
 def _trained(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from raybert.artifact import evaluate_model
 from raybert.cluster import ray_up
 from raybert.config import Recipe, UserError
 from raybert.data import steps_per_epoch
-from raybert.draws import Plain, make_source
+from raybert.draws import Plain, as_grid, different_points, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import owned, write_whole
 from raybert.job import phase_steps, phases_of
@@ -241,7 +241,7 @@ def _find_room(search: Search, ledger: Ledger, tell: Tell) -> Shares:
     settings, minutes = search.settings, search.recipe.resources.wait
     if "RAY_ADDRESS" in os.environ:
         if minutes:
-            left = max(settings.trials - ledger.ended, settings.finalists, 1)
+            left = max(_samples(search) - ledger.ended, settings.finalists, 1)
             count = min(settings.at_once, left)
             tell(
                 f"waiting up to {minutes:g} minutes for room for {count} trials at once; "
@@ -250,6 +250,16 @@ def _find_room(search: Search, ledger: Ledger, tell: Tell) -> Shares:
             wait_for_room(search.recipe, count, settings.gpu)
         check_seen(search.folder / SEARCH)
     return shares_of(search)
+
+
+def _samples(search: Search) -> int:
+    """How many trials there can be: a grid may have fewer points than are asked for."""
+    settings, seed = search.settings, search.recipe.train.seed
+    if settings.algorithm == "optuna":
+        return settings.trials
+    space = as_grid(search.space) if settings.algorithm == "grid" else search.space
+    points = different_points(Plain(space, seed), search.recipe)
+    return settings.trials if points is None else min(settings.trials, points)
 
 
 def _as_trials_read_it(recipe: Recipe) -> Recipe:

@@ -285,6 +285,13 @@ def test_a_run_whose_rows_or_teacher_changed_is_not_gone_on_with(toy, teacher, t
     compress(recipe, tell=told.append)
     assert "is finished already" in told[0]
     assert "the rows of `data` changed since" in told[1]
+    held = (run / "inputs.json").read_text()
+    for text in ("[]", "{", "{}"):  # of who knows better
+        (run / "inputs.json").write_text(text)
+        told.clear()
+        compress(recipe, tell=told.append)
+        assert len(told) == 1
+    (run / "inputs.json").write_text(held)
     (run / "report.json").unlink()  # as if it had not finished
     with pytest.raises(UserError, match="the rows of `data` changed since"):
         compress(recipe, **QUIET)

@@ -407,6 +407,26 @@ def test_a_space_of_few_recipes_ends_when_all_were_drawn(tmp_path, algorithm):
     assert "hardly more than these 4" in told[0]
 
 
+def test_optuna_does_not_take_its_favourite_for_the_end_of_a_space(tmp_path):
+    pytest.importorskip("optuna")
+    choices = {key: ray_tune.choice([0.0, 1.0, 2.0]) for key in ("kd.cls", "kd.hidden")}
+    axes = {**choices, "train.lr": ray_tune.choice([1e-4, 2e-4, 3e-4])}
+    told: list[str] = []
+    source = Optuna(make_space(axes, "choices", BASE), BASE, SCORE_BYTES, 0)
+    draws = Draws(source, Ledger(tmp_path), BASE, lambda values: "", 24, told.append)
+    found = []
+    while (config := draws.suggest("x")) != Searcher.FINISHED:
+        found.append(json.dumps(config["values"], sort_keys=True))
+        trial = draws.ledger.get(config["number"])
+        assert trial is not None
+        best = config["values"]["kd.cls"] == 2.0  # worth coming back to
+        trial.state, trial.results = "finished", {"score": 0.5 + 0.4 * best, "bytes": 1.0}
+        draws.ledger.write(trial)
+        draws.told(trial)
+    assert len(set(found)) == len(found) == 24  # of 27
+    assert not told
+
+
 def test_optuna_goes_on_in_a_space_of_tuples(tmp_path):
     axes = {"kd.layer_map": ray_tune.choice([(1, 2), (3, 4), (2, 4)])}
     space = make_space(axes, "maps", BASE)
@@ -665,7 +685,9 @@ def test_the_smallest_whose_mean_is_within_the_loss_wins():
     assert choose([lucky, small], SCORE_BYTES, loss) == (lucky, False)
     once = replace(finished(4, [0.89], 100), failed=True)
     assert choose([once, steady, best], SCORE_BYTES, loss) == (steady, True)
-    assert rule([once, steady, best], SCORE_BYTES, loss).endswith("a seed failed: 004.")
+    assert rule([once, steady, best], SCORE_BYTES, loss).endswith(
+        "a seed failed or cannot be read: 004."
+    )
     assert choose([once], SCORE_BYTES, loss) == (once, True), "of all of them one has"
     only_score = parse_objectives("score", METRICS)
     assert choose([lucky, steady, best], only_score, loss) == (best, True)
@@ -682,6 +704,11 @@ def test_finalists_that_were_cut_short_are_compared_over_the_seeds_that_all_have
     # What its own further seeds say is not forgotten.
     lucky, best = finished(2, [0.89, 0.70], 100), finished(3, [0.90], 600)
     assert choose([lucky, best], SCORE_BYTES, loss) == (best, True)
+    # And who has some goes before who has none, though it is smaller.
+    untried = finished(6, [0.88], 50)
+    assert choose([untried, small], SCORE_BYTES, loss) == (small, True)
+    said = rule([untried, small], SCORE_BYTES, loss)
+    assert "One without further seeds comes after those that have some." in said
     only_score = parse_objectives("score", METRICS)
     late = finished(4, [0.89, 0.89, 0.99], 100)
     assert choose([late, finished(5, [0.90, 0.90], 100)], only_score, loss)[0].trial.number == 5
