@@ -25,11 +25,11 @@ from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 from raybert.attention import ProjectedAttention
 from raybert.gates import Gate, summary
 
-GATHER = 32
+GATHER = 14
 """What gathering a unit's weights costs, in tokens that the unit could be computed for meanwhile.
-Measured on AVX2 cores with weights that come from memory: 12 to 45, the more the longer the rows;
-planning is part of it. It puts the end of gathering at 0.8 kept of 128 tokens, and at 0.67 of
-64."""
+Measured on two AVX2 cores, for heads; it puts the end of gathering at 0.9 kept of 128 tokens. For
+neurons whose weights come from memory it is 20 to 30, and whole models were slower by the clock
+when it was set to that."""
 
 CALL = 2_000_000
 """What one more group of samples costs, in multiply-adds that could be done meanwhile."""
