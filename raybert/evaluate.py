@@ -58,9 +58,10 @@ def predict(
 
 def forward(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> Any:
     """One forward pass without gradients; outputs come back in float32 on the CPU."""
-    read = {k: batch[k] for k in MODEL_INPUTS if k in batch}
-    if isinstance(model, PreTrainedModel):  # an exported graph takes what it needs
+    if isinstance(model, PreTrainedModel):
         read = model_inputs(model, batch, MODEL_INPUTS)
+    else:  # an exported graph takes what it needs
+        read = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     inputs = {name: values.to(device) for name, values in read.items()}
     with torch.no_grad():
         out = model(**inputs)

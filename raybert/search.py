@@ -24,7 +24,7 @@ from raybert.artifact import evaluate_model
 from raybert.cluster import ray_up
 from raybert.config import Recipe, UserError
 from raybert.data import steps_per_epoch
-from raybert.draws import Plain, as_grid, different_points, make_source
+from raybert.draws import Plain, Source, different_points, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import owned, write_whole
 from raybert.job import phase_steps, phases_of
@@ -185,13 +185,16 @@ def _train(
 ) -> None:
     """All that needs Ray: the trials, and the finalists' further seeds."""
     settings, recipe = search.settings, search.recipe
+    objectives = in_trials(search.objectives)
     repeats = settings.finalists > 0 and settings.seeds > 1
+    # A search that goes on must not draw again what it drew at first.
+    seed = recipe.train.seed + (len(ledger.trials) if settings.algorithm == "optuna" else 0)
+    source = make_source(settings.algorithm or "", search.space, recipe, objectives, seed)
     with ray_up(dashboard=recipe.workers > 1):
-        shares = _find_room(search, ledger, tell)
+        shares = _find_room(search, source, ledger, tell)
         tell(shares.text(recipe.workers))
         # From here on: a cluster's machines took none of the search's minutes.
         began, seconds = time.time(), 60 * (settings.minutes or float("inf"))
-        objectives = in_trials(search.objectives)
         work = Work(
             _as_trials_read_it(recipe),
             search.folder,
@@ -213,11 +216,6 @@ def _train(
             loggers=loggers,
             tell=tell,
         )
-        # A search that goes on must not draw again what it drew at first.
-        seed = recipe.train.seed
-        if settings.algorithm == "optuna":
-            seed += len(ledger.trials)
-        source = make_source(settings.algorithm or "", search.space, recipe, objectives, seed)
 
         def check(values: dict[str, Any]) -> str:
             try:
@@ -236,12 +234,14 @@ def _train(
         runner.repeat(_again(search, finished))
 
 
-def _find_room(search: Search, ledger: Ledger, tell: Tell) -> Shares:
+def _find_room(search: Search, source: Source, ledger: Ledger, tell: Tell) -> Shares:
     """What each trial gets; a cluster first starts its machines, and all must see the search."""
     settings, minutes = search.settings, search.recipe.resources.wait
     if "RAY_ADDRESS" in os.environ:
         if minutes:
-            left = max(_samples(search) - ledger.ended, settings.finalists, 1)
+            points = different_points(source, search.recipe)  # a grid may have fewer
+            trials = settings.trials if points is None else min(settings.trials, points)
+            left = max(trials - ledger.ended, settings.finalists, 1)
             count = min(settings.at_once, left)
             tell(
                 f"waiting up to {minutes:g} minutes for room for {count} trials at once; "
@@ -250,16 +250,6 @@ def _find_room(search: Search, ledger: Ledger, tell: Tell) -> Shares:
             wait_for_room(search.recipe, count, settings.gpu)
         check_seen(search.folder / SEARCH)
     return shares_of(search)
-
-
-def _samples(search: Search) -> int:
-    """How many trials there can be: a grid may have fewer points than are asked for."""
-    settings, seed = search.settings, search.recipe.train.seed
-    if settings.algorithm == "optuna":
-        return settings.trials
-    space = as_grid(search.space) if settings.algorithm == "grid" else search.space
-    points = different_points(Plain(space, seed), search.recipe)
-    return settings.trials if points is None else min(settings.trials, points)
 
 
 def _as_trials_read_it(recipe: Recipe) -> Recipe:

@@ -231,10 +231,15 @@ def test_a_cluster_that_was_waited_for_does_with_fewer_trials_at_once(
     # All of it: asked for, looked at from its machines, and shared out.
     told: list[str] = []
     monkeypatch.setattr("raybert.search.check_seen", lambda file: told.append(str(file)))
-    assert _find_room(search, Ledger(tmp_path), told.append) == Shares(1, 0, 4)
+    ledger, drawn = Ledger(tmp_path), Plain(search.space, 0)
+    assert _find_room(search, drawn, ledger, told.append) == Shares(1, 0, 4)
     assert len(cluster.asked) == 6
     assert told[1:] == [str(search.folder / "search.yaml")]
     assert "up to 9 minutes for room for 6 trials" in told[0]
+    # No more than a grid has, but for the finalists' seeds.
+    grid = Plain(make_space({"train.lr": ray_tune.grid_search([1e-4, 1e-3])}, "two", BASE), 0)
+    _find_room(search, grid, ledger, told.append)
+    assert len(cluster.asked) == 6 + max(2, search.settings.finalists) < 12
 
 
 def test_a_machine_that_does_not_see_the_search_is_named(tmp_path, monkeypatch):
