@@ -114,7 +114,7 @@ def _workers_of(recipe: Recipe) -> tuple[int, bool]:
     cpus = recipe.resources.cpus or most_cpus(nodes, recipe.workers)
     if wait:
         # What is not there yet cannot be counted: a GPU has to be asked for.
-        gpu = recipe.resources.gpu if recipe.resources.gpu is not None else gpus >= recipe.fewest
+        gpu = wants_gpu(recipe, gpus)
         _wait_for_machines(recipe, {"CPU": cpus, **({"GPU": 1} if gpu else {})})
         return cpus, gpu
     gpu = bool(recipe.resources.gpu)
@@ -169,6 +169,11 @@ def takes_gpu(recipe: Recipe, gpus: int) -> bool:
             f"{recipe.fewest} workers want a GPU each; there are {gpus}. Use fewer workers, or "
             "resources.gpu=false."
         )
+    return wants_gpu(recipe, gpus)
+
+
+def wants_gpu(recipe: Recipe, gpus: int) -> bool:
+    """Whether each worker is to get one of so many GPUs, or of those that a cluster will start."""
     return gpus >= recipe.fewest if recipe.resources.gpu is None else recipe.resources.gpu
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raybert.cluster import machines
+from raybert.cluster import machines, wants_gpu
 from raybert.config import Recipe, UserError
 
 TURN = 5.0
@@ -30,11 +30,8 @@ def wait_for_room(recipe: Recipe, trials: int, gpu: float) -> None:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     resources = recipe.resources
-    # As in `_workers_of`: what is not there yet cannot be counted.
-    counted = sum(gpus for _, gpus in machines()) >= recipe.workers
-    on_gpu = resources.gpu if resources.gpu is not None else counted
     each = {"CPU": float(resources.cpus or 1)}
-    if on_gpu:
+    if wants_gpu(recipe, sum(gpus for _, gpus in machines())):
         each["GPU"] = gpu if recipe.workers == 1 else 1.0
     end = time.monotonic() + 60 * resources.wait
     # A group a trial: of one for all, or of `request_resources`, a cluster that may not grow so far

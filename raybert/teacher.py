@@ -8,6 +8,7 @@ Ray; `raybert.run` shares the shards out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -183,9 +184,18 @@ def teacher_digest(name: str) -> str:
     if not folder.is_dir():
         revision = revision_of(name)
         return hashlib.sha256(f"{name}@{revision}".encode()).hexdigest()
+    files = [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]
+    stats = [file.stat() for file in files]
+    return _digest(tuple((f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)))
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files as they are, by path, size and time of change: a run asks for its teacher's twice,
+    and a search's trials in one process share it."""
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]:
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    for file, size, _ in files:
+        digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
             while block := opened.read(1 << 22):
                 digest.update(block)
