@@ -144,7 +144,7 @@ class MethodConfig(Section):
         """What the reports should note of the finished model."""
         return []
 
-    def graph_remarks(self) -> list[str]:
+    def graph_remarks(self, model: Any) -> list[str]:
         """What should be noted of the finished model as an ONNX graph."""
         return []
 

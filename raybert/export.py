@@ -226,7 +226,9 @@ def _compared(
     found: dict[str, Any] = {
         "parity": logit_parity(network, exported, batches, integer=integer),
         "metrics": None,
-        "notes": [text for method in finished(network.config) for text in method.graph_remarks()]
+        "notes": [
+            text for method in finished(network.config) for text in method.graph_remarks(network)
+        ]
         + saturating(network),
     }
     if data is not None:

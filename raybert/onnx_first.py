@@ -19,6 +19,8 @@ IN_ARGUMENT_ONE = {
     "aten.layer_norm.default",
     "aten.gelu.default",
     "aten.relu.default",
+    "aten.sigmoid.default",
+    "aten.silu.default",
     "aten.tanh.default",
     "aten.dropout.default",
     "aten.contiguous.default",
@@ -31,6 +33,7 @@ IN_ARGUMENT_ONE = {
     "raybert.linear_int8.default",
     "raybert.on_grid.default",
     "raybert.norm_int8.default",
+    "raybert.kept_feed_forward.default",
 }
 """Operators that make each token of their first argument's same token."""
 
@@ -52,6 +55,7 @@ VIEWS = {"aten.view.default", "aten.reshape.default"}
 COPIES = {"aten.contiguous.default", "aten.clone.default"}
 
 ATTENTION = "aten.scaled_dot_product_attention.default"
+KEPT_ATTENTION = "raybert.kept_attention.default"
 PRODUCTS = {"aten.matmul.default", "raybert.product_int8.default"}
 TURN = "aten.transpose.int"
 
@@ -87,7 +91,9 @@ class _Mover:
         for node in graph.nodes:
             if str(node.target) == ATTENTION:
                 self._need(node.args[1:3])
-            elif str(node.target) in PRODUCTS and node.meta["val"].dim() == 4:
+            elif str(node.target) == KEPT_ATTENTION or (
+                str(node.target) in PRODUCTS and node.meta["val"].dim() == 4
+            ):
                 self._need(node.args[1:2])
 
     def _need(self, values: Iterable[object]) -> None:
@@ -117,7 +123,7 @@ class _Mover:
     def _moved(self, value: Node) -> Node | None:
         """The same made of first tokens; nothing where tokens are not treated alone."""
         kind, args = str(value.target), value.args
-        if kind in IN_ARGUMENT_ONE:
+        if kind in IN_ARGUMENT_ONE or kind == KEPT_ATTENTION:  # which has queries there
             if kind == "raybert.linear_int8.default" and args[3] is None:
                 return None  # its scale is of all tokens
             args = (self.first(_tokens(args[0])), *args[1:])

@@ -13,7 +13,8 @@ things matter on a CPU, beside leaving out what computes nothing:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,8 @@ class Graph:
         self.weights: dict[str, TensorProto] = {}
         self._shapes: dict[str, Dims] = {}
         self._made: dict[Any, str] = {}
+        self._constants: dict[Any, str] = {}
+        self._number = 0
 
     # -- nodes and weights ---------------------------------------------------------------------
 
@@ -75,7 +78,8 @@ class Graph:
             The output's name, or a list of them when there are more.
         """
         domain, _, kind = op.rpartition(".")
-        number = len(self.nodes)
+        number = self._number
+        self._number += 1
         names = [f"{kind}_{number}" + (f"_{i}" if outputs > 1 else "") for i in range(outputs)]
         node = helper.make_node(
             kind, list(inputs), names, name=f"{kind}_{number}", domain=domain, **attributes
@@ -93,10 +97,11 @@ class Graph:
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
         """A small constant, stored once however often it is asked for."""
         array = np.asarray(value, dtype)
-        key = ("constant", array.dtype.str, array.shape, array.tobytes())
-        if key not in self._made:
-            self._made[key] = self.weight(f"constant_{len(self._made)}", array)
-        return self._made[key]
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self._constants[key] = self.weight(name, array)
+        return self._constants[key]
 
     def once(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
         """As ``add``, but a node that is there already is used again."""
@@ -104,6 +109,55 @@ class Graph:
         if key not in self._made:
             self._made[key] = self.add(op, inputs, **attributes)
         return self._made[key]
+
+    def choice(self, condition: str, make: Callable[[bool], str], dims: Dims) -> str:
+        """One of two floats of the same shape, and only that is computed.
+
+        Args:
+            condition: a boolean, decided as the graph runs.
+            make: adds what the value is made of where the condition holds, or does not.
+            dims: the value's shape.
+        """
+        one, other = (
+            self._inner(functools.partial(make, holds), len(dims)) for holds in (True, False)
+        )
+        name = self.add("If", [condition], then_branch=one, else_branch=other)
+        return self.mark(name, dims)
+
+    def loop(self, count: str, make: Callable[[str], str], rank: int) -> str:
+        """Floats that are made one after the other, along a new first axis.
+
+        Args:
+            count: how many.
+            make: adds what the one is made of whose number it is given.
+            rank: axes of each.
+        """
+        index, goes_on = f"index_{self._number}", f"goes_on_{self._number}"
+        value = functools.partial(helper.make_tensor_value_info, shape=[])
+        inputs = [value(index, TensorProto.INT64), value(goes_on, TensorProto.BOOL)]
+        again = value(f"{goes_on}_again", TensorProto.BOOL)
+
+        def body() -> str:
+            same = helper.make_node("Identity", [goes_on], [again.name], name=again.name)
+            self.nodes.append(same)
+            return make(index)
+
+        graph = self._inner(body, rank)
+        graph.input.extend(inputs)
+        graph.output.insert(0, again)
+        return self.add("Loop", [count, ""], body=graph)
+
+    def _inner(self, make: Callable[[], str], rank: int) -> onnx.GraphProto:
+        """A graph inside this one: of what was made before it can use everything, and what is made
+        inside is known nowhere else."""
+        nodes, made = self.nodes, self._made
+        self.nodes, self._made = [], dict(made)
+        try:
+            name = make()
+            value = helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank)
+            return helper.make_graph(self.nodes, f"inside_{self._number}", [], [value])
+        finally:
+            self.nodes, self._made = nodes, made
 
     # -- shapes --------------------------------------------------------------------------------
 
@@ -163,7 +217,7 @@ class Graph:
                 helper.make_node("Identity", [self.shaped(inner, dims)], [name], name=name)
             )
         nodes = _needed(self.nodes, set(outputs))
-        used = {name for node in nodes for name in node.input}
+        used = {name for node in nodes for name in _read(node)}
         shown = {symbol: ("batch", "length")[axis] for symbol, axis in self.axes.items()}
         graph = helper.make_graph(
             nodes,
@@ -196,9 +250,17 @@ def _needed(nodes: Sequence[onnx.NodeProto], wanted: set[str]) -> list[onnx.Node
     kept = []
     for node in reversed(nodes):
         if wanted & set(node.output):
-            wanted |= set(node.input)
+            wanted |= set(_read(node))
             kept.append(node)
     return kept[::-1]
+
+
+def _read(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node reads, those in its branches too."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _read(inner)
 
 
 class Translation:
@@ -263,6 +325,11 @@ class Translation:
         """The tensor of a value [..., X] as [N, X]."""
         dims = dims_of(node.meta["val"])
         return self.graph.shaped(self.name(node), dims if len(dims) <= 2 else (-1, dims[-1]))
+
+    def for_each_query(self, mask: Node, queries: int | str) -> str:
+        """A mask of keys [B, 1, 1, T] with a row for every query, which ONNX Runtime wants."""
+        _, _, _, keys = dims_of(mask.meta["val"])
+        return self.graph.once("Expand", [self.full(mask), self.graph.sizes((1, 1, queries, keys))])
 
     def stored(self, node: Node) -> Dims:
         """The shape that a value is stored in."""

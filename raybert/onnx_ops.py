@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from raybert import onnx_int8
+from raybert import onnx_int8, onnx_skip
 from raybert.onnx_graph import TYPES, Dims, Translation, dims_of
 from raybert.onnx_int8 import pads
 
@@ -70,6 +70,13 @@ def _unary(op: str, **attributes: Any) -> Handler:
 def _gelu(t: Translation, node: Node) -> None:
     form = argument(node, 1, "approximate", "none")
     _unary("Gelu", approximate=form)(t, node)
+
+
+def _silu(t: Translation, node: Node) -> None:
+    """``x * sigmoid(x)``: ONNX has no operator of this opset for it."""
+    name = t.name(_node(node.args[0]))
+    product = t.graph.add("Mul", [name, t.graph.add("Sigmoid", [name])])
+    t.set(node, product, t.graph.dims(name))
 
 
 def _typed(t: Translation, value: Any, name: str, dtype: torch.dtype) -> str:
@@ -224,10 +231,7 @@ def _attention(t: Translation, node: Node) -> None:
     assert isinstance(width, int)
     inputs = [_joined(t, part) for part in (query, key, value)]
     if mask is not None:
-        # ONNX Runtime wants a row of the mask for every query.
-        _, _, _, keys = dims_of(mask.meta["val"])
-        shape = t.graph.sizes((1, 1, length, keys))
-        inputs.append(t.graph.once("Expand", [t.full(mask), shape]))
+        inputs.append(t.for_each_query(mask, length))
     out = t.graph.add(
         "Attention",
         inputs,
@@ -406,7 +410,7 @@ HANDLERS: dict[str, Handler] = {
     "aten.relu.default": _unary("Relu"),
     "aten.tanh.default": _unary("Tanh"),
     "aten.sigmoid.default": _unary("Sigmoid"),
-    "aten.silu.default": _unary("Swish"),
+    "aten.silu.default": _silu,
     "aten.erf.default": _unary("Erf"),
     "aten.exp.default": _unary("Exp"),
     "aten.sqrt.default": _unary("Sqrt"),
@@ -459,6 +463,8 @@ HANDLERS: dict[str, Handler] = {
     "aten.cat.default": _concat,
     "aten.cumsum.default": _cumsum,
     "aten.where.ScalarOther": _where,
+    "raybert.kept_feed_forward.default": onnx_skip.kept_feed_forward,
+    "raybert.kept_attention.default": onnx_skip.kept_attention,
     "raybert.linear_int8.default": onnx_int8.linear_int8,
     "raybert.on_grid.default": onnx_int8.on_grid,
     "raybert.product_int8.default": onnx_int8.product_int8,

@@ -160,6 +160,97 @@ def gathered(weight: Tensor, axis: int, units: Tensor) -> Tensor:
 Chosen = Tensor | int | None
 """Units by number, so many of the first, or all."""
 
+ACTIVATIONS: dict[str, Any] = {
+    "Gelu": F.gelu,
+    "GeluTanh": lambda x: F.gelu(x, approximate="tanh"),
+    "Relu": F.relu,
+    "Tanh": torch.tanh,
+}
+"""Those that a traced feed-forward can have."""
+
+
+def known_activation(function: Any) -> str | None:
+    """The name in ``ACTIVATIONS`` of a function that gives the same."""
+    probe = torch.linspace(-8, 8, 257, device="cpu")
+    given = function(probe)
+    same = (name for name, own in ACTIVATIONS.items() if torch.allclose(own(probe), given, 0, 1e-6))
+    return next(same, None)
+
+
+@torch.library.custom_op("raybert::kept_feed_forward", mutates_args=())
+def kept_feed_forward(
+    hidden: Tensor,
+    keep: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    out_bias: Tensor,
+    activation: str,
+) -> Tensor:
+    """A feed-forward of the neurons that each sample keeps, as it stands in a traced model.
+
+    Args:
+        hidden: [B, T, H].
+        keep: [B, N].
+        weight, bias: of the N neurons [N, H], [N].
+        out, out_bias: [N, H], [H].
+        activation: a name in ``ACTIVATIONS``.
+
+    Returns:
+        [B, T, H].
+    """
+    y = ACTIVATIONS[activation](F.linear(hidden, weight, bias))
+    return F.linear(y * keep.to(y.dtype)[:, None, :], out.t(), out_bias)
+
+
+@torch.library.custom_op("raybert::kept_attention", mutates_args=())
+def kept_attention(
+    queries: Tensor,
+    hidden: Tensor,
+    keep: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    out_bias: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of the heads that each sample keeps, as it stands in a traced model.
+
+    Args:
+        queries: what queries are made of [B, T', H].
+        hidden: what keys and values are made of [B, T, H].
+        keep: [B, N].
+        mask: [B, 1, 1, T], true where a key is real.
+        weight, bias: queries, keys and values of the N heads [3, N, D, H], [3, N, D].
+        out, out_bias: [N, D, H], [H].
+        scale: of the scores.
+
+    Returns:
+        [B, T', H].
+    """
+    count, width = out.shape[:2]
+    sources = (queries, hidden, hidden)
+    parts = [
+        F.linear(source, weight[part].flatten(0, 1), bias[part].flatten())
+        .unflatten(-1, (count, width))
+        .transpose(1, 2)
+        for part, source in enumerate(sources)
+    ]
+    context = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)
+    context = (context * keep.to(context.dtype)[:, :, None, None]).transpose(1, 2).flatten(2)
+    return F.linear(context, out.flatten(0, 1).t(), out_bias)
+
+
+@kept_feed_forward.register_fake
+def _(hidden: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+@kept_attention.register_fake
+def _(queries: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(queries)
+
 
 class Units(nn.Module):
     """Weights of N units, each with P x D rows of the matrices that come in, and D that go out.
@@ -250,6 +341,11 @@ class Gated(nn.Module):
         """
         raise NotImplementedError
 
+    def traced(self, hidden: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor | None:
+        """The block as one operator, for a traced model: [B, T, H] -> [B, T, H]; ``None``: there is
+        none for this block, whose units are all computed, and multiplied by zero."""
+        raise NotImplementedError
+
     def run(self, hidden: Tensor, mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
         """hidden_states [B, T, H] -> [B, T, H], and the attention where there is one."""
         first = summary(hidden, mask, mean=self.mean)
@@ -259,6 +355,10 @@ class Gated(nn.Module):
             units = torch.arange(count, device=hidden.device)
             return self._part(hidden, mask, units, None, **kwargs)
         keep = self.gate(first)
+        if self.skips and torch.compiler.is_exporting():
+            traced = self.traced(hidden, mask, keep)
+            if traced is not None:
+                return traced, None
         if not self._skipping():
             return self._part(hidden, mask, None, keep, **kwargs)
         unit, slices = self.units.multiply_adds, self.slices
@@ -332,6 +432,7 @@ class GatedFeedForward(Gated):
         super().__init__()
         self.units = Units([inward], outward, inward.out_features)
         self.gate, self.activation = gate, activation
+        self.known = known_activation(activation)
         self.mean = self.skips = False
         self.expected = 1.0
 
@@ -341,6 +442,14 @@ class GatedFeedForward(Gated):
         """[B, T, n] -> [B, T, n]."""
         y = self.activation(y)
         return y if keep is None else y * keep.to(y.dtype)[:, None, :], None
+
+    def traced(self, hidden: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor | None:
+        """[B, T, H] -> [B, T, H]."""
+        if self.known is None:
+            return None
+        units = self.units
+        weights = units.weight.flatten(0, 2), units.bias.flatten(), units.out.flatten(0, 1)
+        return kept_feed_forward(hidden, keep, *weights, units.out_bias, self.known)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
@@ -391,6 +500,12 @@ class GatedAttention(Gated, ProjectedAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, H] -> [B, T, H], and the attention [B, A, T, T] or None."""
         return self.run(hidden_states, attention_mask, **kwargs)
+
+    def traced(self, hidden: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor | None:
+        """[B, T, H] -> [B, T, H]."""
+        units = self.units
+        weights = units.weight, units.bias, units.out, units.out_bias
+        return kept_attention(hidden, hidden, keep, mask, *weights, self.scaling)
 
     def _skipping(self) -> bool:
         # Eager attention is there to be read, of all heads.

@@ -31,7 +31,7 @@ from raybert.config import KEPT_SHARE, MethodConfig, UserError
 from raybert.gates import Gate, Shape, flops_loss
 from raybert.kept import kept_units, layer_flops, spread_rows
 from raybert.phase import At, Distillation, Outputs, Phase
-from raybert.skipping import GATED, Gated, GatedFeedForward
+from raybert.skipping import ACTIVATIONS, GATED, Gated, GatedFeedForward
 from raybert.surgery import (
     activation,
     compressed_by,
@@ -194,12 +194,15 @@ class EBERT(MethodConfig):
             "random tokens, and the shares told of this run's phases are of its evaluation rows"
         ]
 
-    def graph_remarks(self) -> list[str]:
+    def graph_remarks(self, model: Any) -> list[str]:
         """Of what the graph does not leave out."""
+        blocks = [block for _, block in gated(model) if isinstance(block, GatedFeedForward)]
+        if all(block.known for block in blocks):
+            return []
         return [
-            "Simulated: a graph cannot leave out what a sample does not keep. This one computes "
-            "all heads and neurons and multiplies by zero, so ebert saves no time in it; in "
-            "PyTorch it does."
+            "Simulated in part: the graph leaves out the heads that a sample does not keep. Its "
+            f"neurons, which have another activation than {', '.join(ACTIVATIONS)}, are all "
+            "computed and multiplied by zero."
         ]
 
     @property

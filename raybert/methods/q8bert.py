@@ -209,7 +209,7 @@ class Q8BERT(MethodConfig):
             **{"requantise": self.requantise, **role},
         )
 
-    def graph_remarks(self) -> list[str]:
+    def graph_remarks(self, model: Any) -> list[str]:
         """What an integer-only graph is made of, and what ONNX Runtime lacks for it."""
         if not self.integer_only:
             return []
