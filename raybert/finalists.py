@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raybert.config import UserError
 from raybert.groups import Spread
-from raybert.ledger import Ledger, Trial
+from raybert.ledger import Ledger, Trial, run_folder
 from raybert.objectives import LATENCY, Objective, front, in_trials
 from raybert.results import RunReport, read_run
 
@@ -100,11 +100,11 @@ def read_finished(
         tell: hears of runs that have finished and cannot be read; the others count without them.
     """
 
-    def read(place: str, trial: Trial) -> list[RunReport]:
+    def read(trial: Trial) -> list[RunReport]:
         if trial.state != "finished":
             return []
         try:
-            return [read_run(folder / place / trial.name).report]
+            return [read_run(run_folder(folder, trial)).report]
         except UserError as error:
             tell(f"trial {trial.name} has finished and counts for nothing: {error}")
             return []
@@ -112,8 +112,8 @@ def read_finished(
     found = []
     for trial in ledger.trials:
         again = ledger.seeds_of(trial.number)
-        if own := read("trials", trial):
-            more = [read("finalists", run) for run in again]
+        if own := read(trial):
+            more = [read(run) for run in again]
             lost = any(
                 run.state == "failed" or (run.state == "finished" and not reports)
                 for run, reports in zip(again, more, strict=True)

@@ -57,6 +57,11 @@ class Trial:
         return f"{self.number:03d}" + ("" if self.seed is None else f"-seed{self.seed}")
 
 
+def run_folder(folder: Path, trial: Trial) -> Path:
+    """Where in a search folder a trial is run."""
+    return folder / ("trials" if trial.seed is None else "finalists") / trial.name
+
+
 class Ledger:
     """The trials of a search, in memory and on disk.
 
@@ -83,11 +88,24 @@ class Ledger:
 
     def reopen_failed(self) -> int:
         """Let failed trials run again, from their last checkpoints; how many there are."""
-        failed = [trial for trial in self._trials.values() if trial.state == "failed"]
-        for trial in failed:
+        return self._reopen([trial for trial in self.all if trial.state == "failed"])
+
+    def reopen_unreported(self) -> int:
+        """The same for finished ones that have no report: it was damaged, and removed."""
+        finished = [trial for trial in self.all if trial.state == "finished"]
+        return self._reopen(
+            [
+                t
+                for t in finished
+                if not (run_folder(self.folder.parent, t) / "report.json").is_file()
+            ]
+        )
+
+    def _reopen(self, trials: list[Trial]) -> int:
+        for trial in trials:
             trial.state, trial.reason = "running", ""
             self.write(trial)
-        return len(failed)
+        return len(trials)
 
     @property
     def trials(self) -> list[Trial]:

@@ -28,7 +28,7 @@ from raybert.draws import Plain, Source, different_points, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import owned, write_whole
 from raybert.job import phase_steps, phases_of
-from raybert.ledger import DONE, SEARCH, Ledger, Trial
+from raybert.ledger import DONE, SEARCH, Ledger, Trial, run_folder
 from raybert.loggers import make_loggers
 from raybert.models import read_config
 from raybert.objectives import LATENCY, in_trials
@@ -121,6 +121,8 @@ def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
     ledger = Ledger(search.folder)
     if search.settings.retry_failed:
         tell(f"{ledger.reopen_failed()} failed trials run again")
+    if lost := ledger.reopen_unreported():
+        tell(f"{lost} finished trials have no report.json and go on from their last checkpoints")
     try:
         if not _is_done(search, ledger):
             _train(search, teacher, ledger, loggers, tell)
@@ -316,8 +318,7 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
     if any(objective.path == (LATENCY,) for objective in search.objectives):
         there = on_front(finished, objectives)
         chosen += [entry for entry, wanted in zip(finished, there, strict=True) if wanted]
-    numbers = sorted({entry.trial.number for entry in chosen})
-    folders = [search.folder / "trials" / f"{number:03d}" for number in numbers]
+    folders = sorted({run_folder(search.folder, entry.trial) for entry in chosen})
     failed = side_by_side.measure(folders, search.recipe, tell)
     return {folder.name: reason for folder, reason in failed.items()}
 

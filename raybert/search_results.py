@@ -28,7 +28,7 @@ from raybert.finalists import (
     rule,
 )
 from raybert.folders import write_whole
-from raybert.ledger import Ledger, Trial
+from raybert.ledger import Ledger, Trial, run_folder
 from raybert.objectives import Objective, in_trials
 from raybert.recipe_file import dump_recipe
 from raybert.space import Space, apply, sample_text
@@ -83,7 +83,7 @@ class Answer:
     @property
     def model(self) -> Path:
         """The winner's model folder, as the search trained it."""
-        return self.folder / "trials" / self.winner.trial.name / "model"
+        return run_folder(self.folder, self.winner.trial) / "model"
 
     def recipe_of(self, trial: Trial, out: Path) -> Recipe:
         """A trial's recipe with the measurements, the export and the resources of the search's."""

@@ -180,7 +180,7 @@ def test_accumulation_gives_the_losses_of_one_pass(toy, teacher, tmp_path, kind)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_two_workers_train_like_one(toy, teacher, tmp_path, zero):
     runs = []
     for workers in (1, 2):
@@ -228,7 +228,7 @@ def test_workers_with_whom_epochs_would_have_other_steps_are_refused(toy, tmp_pa
 @pytest.mark.distributed
 def test_a_worker_that_dies_is_replaced(toy, tmp_path):
     keys = {"epochs": 12, "save_every": 4, "dropout": 0.0}
-    whole = finetune(toy(tmp_path / "whole", workers=2, train=keys), **QUIET)
+    whole = finetune(toy(tmp_path / "whole", train=keys), **QUIET)  # two train like one
     recipe = toy(tmp_path / "hit", workers=2, train=keys)
     process = start(recipe, "finetune")
     wait_for(recipe.folder / "checkpoints" / "phase0-step0000008", process)

@@ -660,6 +660,21 @@ def test_the_ledger_reads_what_it_wrote(tmp_path):
         Ledger(tmp_path)
 
 
+def test_finished_trials_without_a_report_go_on(folder):
+    lost = folder / "trials" / "001" / "report.json"
+    text = lost.read_text()
+    lost.unlink()
+    ledger = Ledger(folder)
+    ledger.write(Trial(0, {}, "finished", seed=99))
+    assert ledger.reopen_unreported() == 2
+    again = Ledger(folder)
+    assert [t.state for t in again.trials if t.number < 2] == ["finished", "running"]
+    assert [t.state for t in again.seeds_of(0) if t.seed == 99] == ["running"]
+    lost.write_text(text)
+    again.write(replace(again.trials[1], state="finished"))
+    assert Ledger(folder).reopen_unreported() == 0
+
+
 # -- choosing --------------------------------------------------------------------------------------
 
 

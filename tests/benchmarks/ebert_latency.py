@@ -5,7 +5,7 @@
 The gates of a student keep the same share of every block, at random, differently for each sample:
 a logit's bias is set so that the share comes out on the very rows that are timed. What a trained
 gate keeps is more alike from sample to sample, so batches are at a disadvantage here. Each model
-runs in a process of its own, in turns.
+runs in a process of its own, in turns; then the same models' graphs in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Figure, encoder, latencies, options, publish
+from onnx_latency import write
 
 SHAPES = [(1, 128), (1, 64), (8, 128)]
 
@@ -92,21 +93,31 @@ def save_models(args: Any, folder: Path) -> tuple[dict[str, Path], dict[str, dic
 
 def measure(args: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
     """Rows of `raybert.latency.latency`, the students' speed-ups, and their shares of FLOPs."""
+    from raybert import load
     from raybert.latency import speedups
 
     with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
         paths, shares = save_models(args, Path(folder))
-        rows = latencies(args, "torch", paths, SHAPES)
+        graphs = {
+            name: write(load(str(path)), Path(folder) / f"onnx-{path.name}")
+            for name, path in paths.items()
+        }
+        rows = [
+            *latencies(args, "torch", paths, SHAPES),
+            *latencies(args, "onnx", graphs, SHAPES),
+        ]
     return rows, speedups(rows, "teacher"), shares
 
 
 def figures_of(row: dict[str, Any], shares: dict[str, dict[str, float]]) -> list[Figure]:
     """The speed-up by the clock, and its share of the speed-up by the count."""
     shape, half = (row["batch"], row["length"]), row["model"] == "50%"
+    torch = row["backend"] == "torch"
     counted = 1 / shares[row["model"]][f"{row['batch']}x{row['length']}"]
-    what = f"EBERT at {row['model']} of the FLOPs, batch {row['batch']} x {row['length']}"
-    least = LEAST.get(shape) if half else None
-    goal = 100 * TARGETS[shape] if half and shape in TARGETS else None
+    where = "" if torch else " in ONNX Runtime"
+    what = f"EBERT{where} at {row['model']} of the FLOPs, batch {row['batch']} x {row['length']}"
+    least = LEAST.get(shape) if half and torch else None
+    goal = 100 * TARGETS[shape] if half and torch and shape in TARGETS else None
     return [
         Figure(f"{what}, faster by", row["speedup"], "x", least, at_most=False),
         Figure(
@@ -125,7 +136,7 @@ def main() -> None:
     rows, faster, shares = measure(args)
     figures = [figure for row in faster for figure in figures_of(row, shares)]
     details = {"latency": rows, "flops": shares}
-    publish(args, "EBERT: only what a sample keeps (PyTorch)", figures, details)
+    publish(args, "EBERT: only what a sample keeps", figures, details)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a search costs beside training: eight trials of one worker each, short and less short.
 
-    python tests/benchmarks/tune_overhead.py
+    python tests/benchmarks/tune_overhead.py [--task mrpc --data glue/MRPC --epochs 1]
 
 The teacher is there before the clock starts; what counts is everything from the start of `tune` to
 its answer: the teacher's predictions, starting Ray, importing torch, planning, loading, evaluating,
@@ -29,8 +29,13 @@ def measure(args: Any, folder: Path, epochs: float) -> dict[str, Any]:
     from raybert.search import run_search
     from raybert.search_plan import Settings, make_search
 
-    data = {"max_length": 64, "limit": 64 if args.quick else None, "cache": str(folder / "cache")}
-    keys: dict[str, Any] = {"task": "demo", "data": data, "model": encoder(args)}
+    data = {
+        "source": args.data,
+        "max_length": 64,
+        "limit": 64 if args.quick else None,
+        "cache": str(folder / "cache"),
+    }
+    keys: dict[str, Any] = {"task": args.task, "data": data, "model": encoder(args)}
     training = {"epochs": 1, "lr": 1e-4, "batch_size": 32, "precision": "fp32"}
     teacher = finetune(
         recipe_from({**keys, "train": training, "out": str(folder / "teacher")}), tell=print
@@ -74,6 +79,8 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=float, nargs="+", default=[1.0, 4.0], help="of each trial (default: 1 4)"
     )
+    parser.add_argument("--task", default="demo", help="what trials train on (default: demo)")
+    parser.add_argument("--data", help="the task's files")
     parser.add_argument("--concurrent", type=int, default=2, help="trials at once (default: 2)")
     args = parser.parse_args()
     searches = []
