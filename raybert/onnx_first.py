@@ -34,6 +34,7 @@ IN_ARGUMENT_ONE = {
     "raybert.on_grid.default",
     "raybert.norm_int8.default",
     "raybert.kept_feed_forward.default",
+    "raybert.kept_attention.default",
 }
 """Operators that make each token of their first argument's same token."""
 
@@ -68,7 +69,7 @@ def keep_first(graph: Graph) -> None:
     """
     mover = _Mover(graph)
     for node in list(graph.nodes):
-        if str(node.target) == "aten.select.int" and node.args[1:] == (1, 0):
+        if _picks(node):
             source = _tokens(node.args[0])
             if source.meta["val"].dim() == 3:
                 with graph.inserting_before(node):
@@ -81,7 +82,8 @@ class _Mover:
     """Values' first tokens, made once each.
 
     Attributes:
-        whole: values that keys and values of some layer are made of, so that all tokens are there.
+        whole: values that keys and values of some layer, or the outputs, are made of, so that all
+            tokens are there.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -95,12 +97,14 @@ class _Mover:
                 str(node.target) in PRODUCTS and node.meta["val"].dim() == 4
             ):
                 self._need(node.args[1:2])
+            elif node.op == "output":
+                self._need(node.all_input_nodes)
 
     def _need(self, values: Iterable[object]) -> None:
         waiting = [_tokens(value) for value in values]
         while waiting:
             node = waiting.pop()
-            if node not in self.whole:
+            if node not in self.whole and not _picks(node):
                 self.whole.add(node)
                 waiting += node.all_input_nodes
 
@@ -123,7 +127,7 @@ class _Mover:
     def _moved(self, value: Node) -> Node | None:
         """The same made of first tokens; nothing where tokens are not treated alone."""
         kind, args = str(value.target), value.args
-        if kind in IN_ARGUMENT_ONE or kind == KEPT_ATTENTION:  # which has queries there
+        if kind in IN_ARGUMENT_ONE:
             if kind == "raybert.linear_int8.default" and args[3] is None:
                 return None  # its scale is of all tokens
             args = (self.first(_tokens(args[0])), *args[1:])
@@ -201,6 +205,11 @@ class _Mover:
             one = node.meta["val"].select(2, 0).unsqueeze(2)
             self.made[node] = self._call(node.target, (source, *args[1:]), one, dict(node.kwargs))
         return self.made[node]
+
+
+def _picks(node: Node) -> bool:
+    """Whether it is the first token of a value."""
+    return str(node.target) == "aten.select.int" and node.args[1:] == (1, 0)
 
 
 def _tokens(value: object) -> Node:

@@ -110,18 +110,18 @@ class Graph:
             self._made[key] = self.add(op, inputs, **attributes)
         return self._made[key]
 
-    def choice(self, condition: str, make: Callable[[bool], str], dims: Dims) -> str:
+    def choice(
+        self, condition: str, one: Callable[[], str], other: Callable[[], str], dims: Dims
+    ) -> str:
         """One of two floats of the same shape, and only that is computed.
 
         Args:
             condition: a boolean, decided as the graph runs.
-            make: adds what the value is made of where the condition holds, or does not.
+            one, other: add what the value is made of where it holds, and where it does not.
             dims: the value's shape.
         """
-        one, other = (
-            self._inner(functools.partial(make, holds), len(dims)) for holds in (True, False)
-        )
-        name = self.add("If", [condition], then_branch=one, else_branch=other)
+        branches = [self._inner(make, len(dims)) for make in (one, other)]
+        name = self.add("If", [condition], then_branch=branches[0], else_branch=branches[1])
         return self.mark(name, dims)
 
     def loop(self, count: str, make: Callable[[str], str], rank: int) -> str:

@@ -1,20 +1,20 @@
 """EBERT's blocks in ONNX: only the units that samples keep are computed.
 
 The rows of the weights that belong to those units are gathered, and the products are smaller. A
-batch is computed in whichever of three ways costs least, which is decided as the graph runs; the
-others take no time:
+batch is computed in whichever of three ways costs least by estimate, which is decided as the graph
+runs; the others take no time:
 
 - together, of all units that one of its samples keeps; what another does not keep is multiplied by
   zero;
 - sample by sample, each of its own units;
-- whole, where gathering would cost more than it saves.
+- whole, where gathering would cost more than it saves. So is the last feed-forward of a classifier,
+  which is of one token a sample.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,20 +24,12 @@ from torch.fx import Node
 from raybert.onnx_graph import Graph, Translation, dims_of
 
 GATHER = 32
-"""What gathering a unit's weights costs in ONNX Runtime, in tokens that the unit could be computed
-for meanwhile. Measured on two AVX2 cores: with 0.8 of the neurons kept, 128 tokens take as long
-either way."""
+"""What gathering weights costs in ONNX Runtime, in tokens that they could be multiplied with
+meanwhile. Measured on two AVX2 cores: with 0.8 of the neurons kept, 128 tokens take as long either
+way."""
 
 CALL = 2_000_000
 """What one more sample by itself costs, in multiply-adds that could be done meanwhile."""
-
-ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Gelu": ("Gelu", {}),
-    "GeluTanh": ("Gelu", {"approximate": "tanh"}),
-    "Relu": ("Relu", {}),
-    "Tanh": ("Tanh", {}),
-}
-"""What `raybert.skipping.ACTIVATIONS` are in ONNX: operator and attributes."""
 
 
 @dataclass(frozen=True)
@@ -61,206 +53,215 @@ class _Part:
     size: str
     chosen: str | None = None
 
-    def weight(self, name: str, axis: int, shape: tuple[int, ...]) -> str:
-        """A weight of the units, in another shape."""
-        if self.chosen is None:
-            rest = math.prod(size for size in self.graph.dims(name) if isinstance(size, int))
-            known = -math.prod(shape)
-            return self.graph.shaped(name, tuple(rest // known if n < 0 else n for n in shape))
-        part = self.graph.add("Gather", [name, self.chosen], axis=axis)
-        return self.graph.add("Reshape", [part, self.graph.constant(shape)])
+    def weight(self, name: str, *shape: int) -> str:
+        """A weight [P, N, ...] of the units, [P, n, ...], in another shape."""
+        if self.chosen is not None:
+            name = self.graph.add("Gather", [name, self.chosen], axis=1)
+        return self.graph.once("Reshape", [name, self.graph.constant(shape)])
+
+    def product(self, rows: str, weight: str, bias: str, width: int) -> str:
+        """Rows [R, H] times weights [P, N, D, H] of the units: [R, P * n * D]."""
+        pair = [self.weight(weight, -1, width), self.weight(bias, -1)]
+        return self.graph.add("Gemm", [rows, *pair], transB=1)
+
+    def outward(self, y: str, weight: str, bias: str, width: int) -> str:
+        """[b, T, n, D] times weights [1, N, D, H] of the units: [b * T, H]."""
+        rows = self.graph.add("Flatten", [y], axis=2)
+        return self.graph.add("Gemm", [rows, self.weight(weight, -1, width), bias])
 
     def apart(self, rows: str, width: int, source: int = 0) -> str:
         """[b * T, n * D] as [b, T, n, D]."""
         parts = [self.lead[source], self.size, self.graph.constant([width])]
-        shape = self.graph.once("Concat", parts, axis=0)
-        return self.graph.add("Reshape", [rows, shape])
+        return self.graph.add("Reshape", [rows, self.graph.once("Concat", parts, axis=0)])
 
     def masked(self, y: str) -> str:
         """[b, T, n, D], multiplied by what each sample keeps."""
         graph, keep = self.graph, self.keep
         if self.chosen is not None:
             keep = graph.once("Gather", [keep, self.chosen], axis=1)
-        keep = graph.once("Unsqueeze", [keep, graph.constant([1, 3])])
-        return graph.add("Mul", [y, keep])
-
-
-Block = Callable[[_Part], str]
-"""Adds a block for some samples and units; returns its output, [b * T, H]."""
-
-
-def _chosen(graph: Graph, some: str, count: int) -> str:
-    """The numbers of the units whose entry in [N] is not zero; the first one where all are, which
-    is then multiplied by zero: products of no unit are nothing that every runtime can do."""
-    none = graph.add("Equal", [graph.add("ReduceMax", [some], keepdims=0), _number(graph, 0)])
-    first = graph.constant(np.arange(count) == 0, np.float32)
-    places = graph.add("NonZero", [graph.add("Where", [none, first, some])])
-    return graph.add("Reshape", [places, graph.constant([-1])])
-
-
-def _number(graph: Graph, value: float) -> str:
-    return graph.constant(value, np.float32)
-
-
-def _floats(graph: Graph, start: int, end: int) -> str:
-    """The size of the batch, its length, or both multiplied."""
-    size = graph.once("Shape", ["input_ids"], start=start, end=end)
-    if end - start > 1:
-        size = graph.once("ReduceProd", [size])
-    return graph.once("Cast", [size], to=TensorProto.FLOAT)
-
-
-def _add(
-    t: Translation,
-    node: Node,
-    keep: Node,
-    values: list[Node],
-    mask: Node | None,
-    unit: int,
-    block: Block,
-) -> None:
-    """Add a block in all three ways.
-
-    Args:
-        keep: bool [B, N].
-        values: what the block reads, each [B, T, H], or [B, H] for the first token alone.
-        unit: multiply-adds of a unit for a token.
-    """
-    graph = t.graph
-    count, size = dims_of(keep.meta["val"])[1], dims_of(node.meta["val"])[-1]
-    assert isinstance(count, int)
-    assert isinstance(size, int)
-    short = [len(dims_of(value.meta["val"])) == 2 for value in values]
-    shape, ones = graph.once("Shape", ["input_ids"]), graph.constant([-1, 1])
-    kept = graph.add("Cast", [t.full(keep)], to=TensorProto.FLOAT)
-    length = dims_of(values[-1].meta["val"])[1]
-    whole = _Part(
-        graph,
-        [t.rows(value) for value in values],
-        [ones if alone else shape for alone in short],
-        kept,
-        "" if mask is None else t.for_each_query(mask, 1 if short[0] else length),
-        graph.constant([count]),
-    )
-    if all(short):  # of one row each, gathering never pays
-        t.set(node, block(whole), (-1, size))
-        return
-
-    some = graph.add("ReduceMax", [kept, graph.constant([0])], keepdims=0)
-    chosen = _chosen(graph, some, count)
-    number = graph.add("Shape", [chosen])
-    together = _Part(graph, whole.sources, whole.lead, kept, whole.mask, number, chosen)
-    # What the ways cost, in units times tokens.
-    batch, tokens = _floats(graph, 0, 1), _floats(graph, 0, 2)
-    gather, call = _number(graph, GATHER), _number(graph, CALL / unit)
-    dear = graph.once("Add", [tokens, gather])
-    joint = graph.add("Mul", [graph.add("Cast", [number], to=TensorProto.FLOAT), dear])
-    dear = graph.once("Add", [_floats(graph, 1, 2), gather])
-    own = graph.add("Mul", [graph.add("ReduceSum", [kept], keepdims=0), dear])
-    each = graph.add("Add", [own, graph.once("Mul", [batch, call])])
-    all_units = graph.once("Mul", [tokens, _number(graph, count)])
-    scalar = graph.constant([], np.int64)
-    pays = graph.add("Less", [graph.add("Min", [joint, each]), all_units])
-    joins = graph.add("LessOrEqual", [joint, each])
-    pays, joins = (graph.add("Reshape", [name, scalar]) for name in (pays, joins))
-    apart = [
-        graph.shaped(name, dims_of(value.meta["val"]))
-        for name, value in zip(whole.sources, values, strict=True)
-    ]
-
-    def sample(index: str) -> str:
-        def one(name: str, axes: int) -> str:
-            """Of a tensor its entry for this sample, with its axis or without."""
-            place = index if not axes else graph.once("Reshape", [index, graph.constant([1])])
-            return graph.add("Gather", [name, place], axis=0)
-
-        row = one(kept, 1)
-        found = _chosen(graph, graph.add("Reshape", [row, graph.constant([-1])]), count)
-        tokens = graph.once("Shape", ["input_ids"], start=1, end=2)
-        long = graph.once("Concat", [graph.constant([1]), tokens], axis=0)
-        part = _Part(
-            graph,
-            [one(name, alone) for name, alone in zip(apart, short, strict=True)],
-            [graph.constant([1, 1]) if alone else long for alone in short],
-            row,
-            whole.mask and one(whole.mask, 1),
-            graph.add("Shape", [found]),
-            found,
-        )
-        return block(part)
-
-    def skipping(holds: bool) -> str:
-        if holds:
-            return block(together)
-        rows = graph.loop(graph.once("Shape", ["input_ids"], start=0, end=1), sample, 2)
-        return graph.add("Reshape", [rows, graph.constant([-1, size])])
-
-    dims = (-1, size)
-    name = graph.choice(
-        pays,
-        lambda holds: graph.choice(joins, skipping, dims) if holds else block(whole),
-        dims,
-    )
-    t.set(node, name, dims)
+        return graph.add("Mul", [y, graph.once("Unsqueeze", [keep, graph.constant([1, 3])])])
 
 
 def kept_feed_forward(t: Translation, node: Node) -> None:
     """`raybert.skipping.kept_feed_forward`."""
     values: Any = node.args
-    hidden, keep, *weights, activation = values
-    inward, bias, outward, last = (t.full(value) for value in weights)
-    size, graph = dims_of(node.meta["val"])[-1], t.graph
-    assert isinstance(size, int)
-    operator, attributes = ACTIVATIONS[activation]
+    hidden, keep, weight, bias, out, last, activation = values
+    sizes: Any = dims_of(out.meta["val"])
+    count, width, size = sizes
+    inward = [_weight(t, value) for value in (weight, bias)]
+    outward = [_weight(t, out, (1, count, width, size)), t.full(last)]
+    operator, attributes = activation, {}
+    if activation == "GeluTanh":
+        operator, attributes = "Gelu", {"approximate": "tanh"}
 
     def block(part: _Part) -> str:
-        pair = [part.weight(inward, 0, (-1, size)), part.weight(bias, 0, (-1,))]
-        y = graph.add("Gemm", [part.sources[0], *pair], transB=1)
-        y = part.masked(part.apart(graph.add(operator, [y], **attributes), 1))
-        y = graph.add("Flatten", [y], axis=2)
-        return graph.add("Gemm", [y, part.weight(outward, 0, (-1, size)), last])
+        y = part.product(part.sources[0], *inward, size)
+        y = t.graph.add(operator, [y], **attributes)
+        return part.outward(part.masked(part.apart(y, width)), *outward, size)
 
-    _add(t, node, keep, [hidden], None, 2 * size, block)
+    _add(t, node, block, keep, [hidden], copied=2 * width * size, product=2 * width * size)
 
 
 def kept_attention(t: Translation, node: Node) -> None:
     """`raybert.skipping.kept_attention`."""
     values: Any = node.args
-    queries, hidden, keep, mask, weight, bias, out, out_bias, scale = values
-    _, width, size = dims_of(out.meta["val"])
-    assert isinstance(width, int)
-    assert isinstance(size, int)
-    graph, outward, last = t.graph, t.full(out), t.full(out_bias)
-    # Queries, keys and values in one product, if they are made of the same.
-    spans = [(0, 3)] if queries is hidden else [(0, 1), (1, 3)]
-    inward = [[_span(t, value, *span) for value in (weight, bias)] for span in spans]
+    queries, hidden, keep, mask, weight, bias, out, last, scale = values
+    sizes: Any = dims_of(out.meta["val"])
+    count, width, size = sizes
+    outward = [_weight(t, out, (1, count, width, size)), t.full(last)]
+    # Queries, keys and values are one product if they are made of the same.
+    alone = queries is hidden
+    spans = [(0, 3)] if alone else [(0, 1), (1, 3)]
+    inward = [[_weight(t, value, span=span) for value in (weight, bias)] for span in spans]
 
     def block(part: _Part) -> str:
-        qkv: list[str] = []
-        for place, (names, (start, end)) in enumerate(zip(inward, spans, strict=True)):
-            pair = [part.weight(names[0], 1, (-1, size)), part.weight(names[1], 1, (-1,))]
-            y = graph.add("Gemm", [part.sources[place], *pair], transB=1)
+        graph, qkv = t.graph, []
+        for place, (start, end) in enumerate(spans):
+            y = part.product(part.sources[place], *inward[place], size)
+            number = end - start
             parts = [y]
-            if end - start > 1:
-                parts = graph.add(
-                    "Split", [y], outputs=end - start, axis=1, num_outputs=end - start
-                )
+            if number > 1:
+                parts = graph.add("Split", [y], outputs=number, axis=1, num_outputs=number)
             qkv += [part.apart(one, width, place) for one in parts]
         qkv[2] = part.masked(qkv[2])  # a head's output is a mean of its values
-        qkv = [graph.add("Transpose", [one], perm=[0, 2, 1, 3]) for one in qkv]
-        inputs = [*qkv, part.mask] if part.mask else qkv
+        inputs = [graph.add("Transpose", [one], perm=[0, 2, 1, 3]) for one in qkv]
+        inputs += [part.mask] if part.mask else []
         context = graph.add("Attention", inputs, scale=scale)
         context = graph.add("Transpose", [context], perm=[0, 2, 1, 3])
-        context = graph.add("Flatten", [context], axis=2)
-        return graph.add("Gemm", [context, part.weight(outward, 0, (-1, size)), last])
+        return part.outward(context, *outward, size)
 
-    sources = [hidden] if queries is hidden else [queries, hidden]
-    _add(t, node, keep, sources, mask, 4 * width * size, block)
+    sources = [hidden] if alone else [queries, hidden]
+    # Of one token's queries there is no more to be multiplied than keys and values.
+    copied = 4 * width * size
+    product = copied if alone else 2 * width * size
+    _add(t, node, block, keep, sources, mask, copied=copied, product=product)
 
 
-def _span(t: Translation, value: Node, start: int, end: int) -> str:
-    """Some of the matrices that lie in one weight."""
-    if (start, end) == (0, 3):
-        return t.full(value)
-    array = t.known[value][start:end].detach().cpu().numpy()
-    return t.graph.mark(t.graph.weight(f"{t.label(value)}.{start}", array), array.shape)
+def _weight(
+    t: Translation, value: Node, shape: Any = None, span: tuple[int, int] | None = None
+) -> str:
+    """A weight in another shape, or some of the matrices in it."""
+    name, array = t.label(value), t.known[value].detach().cpu().numpy()
+    if span is not None and span != (0, len(array)):
+        name, array = f"{name}.{span[0]}", array[slice(*span)]
+    return t.graph.weight(name, array if shape is None else array.reshape(shape))
+
+
+def _add(
+    t: Translation,
+    node: Node,
+    block: Callable[[_Part], str],
+    keep: Node,
+    values: list[Node],
+    mask: Node | None = None,
+    *,
+    copied: int,
+    product: int,
+) -> None:
+    """Add a block in all three ways.
+
+    Args:
+        block: adds it for some samples and units; returns its output, [b * T, H].
+        keep: bool [B, N].
+        values: what the block reads, each [B, T, H], or [B, H] for the first token alone.
+        mask: of keys [B, 1, 1, T].
+        copied: weights of a unit.
+        product: multiply-adds of a unit for a token.
+    """
+    graph = t.graph
+    count, size = dims_of(keep.meta["val"])[1], dims_of(node.meta["val"])[-1]
+    assert isinstance(count, int)
+    assert isinstance(size, int)
+    dims = (-1, size)
+    short = [len(dims_of(value.meta["val"])) == 2 for value in values]
+    shape = graph.once("Shape", ["input_ids"])
+    kept = graph.add("Cast", [t.full(keep)], to=TensorProto.FLOAT)
+    length = dims_of(values[-1].meta["val"])[1]
+    whole = _Part(
+        graph,
+        [t.rows(value) for value in values],
+        [graph.constant([-1, 1]) if one else shape for one in short],
+        kept,
+        "" if mask is None else t.for_each_query(mask, 1 if short[0] else length),
+        graph.constant([count]),
+    )
+    if all(short):
+        t.set(node, block(whole), dims)
+        return
+    some = graph.add("ReduceMax", [kept, graph.constant([0])], keepdims=0)
+    chosen = _chosen(graph, some, count)
+    together = replace(whole, chosen=chosen, size=graph.add("Shape", [chosen]))
+    apart = [t.full(value) for value in values]
+
+    def one(index: str) -> str:
+        """The block for one sample."""
+        place = graph.once("Reshape", [index, graph.constant([1])])
+        own = graph.add("Gather", [kept, place], axis=0)
+        chosen = _chosen(graph, graph.add("Reshape", [own, graph.constant([-1])]), count)
+        tokens = graph.once("Shape", ["input_ids"], start=1, end=2)
+        long = graph.once("Concat", [graph.constant([1]), tokens], axis=0)
+        part = _Part(
+            graph,
+            [
+                graph.add("Gather", [name, place if first else index], axis=0)
+                for name, first in zip(apart, short, strict=True)
+            ],
+            [graph.constant([1, 1]) if first else long for first in short],
+            own,
+            whole.mask and graph.add("Gather", [whole.mask, place], axis=0),
+            graph.add("Shape", [chosen]),
+            chosen,
+        )
+        return block(part)
+
+    def each() -> str:
+        batch = graph.once("Shape", ["input_ids"], start=0, end=1)
+        rows = graph.loop(batch, one, rank=2)
+        return graph.add("Reshape", [rows, graph.constant([-1, size])])
+
+    pays, joins = _cheaper(graph, kept, together.size, count, copied, product)
+    name = graph.choice(
+        pays,
+        lambda: graph.choice(joins, lambda: block(together), each, dims),
+        lambda: block(whole),
+        dims,
+    )
+    t.set(node, name, dims)
+
+
+def _chosen(graph: Graph, some: str, count: int) -> str:
+    """The numbers of the units whose entry in [N] is not zero; the first one where all are, which
+    is then multiplied by zero: products of no unit are nothing that every runtime can do."""
+    most = graph.add("ReduceMax", [some], keepdims=0)
+    none = graph.add("Equal", [most, graph.constant(0, np.float32)])
+    first = graph.constant(np.arange(count) == 0, np.float32)
+    places = graph.add("NonZero", [graph.add("Where", [none, first, some])])
+    return graph.add("Reshape", [places, graph.constant([-1])])
+
+
+def _cheaper(
+    graph: Graph, kept: str, size: str, count: int, copied: int, product: int
+) -> tuple[str, str]:
+    """Whether skipping costs less than computing all, and if so, whether together or each alone.
+
+    Costs are in units times tokens.
+    """
+
+    def floats(name: str) -> str:
+        return graph.once("Cast", [name], to=TensorProto.FLOAT)
+
+    batch, length = (
+        floats(graph.once("Shape", ["input_ids"], start=axis, end=axis + 1)) for axis in (0, 1)
+    )
+    tokens = graph.once("Mul", [batch, length])
+    gather = graph.constant(GATHER * copied / product, np.float32)
+    call = graph.once("Mul", [batch, graph.constant(CALL / product, np.float32)])
+    every = graph.once("Mul", [tokens, graph.constant(count, np.float32)])
+    joint = graph.add("Mul", [floats(size), graph.once("Add", [tokens, gather])])
+    own = graph.add("ReduceSum", [kept], keepdims=0)
+    alone = graph.add("Mul", [own, graph.once("Add", [length, gather])])
+    alone = graph.add("Add", [alone, call])
+    scalar = graph.constant([])
+    pays = graph.add("Less", [graph.add("Min", [joint, alone]), every])
+    joins = graph.add("LessOrEqual", [joint, alone])
+    return graph.add("Reshape", [pays, scalar]), graph.add("Reshape", [joins, scalar])

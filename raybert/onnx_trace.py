@@ -21,6 +21,7 @@ from raybert.fold import folded
 from raybert.onnx_first import keep_first
 from raybert.onnx_graph import Graph, Translation, dims_of
 from raybert.onnx_ops import HANDLERS
+from raybert.skipping import blocks_as_operators
 from raybert.surgery import INPUTS, takes_token_types
 from raybert.timer import LONGEST
 
@@ -139,7 +140,7 @@ def trace(model: PreTrainedModel) -> torch.export.ExportedProgram:
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), blocks_as_operators():
             return torch.export.export(
                 model,
                 (),

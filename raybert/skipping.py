@@ -9,8 +9,11 @@ the whole product is cheaper, and what is not kept is multiplied by zero.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,15 +169,31 @@ ACTIVATIONS: dict[str, Any] = {
     "Relu": F.relu,
     "Tanh": torch.tanh,
 }
-"""Those that a traced feed-forward can have."""
+"""Those that a feed-forward can have which is one operator of a traced model."""
+
+ACTIVATION_OF = {
+    "GELUActivation": "Gelu",
+    "NewGELUActivation": "GeluTanh",
+    "GELUTanh": "GeluTanh",
+    "FastGELUActivation": "GeluTanh",
+    "AccurateGELUActivation": "GeluTanh",
+    "ReLU": "Relu",
+    "Tanh": "Tanh",
+}
+"""Class of an activation as transformers makes it -> its name in ``ACTIVATIONS``."""
+
+_tracing: ContextVar[bool] = ContextVar("tracing", default=False)
 
 
-def known_activation(function: Any) -> str | None:
-    """The name in ``ACTIVATIONS`` of a function that gives the same."""
-    probe = torch.linspace(-8, 8, 257, device="cpu")
-    given = function(probe)
-    same = (name for name, own in ACTIVATIONS.items() if torch.allclose(own(probe), given, 0, 1e-6))
-    return next(same, None)
+@contextlib.contextmanager
+def blocks_as_operators() -> Iterator[None]:
+    """Inside the context, blocks that skip are one operator each, for `raybert.onnx_skip`; other
+    traces are of operators that everyone knows, and multiply by zero."""
+    token = _tracing.set(True)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
 
 
 @torch.library.custom_op("raybert::kept_feed_forward", mutates_args=())
@@ -192,15 +211,15 @@ def kept_feed_forward(
     Args:
         hidden: [B, T, H].
         keep: [B, N].
-        weight, bias: of the N neurons [N, H], [N].
-        out, out_bias: [N, H], [H].
+        weight, bias: of the N neurons [1, N, 1, H], [1, N, 1].
+        out, out_bias: [N, 1, H], [H].
         activation: a name in ``ACTIVATIONS``.
 
     Returns:
         [B, T, H].
     """
-    y = ACTIVATIONS[activation](F.linear(hidden, weight, bias))
-    return F.linear(y * keep.to(y.dtype)[:, None, :], out.t(), out_bias)
+    y = ACTIVATIONS[activation](F.linear(hidden, weight.flatten(0, 2), bias.flatten()))
+    return F.linear(y * keep.to(y.dtype)[:, None, :], out.flatten(0, 1).t(), out_bias)
 
 
 @torch.library.custom_op("raybert::kept_attention", mutates_args=())
@@ -341,7 +360,7 @@ class Gated(nn.Module):
         """
         raise NotImplementedError
 
-    def traced(self, hidden: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor | None:
+    def as_operator(self, hidden: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor | None:
         """The block as one operator, for a traced model: [B, T, H] -> [B, T, H]; ``None``: there is
         none for this block, whose units are all computed, and multiplied by zero."""
         raise NotImplementedError
@@ -355,10 +374,10 @@ class Gated(nn.Module):
             units = torch.arange(count, device=hidden.device)
             return self._part(hidden, mask, units, None, **kwargs)
         keep = self.gate(first)
-        if self.skips and torch.compiler.is_exporting():
-            traced = self.traced(hidden, mask, keep)
-            if traced is not None:
-                return traced, None
+        if self.skips and _tracing.get():
+            operator = self.as_operator(hidden, mask, keep)
+            if operator is not None:
+                return operator, None
         if not self._skipping():
             return self._part(hidden, mask, None, keep, **kwargs)
         unit, slices = self.units.multiply_adds, self.slices
@@ -432,7 +451,6 @@ class GatedFeedForward(Gated):
         super().__init__()
         self.units = Units([inward], outward, inward.out_features)
         self.gate, self.activation = gate, activation
-        self.known = known_activation(activation)
         self.mean = self.skips = False
         self.expected = 1.0
 
@@ -443,13 +461,18 @@ class GatedFeedForward(Gated):
         y = self.activation(y)
         return y if keep is None else y * keep.to(y.dtype)[:, None, :], None
 
-    def traced(self, hidden: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor | None:
+    def as_operator(self, hidden: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor | None:
         """[B, T, H] -> [B, T, H]."""
-        if self.known is None:
+        units, name = self.units, self.activation_name
+        if name is None:
             return None
-        units = self.units
-        weights = units.weight.flatten(0, 2), units.bias.flatten(), units.out.flatten(0, 1)
-        return kept_feed_forward(hidden, keep, *weights, units.out_bias, self.known)
+        weights = units.weight, units.bias, units.out, units.out_bias
+        return kept_feed_forward(hidden, keep, *weights, name)
+
+    @property
+    def activation_name(self) -> str | None:
+        """Of the activation in ``ACTIVATIONS``, if it is there."""
+        return ACTIVATION_OF.get(type(self.activation).__name__)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
@@ -501,7 +524,7 @@ class GatedAttention(Gated, ProjectedAttention):
         """hidden_states [B, T, H] -> [B, T, H], and the attention [B, A, T, T] or None."""
         return self.run(hidden_states, attention_mask, **kwargs)
 
-    def traced(self, hidden: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor | None:
+    def as_operator(self, hidden: Tensor, mask: Tensor | None, keep: Tensor) -> Tensor | None:
         """[B, T, H] -> [B, T, H]."""
         units = self.units
         weights = units.weight, units.bias, units.out, units.out_bias

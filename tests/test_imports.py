@@ -35,7 +35,7 @@ LAYERS = [
         "timer",
     },
     {"lowrank", "fake_quant", "gates", "metrics_log", "arguments", "loggers"},
-    {"skipping", "power_norm", "softmax_net", "onnx_int8"},
+    {"skipping", "power_norm", "softmax_net", "onnx_int8", "onnx_skip"},
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
     {"first_token", "integer"},
     {"warm_start", "fold"},

@@ -85,18 +85,26 @@ def test_fine_tuning_learns_the_task(teacher):
     assert lines(teacher, "train")[-1]["waited"] < 1.0
 
 
+LONG: dict[str, Any] = {
+    "method": [{"name": "theseus", "finetune_epochs": 1, "schedule": "linear"}],
+    "kd": {"alpha": 0.3, "cls": 1.0},
+    "train": {"epochs": 10, "save_every": 4, "eval_every": 7},
+}
+"""Keys of a run that is long enough to be interrupted."""
+
+
+@pytest.fixture(scope="module")
+def whole(toy, teacher, tmp_path_factory) -> Path:
+    """Such a run, uninterrupted. It and the others are in processes of their own: sums depend on
+    the number of threads, which tests here change."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    through(toy(folder, teacher=str(teacher), **LONG))
+    return folder
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_continues_to_the_same_weights(toy, teacher, tmp_path, signal_number):
-    keys = {
-        "teacher": str(teacher),
-        "method": [{"name": "theseus", "finetune_epochs": 1, "schedule": "linear"}],
-        "kd": {"alpha": 0.3, "cls": 1.0},
-        "train": {"epochs": 10, "save_every": 4, "eval_every": 7},
-    }
-    # All in processes of their own: sums depend on the number of threads, which tests here change.
-    whole = tmp_path / "whole"
-    through(toy(whole, **keys))
-    recipe = toy(tmp_path / "killed", **keys)
+def test_a_killed_run_continues_to_the_same_weights(toy, teacher, whole, tmp_path, signal_number):
+    recipe = toy(tmp_path / "killed", teacher=str(teacher), **LONG)
     process = start(recipe)
     wait_for(recipe.folder / "checkpoints" / "phase0-step0000008", process)
     process.send_signal(signal_number)
@@ -109,11 +117,10 @@ def test_a_killed_run_continues_to_the_same_weights(toy, teacher, tmp_path, sign
     assert steps == [(line["phase"], line["step"]) for line in lines(whole, "train")]
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(toy, teacher, tmp_path):
-    keys = {"teacher": str(teacher), **THESEUS, "train": {"epochs": 10, "save_every": 4}}
-    whole = tmp_path / "whole"
-    through(toy(whole, **keys))
-    recipe = toy(tmp_path / "cut", **keys)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
+    toy, teacher, whole, tmp_path
+):
+    recipe = toy(tmp_path / "cut", teacher=str(teacher), **LONG)
     process = start(recipe)
     wait_for(recipe.folder / "checkpoints" / "phase0-step0000012", process)
     process.kill()

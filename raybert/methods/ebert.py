@@ -195,14 +195,16 @@ class EBERT(MethodConfig):
         ]
 
     def graph_remarks(self, model: Any) -> list[str]:
-        """Of what the graph does not leave out."""
+        """How far its clock can be taken at its word, and what the graph does not leave out."""
         blocks = [block for _, block in gated(model) if isinstance(block, GatedFeedForward)]
-        if all(block.known for block in blocks):
-            return []
-        return [
+        whole = [
             "Simulated in part: the graph leaves out the heads that a sample does not keep. Its "
             f"neurons, which have another activation than {', '.join(ACTIVATIONS)}, are all "
             "computed and multiplied by zero."
+        ]
+        return [
+            "ebert: what the graph computes depends on the samples; latency is of random tokens",
+            *(whole if any(block.activation_name is None for block in blocks) else []),
         ]
 
     @property
