@@ -88,9 +88,10 @@ def kept_feed_forward(t: Translation, node: Node) -> None:
     hidden, keep, weight, bias, out, last, activation = values
     sizes: Any = dims_of(out.meta["val"])
     count, width, size = sizes
-    inward = [_weight(t, value) for value in (weight, bias)]
-    outward = [_weight(t, out, (1, count, width, size)), t.full(last)]
-    operator, attributes = activation, {}
+    inward = _weight(t, weight), _weight(t, bias)
+    outward = _weight(t, out, (1, count, width, size)), t.full(last)
+    operator: str = activation
+    attributes: dict[str, Any] = {}
     if activation == "GeluTanh":
         operator, attributes = "Gelu", {"approximate": "tanh"}
 
@@ -108,11 +109,11 @@ def kept_attention(t: Translation, node: Node) -> None:
     queries, hidden, keep, mask, weight, bias, out, last, scale = values
     sizes: Any = dims_of(out.meta["val"])
     count, width, size = sizes
-    outward = [_weight(t, out, (1, count, width, size)), t.full(last)]
+    outward = _weight(t, out, (1, count, width, size)), t.full(last)
     # Queries, keys and values are one product if they are made of the same.
     alone = queries is hidden
     spans = [(0, 3)] if alone else [(0, 1), (1, 3)]
-    inward = [[_weight(t, value, span=span) for value in (weight, bias)] for span in spans]
+    inward = [(_weight(t, weight, span=span), _weight(t, bias, span=span)) for span in spans]
 
     def block(part: _Part) -> str:
         graph, qkv = t.graph, []

@@ -29,8 +29,6 @@ from raybert.train import Trainer
 
 QUIET: dict[str, Any] = {"tell": lambda text: None}
 
-THESEUS = {"method": [{"name": "theseus", "finetune_epochs": 1}]}
-
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model" / "model.safetensors")
