@@ -54,18 +54,21 @@ class _Part:
     chosen: str | None = None
 
     def weight(self, name: str, *shape: int) -> str:
-        """A weight [P, N, ...] of the units, [P, n, ...], in another shape."""
+        """A weight [P, N, ...] of the units, or [N, ...], in another shape."""
+        dims = self.graph.dims(name)
         if self.chosen is not None:
-            name = self.graph.add("Gather", [name, self.chosen], axis=1)
+            name = self.graph.add("Gather", [name, self.chosen], axis=int(len(dims) > len(shape)))
+        if len(dims) == len(shape):
+            return name
         return self.graph.once("Reshape", [name, self.graph.constant(shape)])
 
     def product(self, rows: str, weight: str, bias: str, width: int) -> str:
-        """Rows [R, H] times weights [P, N, D, H] of the units: [R, P * n * D]."""
+        """Rows [R, H] times weights [P, N, D, H], or [N, H], of the units: [R, P * n * D]."""
         pair = [self.weight(weight, -1, width), self.weight(bias, -1)]
         return self.graph.add("Gemm", [rows, *pair], transB=1)
 
     def outward(self, y: str, weight: str, bias: str, width: int) -> str:
-        """[b, T, n, D] times weights [1, N, D, H] of the units: [b * T, H]."""
+        """[b, T, n, D] times weights [1, N, D, H], or [N, H], of the units: [b * T, H]."""
         rows = self.graph.add("Flatten", [y], axis=2)
         return self.graph.add("Gemm", [rows, self.weight(weight, -1, width), bias])
 
@@ -87,9 +90,9 @@ def kept_feed_forward(t: Translation, node: Node) -> None:
     values: Any = node.args
     hidden, keep, weight, bias, out, last, activation = values
     sizes: Any = dims_of(out.meta["val"])
-    count, width, size = sizes
-    inward = _weight(t, weight), _weight(t, bias)
-    outward = _weight(t, out, (1, count, width, size)), t.full(last)
+    count, _, size = sizes
+    inward = _weight(t, weight, (count, size)), _weight(t, bias, (count,))
+    outward = _weight(t, out, (count, size)), t.full(last)
     operator: str = activation
     attributes: dict[str, Any] = {}
     if activation == "GeluTanh":
@@ -98,9 +101,9 @@ def kept_feed_forward(t: Translation, node: Node) -> None:
     def block(part: _Part) -> str:
         y = part.product(part.sources[0], *inward, size)
         y = t.graph.add(operator, [y], **attributes)
-        return part.outward(part.masked(part.apart(y, width)), *outward, size)
+        return part.outward(part.masked(part.apart(y, 1)), *outward, size)
 
-    _add(t, node, block, keep, [hidden], copied=2 * width * size, product=2 * width * size)
+    _add(t, node, block, keep, [hidden], copied=2 * size, product=2 * size)
 
 
 def kept_attention(t: Translation, node: Node) -> None:
@@ -125,10 +128,16 @@ def kept_attention(t: Translation, node: Node) -> None:
                 parts = graph.add("Split", [y], outputs=number, axis=1, num_outputs=number)
             qkv += [part.apart(one, width, place) for one in parts]
         qkv[2] = part.masked(qkv[2])  # a head's output is a mean of its values
-        inputs = [graph.add("Transpose", [one], perm=[0, 2, 1, 3]) for one in qkv]
-        inputs += [part.mask] if part.mask else []
-        context = graph.add("Attention", inputs, scale=scale)
-        context = graph.add("Transpose", [context], perm=[0, 2, 1, 3])
+        more = [part.mask] if part.mask else []
+        if part.chosen is None:  # the operator takes a fixed number of heads as they lie
+            joined = graph.constant([0, 0, count * width])
+            inputs = [graph.add("Reshape", [one, joined]) for one in qkv]
+            heads = {"q_num_heads": count, "kv_num_heads": count}
+            context = graph.add("Attention", [*inputs, *more], scale=scale, **heads)
+        else:
+            inputs = [graph.add("Transpose", [one], perm=[0, 2, 1, 3]) for one in qkv]
+            context = graph.add("Attention", [*inputs, *more], scale=scale)
+            context = graph.add("Transpose", [context], perm=[0, 2, 1, 3])
         return part.outward(context, *outward, size)
 
     sources = [hidden] if alone else [queries, hidden]
@@ -145,7 +154,8 @@ def _weight(
     name, array = t.label(value), t.known[value].detach().cpu().numpy()
     if span is not None and span != (0, len(array)):
         name, array = f"{name}.{span[0]}", array[slice(*span)]
-    return t.graph.weight(name, array if shape is None else array.reshape(shape))
+    array = array if shape is None else array.reshape(shape)
+    return t.graph.mark(t.graph.weight(name, array), array.shape)
 
 
 def _add(
@@ -190,7 +200,8 @@ def _add(
         t.set(node, block(whole), dims)
         return
     some = graph.add("ReduceMax", [kept, graph.constant([0])], keepdims=0)
-    chosen = _chosen(graph, some, count)
+    total = graph.add("ReduceSum", [kept], keepdims=0)
+    chosen = _chosen(graph, some, total, count)
     together = replace(whole, chosen=chosen, size=graph.add("Shape", [chosen]))
     apart = [t.full(value) for value in values]
 
@@ -198,7 +209,9 @@ def _add(
         """The block for one sample."""
         place = graph.once("Reshape", [index, graph.constant([1])])
         own = graph.add("Gather", [kept, place], axis=0)
-        chosen = _chosen(graph, graph.add("Reshape", [own, graph.constant([-1])]), count)
+        number = graph.add("ReduceSum", [own], keepdims=0)
+        flat = graph.add("Reshape", [own, graph.constant([-1])])
+        chosen = _chosen(graph, flat, number, count)
         tokens = graph.once("Shape", ["input_ids"], start=1, end=2)
         long = graph.once("Concat", [graph.constant([1]), tokens], axis=0)
         part = _Part(
@@ -220,49 +233,69 @@ def _add(
         rows = graph.loop(batch, one, rank=2)
         return graph.add("Reshape", [rows, graph.constant([-1, size])])
 
-    pays, joins = _cheaper(graph, kept, together.size, count, copied, product)
-    name = graph.choice(
-        pays,
-        lambda: graph.choice(joins, lambda: block(together), each, dims),
-        lambda: block(whole),
-        dims,
-    )
-    t.set(node, name, dims)
+    costs = _Costs(graph, count, copied, product)
+
+    def skipping() -> str:
+        joins = costs.joins(together.size, total)
+        return graph.choice(joins, lambda: block(together), each, dims)
+
+    pays = costs.pays(together.size, total)
+    t.set(node, graph.choice(pays, skipping, lambda: block(whole), dims), dims)
 
 
-def _chosen(graph: Graph, some: str, count: int) -> str:
-    """The numbers of the units whose entry in [N] is not zero; the first one where all are, which
-    is then multiplied by zero: products of no unit are nothing that every runtime can do."""
-    most = graph.add("ReduceMax", [some], keepdims=0)
-    none = graph.add("Equal", [most, graph.constant(0, np.float32)])
+def _chosen(graph: Graph, some: str, total: str, count: int) -> str:
+    """The numbers of the units whose entry in [N] is not zero; the first one where their sum is,
+    which is then multiplied by zero: products of no unit are nothing that every runtime can do."""
+    none = graph.add("Equal", [total, graph.constant(0, np.float32)])
     first = graph.constant(np.arange(count) == 0, np.float32)
     places = graph.add("NonZero", [graph.add("Where", [none, first, some])])
     return graph.add("Reshape", [places, graph.constant([-1])])
 
 
-def _cheaper(
-    graph: Graph, kept: str, size: str, count: int, copied: int, product: int
-) -> tuple[str, str]:
-    """Whether skipping costs less than computing all, and if so, whether together or each alone.
+class _Costs:
+    """What a block costs, in units times tokens.
 
-    Costs are in units times tokens.
+    Of n units for all samples together ``n * (B * T + gather)``; of m units in all for each sample
+    alone ``m * (T + gather) + B * call``; whole ``N * B * T``.
     """
 
-    def floats(name: str) -> str:
-        return graph.once("Cast", [name], to=TensorProto.FLOAT)
+    def __init__(self, graph: Graph, count: int, copied: int, product: int) -> None:
+        self.graph = graph
+        self.gather = self._number(GATHER * copied / product)
+        batch, length = (
+            self._float(graph.once("Shape", ["input_ids"], start=axis, end=axis + 1))
+            for axis in (0, 1)
+        )
+        tokens = graph.once("Mul", [batch, length])
+        self.call = graph.once("Mul", [batch, self._number(CALL / product)])
+        self.whole = graph.once("Mul", [tokens, self._number(count)])
+        self.together = graph.once("Add", [tokens, self.gather])
+        self.alone = graph.once("Add", [length, self.gather])
 
-    batch, length = (
-        floats(graph.once("Shape", ["input_ids"], start=axis, end=axis + 1)) for axis in (0, 1)
-    )
-    tokens = graph.once("Mul", [batch, length])
-    gather = graph.constant(GATHER * copied / product, np.float32)
-    call = graph.once("Mul", [batch, graph.constant(CALL / product, np.float32)])
-    every = graph.once("Mul", [tokens, graph.constant(count, np.float32)])
-    joint = graph.add("Mul", [floats(size), graph.once("Add", [tokens, gather])])
-    own = graph.add("ReduceSum", [kept], keepdims=0)
-    alone = graph.add("Mul", [own, graph.once("Add", [length, gather])])
-    alone = graph.add("Add", [alone, call])
-    scalar = graph.constant([])
-    pays = graph.add("Less", [graph.add("Min", [joint, alone]), every])
-    joins = graph.add("LessOrEqual", [joint, alone])
-    return graph.add("Reshape", [pays, scalar]), graph.add("Reshape", [joins, scalar])
+    def _number(self, value: float) -> str:
+        return self.graph.constant(value, np.float32)
+
+    def _float(self, name: str) -> str:
+        return self.graph.once("Cast", [name], to=TensorProto.FLOAT)
+
+    def pays(self, size: str, total: str) -> str:
+        """Whether either way of skipping costs less than the whole.
+
+        Args:
+            size: n, [1].
+            total: m.
+        """
+        graph = self.graph
+        # What does not depend on the gates is worked out once for all blocks.
+        most = graph.once("Div", [self.whole, self.together])
+        rest = graph.once("Sub", [self.whole, self.call])
+        least = graph.once("Div", [rest, self.alone])
+        found = graph.add("Less", [self._float(size), most])
+        return graph.add("Or", [found, graph.add("Less", [total, least])])
+
+    def joins(self, size: str, total: str) -> str:
+        """Whether all together cost no more than each alone."""
+        graph = self.graph
+        alone = graph.add("Add", [graph.add("Mul", [total, self.alone]), self.call])
+        joint = graph.add("Mul", [self._float(size), self.together])
+        return graph.add("LessOrEqual", [joint, alone])
