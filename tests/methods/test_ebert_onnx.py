@@ -164,7 +164,7 @@ def test_activations(name: str, known: bool) -> None:
     assert any("Simulated in part" in remark for remark in remarks) != known
 
 
-@pytest.mark.parametrize(("length", "gathers"), [(24, False), (40, True)])
+@pytest.mark.parametrize(("length", "gathers"), [(32, False), (48, True)])
 def test_few_tokens_are_computed_whole(length: int, gathers: bool) -> None:
     """Of half the units, as long as gathering costs what another half would."""
     model = skipping("bert", "qa")
