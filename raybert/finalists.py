@@ -103,8 +103,11 @@ def read_finished(
     def read(trial: Trial) -> list[RunReport]:
         if trial.state != "finished":
             return []
+        place = run_folder(folder, trial.number, trial.seed)
+        # A trial that has ended leaves no checkpoints: there is nothing that it could go on from.
+        mend = f"To train it again, remove {ledger.folder / trial.name}.json and {place}."
         try:
-            return [read_run(run_folder(folder, trial)).report]
+            return [read_run(place, mend).report]
         except UserError as error:
             tell(f"trial {trial.name} has finished and counts for nothing: {error}")
             return []

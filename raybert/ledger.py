@@ -23,6 +23,11 @@ DONE = ("finished", "stopped", "failed", "skipped")
 """States that a search which goes on leaves as they are."""
 
 
+def run_name(number: int, seed: int | None) -> str:
+    """What a trial's files and folders are called."""
+    return f"{number:03d}" + ("" if seed is None else f"-seed{seed}")
+
+
 @dataclass
 class Trial:
     """One trial.
@@ -54,12 +59,12 @@ class Trial:
     @property
     def name(self) -> str:
         """What its files and folders are called."""
-        return f"{self.number:03d}" + ("" if self.seed is None else f"-seed{self.seed}")
+        return run_name(self.number, self.seed)
 
 
-def run_folder(folder: Path, trial: Trial) -> Path:
-    """Where in a search folder a trial is run."""
-    return folder / ("trials" if trial.seed is None else "finalists") / trial.name
+def run_folder(folder: Path, number: int, seed: int | None = None) -> Path:
+    """Where in a search folder a trial is run, or a finalist with a further seed."""
+    return folder / ("trials" if seed is None else "finalists") / run_name(number, seed)
 
 
 class Ledger:
@@ -78,7 +83,7 @@ class Ledger:
 
     def get(self, number: int, seed: int | None = None) -> Trial | None:
         """A trial, if it was drawn."""
-        return self._trials.get(Trial(number, {}, seed=seed).name)
+        return self._trials.get(run_name(number, seed))
 
     def write(self, trial: Trial) -> None:
         """Note a trial as it is now; its file is replaced whole."""
@@ -88,24 +93,11 @@ class Ledger:
 
     def reopen_failed(self) -> int:
         """Let failed trials run again, from their last checkpoints; how many there are."""
-        return self._reopen([trial for trial in self.all if trial.state == "failed"])
-
-    def reopen_unreported(self) -> int:
-        """The same for finished ones that have no report: it was damaged, and removed."""
-        finished = [trial for trial in self.all if trial.state == "finished"]
-        return self._reopen(
-            [
-                t
-                for t in finished
-                if not (run_folder(self.folder.parent, t) / "report.json").is_file()
-            ]
-        )
-
-    def _reopen(self, trials: list[Trial]) -> int:
-        for trial in trials:
+        failed = [trial for trial in self.all if trial.state == "failed"]
+        for trial in failed:
             trial.state, trial.reason = "running", ""
             self.write(trial)
-        return len(trials)
+        return len(failed)
 
     @property
     def trials(self) -> list[Trial]:

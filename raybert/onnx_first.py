@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, Node
 
+KEPT_ATTENTION = "raybert.kept_attention.default"
+
 IN_ARGUMENT_ONE = {
     "aten.linear.default",
     "aten.layer_norm.default",
@@ -34,7 +36,7 @@ IN_ARGUMENT_ONE = {
     "raybert.on_grid.default",
     "raybert.norm_int8.default",
     "raybert.kept_feed_forward.default",
-    "raybert.kept_attention.default",
+    KEPT_ATTENTION,  # its queries'
 }
 """Operators that make each token of their first argument's same token."""
 
@@ -56,7 +58,6 @@ VIEWS = {"aten.view.default", "aten.reshape.default"}
 COPIES = {"aten.contiguous.default", "aten.clone.default"}
 
 ATTENTION = "aten.scaled_dot_product_attention.default"
-KEPT_ATTENTION = "raybert.kept_attention.default"
 PRODUCTS = {"aten.matmul.default", "raybert.product_int8.default"}
 TURN = "aten.transpose.int"
 

@@ -92,6 +92,7 @@ class Graph:
         if name not in self.weights:
             tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)
             self.weights[name] = tensor
+        assert tuple(self.weights[name].dims) == array.shape, f"{name} in two shapes"
         return name
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:

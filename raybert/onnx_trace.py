@@ -18,10 +18,10 @@ from raybert import __version__
 from raybert.compressed import longest_input
 from raybert.config import UserError
 from raybert.fold import folded
+from raybert.kept_operators import blocks_as_operators
 from raybert.onnx_first import keep_first
 from raybert.onnx_graph import Graph, Translation, dims_of
 from raybert.onnx_ops import HANDLERS
-from raybert.skipping import blocks_as_operators
 from raybert.surgery import INPUTS, takes_token_types
 from raybert.timer import LONGEST
 

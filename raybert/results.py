@@ -347,8 +347,12 @@ def _without_seed(recipe: str) -> Any:
     return strip({k: v for k, v in data.items() if k not in elsewhere})
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, mend: str | None = None) -> Run:
     """Read a finished run folder.
+
+    Args:
+        folder: of the run.
+        mend: what to say of a report that is not there or damaged; nothing: what helps a run.
 
     Raises:
         UserError: it is no run folder, the run has not finished, or a file in it is damaged.
@@ -361,15 +365,20 @@ def read_run(folder: Path) -> Run:
         )
     if not report.is_file():
         raise UserError(
-            f"{folder} has no report.json: its run has not finished. Start the same command again "
-            "to resume it."
+            f"{folder} has no report.json"
+            + (
+                f". {mend}"
+                if mend
+                else ": its run has not finished. Start the same command again to resume it."
+            )
         )
     read_yaml(recipe)  # what its text says is looked at later
     try:
         found = validated(_json(report), str(report))
     except UserError as error:
         raise UserError(
-            f"{error} Remove it and start the run's command again, which writes it anew."
+            f"{error} "
+            + (mend or "Remove it and start the run's command again, which writes it anew.")
         ) from None
     return Run(
         found,

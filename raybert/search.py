@@ -121,8 +121,6 @@ def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
     ledger = Ledger(search.folder)
     if search.settings.retry_failed:
         tell(f"{ledger.reopen_failed()} failed trials run again")
-    if lost := ledger.reopen_unreported():
-        tell(f"{lost} finished trials have no report.json and go on from their last checkpoints")
     try:
         if not _is_done(search, ledger):
             _train(search, teacher, ledger, loggers, tell)
@@ -318,7 +316,7 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
     if any(objective.path == (LATENCY,) for objective in search.objectives):
         there = on_front(finished, objectives)
         chosen += [entry for entry, wanted in zip(finished, there, strict=True) if wanted]
-    folders = sorted({run_folder(search.folder, entry.trial) for entry in chosen})
+    folders = sorted({run_folder(search.folder, entry.trial.number) for entry in chosen})
     failed = side_by_side.measure(folders, search.recipe, tell)
     return {folder.name: reason for folder, reason in failed.items()}
 

@@ -83,7 +83,7 @@ class Answer:
     @property
     def model(self) -> Path:
         """The winner's model folder, as the search trained it."""
-        return run_folder(self.folder, self.winner.trial) / "model"
+        return run_folder(self.folder, self.winner.trial.number) / "model"
 
     def recipe_of(self, trial: Trial, out: Path) -> Recipe:
         """A trial's recipe with the measurements, the export and the resources of the search's."""

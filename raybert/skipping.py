@@ -9,11 +9,8 @@ the whole product is cheaper, and what is not kept is multiplied by zero.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
-from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +22,7 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
+from raybert import kept_operators
 from raybert.attention import ProjectedAttention
 from raybert.gates import Gate, summary
 
@@ -163,113 +161,6 @@ def gathered(weight: Tensor, axis: int, units: Tensor) -> Tensor:
 Chosen = Tensor | int | None
 """Units by number, so many of the first, or all."""
 
-ACTIVATIONS: dict[str, Any] = {
-    "Gelu": F.gelu,
-    "GeluTanh": lambda x: F.gelu(x, approximate="tanh"),
-    "Relu": F.relu,
-    "Tanh": torch.tanh,
-}
-"""Those that a feed-forward can have which is one operator of a traced model."""
-
-ACTIVATION_OF = {
-    "GELUActivation": "Gelu",
-    "NewGELUActivation": "GeluTanh",
-    "GELUTanh": "GeluTanh",
-    "FastGELUActivation": "GeluTanh",
-    "AccurateGELUActivation": "GeluTanh",
-    "ReLU": "Relu",
-    "Tanh": "Tanh",
-}
-"""Class of an activation as transformers makes it -> its name in ``ACTIVATIONS``."""
-
-_tracing: ContextVar[bool] = ContextVar("tracing", default=False)
-
-
-@contextlib.contextmanager
-def blocks_as_operators() -> Iterator[None]:
-    """Inside the context, blocks that skip are one operator each, for `raybert.onnx_skip`; other
-    traces are of operators that everyone knows, and multiply by zero."""
-    token = _tracing.set(True)
-    try:
-        yield
-    finally:
-        _tracing.reset(token)
-
-
-@torch.library.custom_op("raybert::kept_feed_forward", mutates_args=())
-def kept_feed_forward(
-    hidden: Tensor,
-    keep: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    out_bias: Tensor,
-    activation: str,
-) -> Tensor:
-    """A feed-forward of the neurons that each sample keeps, as it stands in a traced model.
-
-    Args:
-        hidden: [B, T, H].
-        keep: [B, N].
-        weight, bias: of the N neurons [1, N, 1, H], [1, N, 1].
-        out, out_bias: [N, 1, H], [H].
-        activation: a name in ``ACTIVATIONS``.
-
-    Returns:
-        [B, T, H].
-    """
-    y = ACTIVATIONS[activation](F.linear(hidden, weight.flatten(0, 2), bias.flatten()))
-    return F.linear(y * keep.to(y.dtype)[:, None, :], out.flatten(0, 1).t(), out_bias)
-
-
-@torch.library.custom_op("raybert::kept_attention", mutates_args=())
-def kept_attention(
-    queries: Tensor,
-    hidden: Tensor,
-    keep: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    out_bias: Tensor,
-    scale: float,
-) -> Tensor:
-    """Attention of the heads that each sample keeps, as it stands in a traced model.
-
-    Args:
-        queries: what queries are made of [B, T', H].
-        hidden: what keys and values are made of [B, T, H].
-        keep: [B, N].
-        mask: [B, 1, 1, T], true where a key is real.
-        weight, bias: queries, keys and values of the N heads [3, N, D, H], [3, N, D].
-        out, out_bias: [N, D, H], [H].
-        scale: of the scores.
-
-    Returns:
-        [B, T', H].
-    """
-    count, width = out.shape[:2]
-    sources = (queries, hidden, hidden)
-    parts = [
-        F.linear(source, weight[part].flatten(0, 1), bias[part].flatten())
-        .unflatten(-1, (count, width))
-        .transpose(1, 2)
-        for part, source in enumerate(sources)
-    ]
-    context = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)
-    context = (context * keep.to(context.dtype)[:, :, None, None]).transpose(1, 2).flatten(2)
-    return F.linear(context, out.flatten(0, 1).t(), out_bias)
-
-
-@kept_feed_forward.register_fake
-def _(hidden: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(hidden)
-
-
-@kept_attention.register_fake
-def _(queries: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(queries)
-
 
 class Units(nn.Module):
     """Weights of N units, each with P x D rows of the matrices that come in, and D that go out.
@@ -374,7 +265,7 @@ class Gated(nn.Module):
             units = torch.arange(count, device=hidden.device)
             return self._part(hidden, mask, units, None, **kwargs)
         keep = self.gate(first)
-        if self.skips and _tracing.get():
+        if self.skips and kept_operators.wanted():
             operator = self.as_operator(hidden, mask, keep)
             if operator is not None:
                 return operator, None
@@ -467,12 +358,12 @@ class GatedFeedForward(Gated):
         if name is None:
             return None
         weights = units.weight, units.bias, units.out, units.out_bias
-        return kept_feed_forward(hidden, keep, *weights, name)
+        return kept_operators.kept_feed_forward(hidden, keep, *weights, name)
 
     @property
     def activation_name(self) -> str | None:
         """Of the activation in ``ACTIVATIONS``, if it is there."""
-        return ACTIVATION_OF.get(type(self.activation).__name__)
+        return kept_operators.ACTIVATION_OF.get(type(self.activation).__name__)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
@@ -528,7 +419,7 @@ class GatedAttention(Gated, ProjectedAttention):
         """[B, T, H] -> [B, T, H]."""
         units = self.units
         weights = units.weight, units.bias, units.out, units.out_bias
-        return kept_attention(hidden, hidden, keep, mask, *weights, self.scaling)
+        return kept_operators.kept_attention(hidden, hidden, keep, mask, *weights, self.scaling)
 
     def _skipping(self) -> bool:
         # Eager attention is there to be read, of all heads.

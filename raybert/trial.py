@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from raybert.cluster import run_group
 from raybert.config import Recipe, UserError
 from raybert.job import Job
-from raybert.ledger import SEARCH, Trial, run_folder
+from raybert.ledger import SEARCH, run_folder
 from raybert.metrics import floor
 from raybert.objectives import Objective
 from raybert.plan import Plan, make_plan, resolve_paths
@@ -75,7 +75,7 @@ class Work:
 
     def place(self, number: int, seed: int | None) -> Path:
         """A trial's run folder."""
-        return run_folder(self.folder, Trial(number, {}, seed=seed))
+        return run_folder(self.folder, number, seed)
 
     def recipe_for(self, number: int, seed: int | None, values: Mapping[str, Any]) -> Recipe:
         """A trial's recipe: measured by `raybert.finalists` later, when the machine is idle."""

@@ -18,7 +18,16 @@ SEARCH = {"space.py", "draws.py", "steering.py", "trial.py", "tuning.py", "logge
 ONLY_HERE = {"ray": {"cluster.py", "network.py", "room.py", *SEARCH}, "deepspeed": {"engine.py"}}
 
 LAYERS = [
-    {"templates", "onnx_graph", "onnx_first", "workers", "explain", "progress", "grid"},
+    {
+        "templates",
+        "onnx_graph",
+        "onnx_first",
+        "kept_operators",
+        "workers",
+        "explain",
+        "progress",
+        "grid",
+    },
     {"places"},
     {"config", "losses", "demo_task", "factorise", "attention", "int8", "network"},
     {"buckets"},
@@ -111,7 +120,7 @@ def test_imports_flow_one_way(path):
 def test_a_method_knows_no_other_method(path):
     rooms = {n.split(".")[1] for n in imported(path) if n.startswith("raybert.")}
     layers = {"factorise", "factors", "moments", "ranks", "fake_quant", "int8", "grid"}
-    layers |= {"gates", "skipping", "kept", "integer"}
+    layers |= {"gates", "skipping", "kept", "kept_operators", "integer"}
     layers |= {"lowrank", "power_norm", "softmax_net", "warm_start"}
     assert rooms <= {"config", "losses", "surgery", "phase", "workers", *layers}
 

@@ -660,21 +660,6 @@ def test_the_ledger_reads_what_it_wrote(tmp_path):
         Ledger(tmp_path)
 
 
-def test_finished_trials_without_a_report_go_on(folder):
-    lost = folder / "trials" / "001" / "report.json"
-    text = lost.read_text()
-    lost.unlink()
-    ledger = Ledger(folder)
-    ledger.write(Trial(0, {}, "finished", seed=99))
-    assert ledger.reopen_unreported() == 2
-    again = Ledger(folder)
-    assert [t.state for t in again.trials if t.number < 2] == ["finished", "running"]
-    assert [t.state for t in again.seeds_of(0) if t.seed == 99] == ["running"]
-    lost.write_text(text)
-    again.write(replace(again.trials[1], state="finished"))
-    assert Ledger(folder).reopen_unreported() == 0
-
-
 # -- choosing --------------------------------------------------------------------------------------
 
 
@@ -946,7 +931,10 @@ def test_a_run_that_cannot_be_read_is_passed_over_and_told(folder):
     (folder / "trials" / "000" / "report.json").unlink()
     found = answer(folder)
     assert found.winner.trial.number == 1
-    assert any("trial 000 has finished and counts for nothing" in text for text in found.notes)
+    (note,) = [text for text in found.notes if "trial 000 has finished and counts for" in text]
+    assert "has no report.json. To train it again, remove" in note
+    assert "ledger/000.json and" in note
+    assert "the same command" not in note
     write_answer(found)
     assert "Trial 000 has finished and counts for nothing" in (folder / "report.html").read_text()
     shutil.rmtree(folder / "trials")

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from raybert.config import KEPT_SHARE, MethodConfig, UserError
 from raybert.gates import Gate, Shape, flops_loss
 from raybert.kept import kept_units, layer_flops, spread_rows
+from raybert.kept_operators import ACTIVATIONS
 from raybert.phase import At, Distillation, Outputs, Phase
-from raybert.skipping import ACTIVATIONS, GATED, Gated, GatedFeedForward
+from raybert.skipping import GATED, Gated, GatedFeedForward
 from raybert.surgery import (
     activation,
     compressed_by,
@@ -196,16 +197,17 @@ class EBERT(MethodConfig):
 
     def graph_remarks(self, model: Any) -> list[str]:
         """How far its clock can be taken at its word, and what the graph does not leave out."""
+        found = [
+            "ebert: what the graph computes depends on the samples; latency is of random tokens"
+        ]
         blocks = [block for _, block in gated(model) if isinstance(block, GatedFeedForward)]
-        whole = [
-            "Simulated in part: the graph leaves out the heads that a sample does not keep. Its "
-            f"neurons, which have another activation than {', '.join(ACTIVATIONS)}, are all "
-            "computed and multiplied by zero."
-        ]
-        return [
-            "ebert: what the graph computes depends on the samples; latency is of random tokens",
-            *(whole if any(block.activation_name is None for block in blocks) else []),
-        ]
+        if any(block.activation_name is None for block in blocks):
+            found.append(
+                "Simulated in part: the graph leaves out heads that a sample does not keep. Its "
+                f"neurons, which have another activation than {', '.join(ACTIVATIONS)}, are all "
+                "computed and multiplied by zero."
+            )
+        return found
 
     @property
     def rounding(self) -> float:
