@@ -191,7 +191,8 @@ def test_samples_that_keep_nearly_the_same_are_computed_together(alike: bool, mo
     block: Any = gated(model)[1][1]
     seen: list[torch.Tensor] = []
     handle = block.gate.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    logits(model, batch)
+    with torch.no_grad():
+        model(**batch)
     handle.remove()
     own = torch.arange(block.units.count) < block.units.count // 2
     other = own.clone() if alike else ~own
