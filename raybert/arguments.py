@@ -232,7 +232,7 @@ def _add_tune(commands: Any) -> None:
     command.add_argument(
         "--algorithm",
         choices=("random", "grid", "optuna"),
-        help="default: optuna if it is installed, else random",
+        help="default: grid for a space of grids, else optuna if it is installed, else random",
     )
     command.add_argument(
         "--scheduler",

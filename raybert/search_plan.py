@@ -23,7 +23,7 @@ from raybert.places import HIDDEN, uri_of
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
 from raybert.recipe_file import dump_recipe, recipe_from
 from raybert.shares import Shares, check_gpu, share_out
-from raybert.space import Space, apply, chain_of, make_space, read_space, sample_text
+from raybert.space import Space, apply, chain_of, is_grid, make_space, read_space, sample_text
 from raybert.steering import SCHEDULERS, check_schedules, check_stopping
 from raybert.teacher import teacher_digest
 from raybert.yaml_file import read_yaml
@@ -193,7 +193,8 @@ def make_search(
     Raises:
         UserError: a mistake in any of them.
     """
-    settings = (settings or Settings()).checked()
+    asked = settings or Settings()
+    settings = asked.checked()
     loss = parse_loss(settings.loss)
     recipe = resolve_paths(recipe)
     if recipe.fewest < recipe.workers:
@@ -213,6 +214,9 @@ def make_search(
         if space is None and settings.scheduler == "pbt" and len(recipe.method) == 1:
             space = f"{recipe.method[0].name}:SCHEDULES"
         space = read_space(space, recipe)
+    grids = [is_grid(axis) for axis in space.axes.values()]
+    if any(grids) and asked.algorithm is None and settings.algorithm == "optuna":
+        settings = replace(settings, algorithm="grid" if all(grids) else "random")
     looked = _look(recipe, space, samples)
     plans = [sample.plan for sample in looked if sample.plan is not None]
     if not plans:

@@ -966,6 +966,16 @@ def test_a_search_is_described_before_it_starts(toy, teacher, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_space_of_grids_is_searched_as_one(toy, teacher, tmp_path):
+    grid = {"kd.cls": ray_tune.grid_search([0.0, 10.0])}
+    search = search_of(toy, teacher, tmp_path / "s", axes=grid)
+    assert search.settings.algorithm == "grid"
+    mixed = search_of(toy, teacher, tmp_path / "s", axes={**AXES, **grid})
+    assert mixed.settings.algorithm == "random"
+    with pytest.raises(UserError, match="Optuna cannot sample"):
+        search_of(toy, teacher, tmp_path / "s", axes=grid, algorithm="optuna")
+
+
 def test_a_description_leaves_a_clusters_shares_open(toy, teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "nowhere")
     assert "shares    of the cluster" in describe(search_of(toy, teacher, tmp_path / "s"))
