@@ -109,7 +109,7 @@ def _squares() -> Iterator[Any]:
                 yield pytest.param(case, family, kind, marks=more, id=name)
 
 
-every_square = pytest.mark.parametrize(("case", "family", "kind"), _squares())
+every_square = pytest.mark.parametrize(("case", "family", "kind"), list(_squares()))
 
 
 def method_of(case: dict[str, Any]) -> MethodConfig:
