@@ -29,8 +29,7 @@ from raybert.gates import Gate, summary
 GATHER = 14
 """What gathering a unit's weights costs, in tokens that the unit could be computed for meanwhile.
 Measured on two AVX2 cores, for heads; it puts the end of gathering at 0.9 kept of 128 tokens. For
-neurons whose weights come from memory it is 20 to 30, and whole models were slower by the clock
-when it was set to that."""
+neurons whose weights come from memory it is 20 to 30."""
 
 CALL = 2_000_000
 """What one more group of samples costs, in multiply-adds that could be done meanwhile."""
