@@ -88,6 +88,46 @@ class Figure:
         return {**asdict(self), "measured": measured, "target": self.target, "met": self.met}
 
 
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster than its teacher a model is at one shape.
+
+    Attributes:
+        model: what it is called in the table.
+        backend: ``torch`` or ``onnx``.
+        batch: B.
+        length: T, in tokens.
+        speedup: of medians.
+        aim: what it is to reach; ``None`` where there is none.
+        counted: what FLOPs alone would make it, where they say more than the model's name.
+    """
+
+    model: str
+    backend: str
+    batch: int
+    length: int
+    speedup: float
+    aim: float | None = None
+    counted: float | None = None
+
+    @property
+    def figure(self) -> Figure:
+        """As a number beside its target."""
+        where = {"torch": "PyTorch", "onnx": "ONNX Runtime"}[self.backend]
+        counted = f" (counted {self.counted:.2f} x)" if self.counted else ""
+        what = f"{self.model} in {where}, batch {self.batch} x {self.length}, faster by{counted}"
+        return Figure(what, self.speedup, "x", self.aim, at_most=False)
+
+
+def processor(hardware: Mapping[str, Any]) -> str:
+    """The kind of processor as far as speed-ups depend on it: the newest of its instruction sets
+    that products of numbers use."""
+    if hardware["gpu"]:
+        return "gpu"
+    known = {"AMX": "amx", "AVX512-VNNI": "vnni", "AVX512": "avx512", "AVX2": "avx2"}
+    return next((kind for name, kind in known.items() if name in hardware["instructions"]), "cpu")
+
+
 def shown_path(path: str | Path) -> str:
     """A path's last two components: what others need to know of it."""
     return "/".join(Path(path).expanduser().parts[-2:]).lstrip("/")
@@ -130,16 +170,23 @@ def write_json(file: Path, data: Any) -> None:
 
 
 def publish(
-    args: argparse.Namespace, title: str, figures: Sequence[Figure], details: Mapping[str, Any]
+    args: argparse.Namespace,
+    title: str,
+    figures: Sequence[Figure],
+    details: Mapping[str, Any],
+    speedups: Sequence[Speedup] = (),
 ) -> None:
-    """Print the figures as a table and write them, with all they depend on, to the results."""
+    """Print the figures as a table and write them, with all they depend on, to the results.
+
+    Speed-ups depend on the processor: results with some are kept for each kind of it.
+    """
     from raybert.bench import hardware
     from raybert.tables import markdown_table
 
-    name = Path(sys.argv[0]).stem
+    machine, name = hardware(), Path(sys.argv[0]).stem
     rows = [
         [f.what, f"{f.measured:.4g} {f.unit}", f.target, {None: "", True: "yes"}.get(f.met, "NO")]
-        for f in figures
+        for f in [*(one.figure for one in speedups), *figures]
     ]
     print(f"{title}\n\n{markdown_table(['what', 'measured', 'target', 'met'], rows)}\n")
     result = {
@@ -148,12 +195,14 @@ def publish(
         "quick": args.quick,
         "command": shown_command(sys.argv),
         "date": today(),
+        "speedups": [asdict(one) for one in speedups],
         "figures": [figure.as_json() for figure in figures],
         "details": dict(details),
         "versions": versions(),
-        "hardware": hardware(),
+        "hardware": machine,
     }
-    file = (QUICK_RESULTS if args.quick else RESULTS) / f"{name}.json"
+    kind = f".{processor(machine)}" if speedups else ""
+    file = (QUICK_RESULTS if args.quick else RESULTS) / f"{name}{kind}.json"
     write_json(file, result)
     print(f"written to {file.relative_to(HERE.parents[1])}")
 
@@ -197,14 +246,39 @@ def latencies(
     )
 
 
-def medians_of(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], float]:
-    """Median milliseconds of each model, backend and batch size."""
-    return {(r["model"], r["backend"], r["batch"]): r["p50_ms"] for r in rows}
+def against_teacher(
+    rows: Sequence[Mapping[str, Any]],
+    aims: Mapping[tuple[str, int, int], float] | None = None,
+    *,
+    best_form: bool = False,
+) -> list[Speedup]:
+    """How many times faster than ``teacher`` each model is, by medians of one shape.
 
+    Args:
+        rows: of `raybert.latency.latency`, of one or several backends.
+        aims: (model, batch, length) -> what it is to reach.
+        best_form: against the teacher in whichever backend it is fastest in, rather than in the
+            model's own.
+    """
+    from raybert.latency import speedups
 
-def best_form(times: Mapping[tuple[str, str, int], float], batch: int) -> float:
-    """The teacher's milliseconds in ONNX Runtime or in PyTorch, whichever is faster."""
-    return min(times["teacher", backend, batch] for backend in ("onnx", "torch"))
+    rows = list(rows)
+    if best_form:
+        fastest: dict[tuple[int, int], float] = {}
+        for row in rows:
+            if row["model"] == "teacher":
+                shape = row["batch"], row["length"]
+                fastest[shape] = min(row["p50_ms"], fastest.get(shape, row["p50_ms"]))
+        rows = [
+            {**row, "p50_ms": fastest[row["batch"], row["length"]]}
+            if row["model"] == "teacher"
+            else row
+            for row in rows
+        ]
+    return [
+        Speedup(**row, aim=(aims or {}).get((row["model"], row["batch"], row["length"])))
+        for row in speedups(rows, "teacher")
+    ]
 
 
 # -- turns -----------------------------------------------------------------------------------------

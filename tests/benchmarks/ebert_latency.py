@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import Figure, encoder, latencies, options, publish
+from common import Speedup, against_teacher, encoder, latencies, options, publish
 from onnx_latency import write
 
 SHAPES = [(1, 128), (1, 64), (8, 128)]
@@ -91,10 +92,9 @@ def save_models(args: Any, folder: Path) -> tuple[dict[str, Path], dict[str, dic
     return paths, shares
 
 
-def measure(args: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
-    """Rows of `raybert.latency.latency`, the students' speed-ups, and their shares of FLOPs."""
+def measure(args: Any) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    """Rows of `raybert.latency.latency`, and the students' shares of FLOPs."""
     from raybert import load
-    from raybert.latency import speedups
 
     with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
         paths, shares = save_models(args, Path(folder))
@@ -106,37 +106,27 @@ def measure(args: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]
             *latencies(args, "torch", paths, SHAPES),
             *latencies(args, "onnx", graphs, SHAPES),
         ]
-    return rows, speedups(rows, "teacher"), shares
+    return rows, shares
 
 
-def figures_of(row: dict[str, Any], shares: dict[str, dict[str, float]]) -> list[Figure]:
-    """The speed-up by the clock, and its share of the speed-up by the count."""
-    shape, half = (row["batch"], row["length"]), row["model"] == "50%"
-    torch = row["backend"] == "torch"
-    counted = 1 / shares[row["model"]][f"{row['batch']}x{row['length']}"]
-    where = "" if torch else " in ONNX Runtime"
-    what = f"EBERT{where} at {row['model']} of the FLOPs, batch {row['batch']} x {row['length']}"
-    least = LEAST.get(shape) if half and torch else None
-    goal = 100 * TARGETS[shape] if half and torch and shape in TARGETS else None
-    return [
-        Figure(f"{what}, faster by", row["speedup"], "x", least, at_most=False),
-        Figure(
-            f"{what}, of the {counted:.2f} x counted",
-            100 * row["speedup"] / counted,
-            "%",
-            goal,
-            at_most=False,
-        ),
-    ]
+def aimed(row: Speedup, shares: dict[str, dict[str, float]]) -> Speedup:
+    """A speed-up beside the one by the count, and what PyTorch's is to reach."""
+    shape = row.batch, row.length
+    counted = 1 / shares[row.model][f"{row.batch}x{row.length}"]
+    goal = None
+    if row.model == "50%" and row.backend == "torch":
+        goal = LEAST.get(shape) or round(TARGETS[shape] * counted, 2)
+    name = f"ebert, {row.model} of the FLOPs"
+    return replace(row, model=name, counted=round(counted, 2), aim=goal)
 
 
 def main() -> None:
     """Measure, print and write."""
     args = options("EBERT students that skip against their dense teacher", timed=True).parse_args()
-    rows, faster, shares = measure(args)
-    figures = [figure for row in faster for figure in figures_of(row, shares)]
+    rows, shares = measure(args)
+    faster = [aimed(row, shares) for row in against_teacher(rows)]
     details = {"latency": rows, "flops": shares}
-    publish(args, "EBERT: only what a sample keeps", figures, details)
+    publish(args, "EBERT, random gates", [], details, faster)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ for them; every attention mode stands beside ffn_svd, and self_svd beside ffn_tu
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import Figure, encoder, latencies, options, publish
+from common import against_teacher, encoder, latencies, options, publish
 
 SHAPES = [(1, 128), (8, 128)]
 
@@ -59,16 +60,6 @@ def save_models(args: Any, folder: Path) -> tuple[dict[str, Path], dict[str, flo
     return paths, shares
 
 
-def measure(args: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
-    """Rows of `raybert.latency.latency`, the students' speed-ups, and their shares of FLOPs."""
-    from raybert.latency import speedups
-
-    with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
-        paths, shares = save_models(args, Path(folder))
-        rows = latencies(args, "torch", paths, SHAPES)
-    return rows, speedups(rows, "teacher"), shares
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = options(
@@ -76,20 +67,13 @@ def main() -> None:
     )
     parser.add_argument("--only", help="students whose name holds this")
     args = parser.parse_args()
-    rows, faster, shares = measure(args)
-    figures = [
-        Figure(
-            f"LoBERT {row['model']}, batch {row['batch']} x {row['length']} "
-            f"({shares[row['model']]:.0%} of the FLOPs), faster by",
-            row["speedup"],
-            "x",
-            1.6 if row["model"] == "self_svd + ffn_svd" else None,
-            at_most=False,
-        )
-        for row in faster
-    ]
+    with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
+        paths, shares = save_models(args, Path(folder))
+        rows = latencies(args, "torch", paths, SHAPES)
+    faster = against_teacher(rows, {("self_svd + ffn_svd", *shape): 1.6 for shape in SHAPES})
+    faster = [replace(one, counted=round(1 / shares[one.model], 2)) for one in faster]
     details = {"latency": rows, "flops": shares}
-    publish(args, "LoBERT at half the encoder's parameters (PyTorch)", figures, details)
+    publish(args, "LoBERT at half of the encoder's parameters", [], details, faster)
 
 
 if __name__ == "__main__":

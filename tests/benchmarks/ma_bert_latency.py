@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import Figure, best_form, encoder, latencies, medians_of, options, publish
+from common import Figure, Speedup, against_teacher, encoder, latencies, options, publish
 from onnx_latency import SHAPES, compressed, write
 
 MATRIX = {"name": "ma_bert", "length": 128, "warm_start": False}
@@ -46,23 +46,14 @@ def measure(args: Any) -> dict[str, Any]:
     return {"latency": rows}
 
 
-def figures(found: dict[str, Any]) -> list[Figure]:
-    """Speed-ups over the teacher's faster form, and of the integers over Q8BERT's."""
-    times = medians_of(found["latency"])
-    made = []
-    for batch, length in SHAPES:
-        shape = f"batch {batch} x {length}"
-        best = best_form(times, batch)
-        rows = {(name, "onnx"): times[name, "onnx", batch] for name in CHAINS}
-        rows["ma_bert", "torch"] = times["ma_bert", "torch", batch]
-        for (name, backend), spent in rows.items():
-            title = f"{name} ({backend}), {shape}, faster than the teacher by"
-            made.append(Figure(title, best / spent, "x"))
-        for name in CHAINS:
-            if name.startswith("ma_bert + q8bert"):
-                ratio = rows["q8bert", "onnx"] / rows[name, "onnx"]
-                made.append(Figure(f"{name}, {shape}, faster than q8bert by", ratio, "x"))
-    return made
+def figures(faster: list[Speedup]) -> list[Figure]:
+    """How much faster than Q8BERT's alone MA-BERT's integers are."""
+    times = {(one.model, one.batch): one.speedup for one in faster if one.backend == "onnx"}
+    return [
+        Figure(f"{name}, batch {batch}, faster than q8bert by", found / times["q8bert", batch], "x")
+        for (name, batch), found in times.items()
+        if name.startswith("ma_bert + q8bert")
+    ]
 
 
 def main() -> None:
@@ -70,7 +61,8 @@ def main() -> None:
     title = "MA-BERT students in ONNX Runtime and PyTorch against their teacher"
     args = options(title, timed=True).parse_args()
     found = measure(args)
-    publish(args, "MA-BERT students against their teacher", figures(found), found)
+    faster = against_teacher(found["latency"], best_form=True)
+    publish(args, "MA-BERT", figures(faster), found, faster)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import Figure, best_form, encoder, latencies, medians_of, options, publish
+from common import Figure, Speedup, against_teacher, encoder, latencies, options, publish
 
 SHAPES = [(1, 128), (8, 128)]
 
@@ -33,16 +33,12 @@ CHAINS: dict[str, list[dict[str, Any]]] = {
 }
 
 FASTER = {
-    ("theseus", 1): 1.9,
-    ("theseus", 8): 1.9,
-    ("lobert", 1): 1.6,
-    ("lobert", 8): 1.6,
-    ("q8bert", 1): 1.8,
-    ("q8bert", 8): None,
-    ("theseus + lobert + q8bert", 1): 4.0,
-    ("theseus + lobert + q8bert", 8): 4.0,
+    **{("theseus", *shape): 1.9 for shape in SHAPES},
+    **{("lobert", *shape): 1.6 for shape in SHAPES},
+    ("q8bert", 1, 128): 1.8,
+    **{("theseus + lobert + q8bert", *shape): 4.0 for shape in SHAPES},
 }
-"""Student and batch size -> how many times as fast as the teacher it has to be."""
+"""Student, batch size and length -> how many times as fast as the teacher it has to be."""
 
 SMALLER = {"q8bert": 3.5, "theseus + lobert + q8bert": 6.0}
 """Student -> how many times smaller: q8bert the file, the chain the weights without embeddings."""
@@ -145,31 +141,24 @@ def measure(args: Any) -> dict[str, Any]:
     return {"latency": rows, "file_bytes": file, "encoder_bytes": encoders}
 
 
-def figures(found: dict[str, Any]) -> list[Figure]:
-    """Speed-ups over the teacher's faster form, over the stock tool, and sizes."""
-    times = medians_of(found["latency"])
-    names = list(dict.fromkeys(r["model"] for r in found["latency"] if r["model"] != "teacher"))
-    made = []
-    for batch, length in SHAPES:
-        shape = f"batch {batch} x {length}"
-        best = best_form(times, batch)
-        for name in names:
-            made.append(
-                Figure(
-                    f"{name}, {shape}, faster than the teacher by",
-                    best / times[name, "onnx", batch],
-                    "x",
-                    FASTER.get((name, batch)),
-                    at_most=False,
-                )
-            )
-        ratio = times[STOCK, "onnx", batch] / times["q8bert", "onnx", batch]
-        made.append(Figure(f"q8bert, {shape}, against {STOCK}", ratio, "x", 1.0, at_most=False))
+def figures(found: dict[str, Any], faster: list[Speedup]) -> list[Figure]:
+    """Speed-ups over the stock tool, and sizes."""
+    times = {(one.model, one.batch): one.speedup for one in faster}
+    made = [
+        Figure(
+            f"q8bert, batch {batch}, against {STOCK}",
+            times["q8bert", batch] / times[STOCK, batch],
+            "x",
+            1.0,
+            at_most=False,
+        )
+        for batch, _ in SHAPES
+    ]
     for name, limit in SMALLER.items():
         kind = "file_bytes" if name == "q8bert" else "encoder_bytes"
         what = "file" if name == "q8bert" else "weights without embeddings"
         ratio = found[kind]["teacher"] / found[kind][name]
-        made.append(Figure(f"{name}, {what}, smaller by", ratio, "x", limit, at_most=False))
+        made.append(Figure(f"{name}: {what}, smaller by", ratio, "x", limit, at_most=False))
     return made
 
 
@@ -179,8 +168,8 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="further runs, model or exported folders")
     args = parser.parse_args()
     found = measure(args)
-    title = "Compressed models against their teacher (ONNX Runtime)"
-    publish(args, title, figures(found), found)
+    faster = against_teacher(found["latency"], FASTER, best_form=True)
+    publish(args, "Graphs of all methods", figures(found, faster), found, faster)
 
 
 if __name__ == "__main__":

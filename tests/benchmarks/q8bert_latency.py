@@ -4,60 +4,45 @@
 
 What was learned does not change a forward pass's time, so the student is the teacher with ranges
 from random token ids. Each model runs in a process of its own, in turns. Through ONNX Runtime the
-same student is timed by `onnx_latency.py`.
+same student is timed by `onnx_latency.py`. Without VNNI a product of integers is no faster than
+float32's, and PyTorch runs that instead.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from common import Figure, encoder, latencies, options, publish
+from common import Figure, against_teacher, encoder, latencies, options, publish
 from onnx_latency import SHAPES, compressed
 
 
 def save_models(name: str, folder: Path) -> dict[str, Path]:
     """The encoder with a classification head, in float32 and in 8 bits, static and dynamic."""
     paths = {}
-    for which, mode in (("teacher", None), ("student", "ema"), ("student_dynamic", "dynamic")):
+    for which, mode in (("teacher", None), ("q8bert", "ema"), ("q8bert, dynamic", "dynamic")):
         paths[which] = folder / which
         chain = [{"name": "q8bert", "mode": mode}] if mode else []
         compressed(name, chain).save_pretrained(paths[which])
     return paths
 
 
-def measure(args: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Details, and the students' speed-ups."""
+def main() -> None:
+    """Measure, print and write."""
     from raybert.bench import count
     from raybert.int8 import backend
-    from raybert.latency import speedups
 
+    args = options("8-bit students' size and speed-up over their teacher", timed=True).parse_args()
     with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
         paths = save_models(encoder(args), Path(folder))
         sizes = {name: count(path, 128) for name, path in paths.items()}
         rows = latencies(args, "torch", paths, SHAPES)
-    return {"product": backend(), "sizes": sizes, "latency": rows}, speedups(rows, "teacher")
-
-
-def main() -> None:
-    """Measure, print and write."""
-    args = options("8-bit students' size and speed-up over their teacher", timed=True).parse_args()
-    details, faster = measure(args)
-    sizes = details["sizes"]
-    whole, small = (sizes[name]["bytes"]["weights"] for name in ("teacher", "student"))
-    figures = [Figure("weights on disk, smaller by", whole / small, "x", 3.5, at_most=False)]
-    # Without VNNI a product of integers is no faster than float32's, and PyTorch runs that instead.
-    figures += [
-        Figure(
-            f"{row['model']}, batch {row['batch']} x {row['length']}, "
-            f"product {details['product']}, faster by",
-            row["speedup"],
-            "x",
-        )
-        for row in faster
+    whole, small = (sizes[name]["bytes"]["weights"] for name in ("teacher", "q8bert"))
+    figures = [
+        Figure("q8bert: weights on disk, smaller by", whole / small, "x", 3.5, at_most=False)
     ]
-    publish(args, "Q8BERT students against their teacher (PyTorch)", figures, details)
+    details = {"product": backend(), "sizes": sizes, "latency": rows}
+    publish(args, "Q8BERT, 8 bits", figures, details, against_teacher(rows))
 
 
 if __name__ == "__main__":

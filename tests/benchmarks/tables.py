@@ -38,6 +38,9 @@ TRAINING = ("step_time", "tokens", "distillation_step", "cached_step", "memory")
 TRAINING += ("lobert_factorise", "throughput", "soak")
 LATENCY = ("onnx_latency", "theseus_latency", "lobert_latency", "q8bert_latency")
 LATENCY += ("ebert_latency", "ma_bert_latency")
+PROCESSORS = {"amx": "AMX", "vnni": "VNNI", "avx512": "AVX-512", "avx2": "AVX2", "cpu": "other"}
+PROCESSORS |= {"gpu": "GPU"}
+BACKENDS = {"torch": "PyTorch", "onnx": "ONNX Runtime"}
 SEARCHING = ("tune_overhead", "tune_grid", "queue_of_trials")
 ACCURACY = ("post_training", "lobert_data_aware")
 COLUMNS = ["Task", "Method", "Metric", "Teacher", "Student", "Floor", "Retained", "Ratio"]
@@ -163,6 +166,13 @@ def quality(name: str = "quality") -> str:
 # -- benchmarks ------------------------------------------------------------------------------------
 
 
+def figure_cells(figure: dict[str, Any]) -> list[str]:
+    """What was measured, the number, its target and whether that is met."""
+    met = {True: "yes", False: "no", None: ""}[figure["met"]]
+    measured = f"{figure['measured']:g} {figure['unit']}"
+    return [escape_markdown(figure["what"]), measured, figure["target"], met]
+
+
 def benchmarks(names: Sequence[str]) -> str:
     """Every figure of the benchmarks beside its target, and where the numbers come from."""
     rows, notes = [], []
@@ -172,15 +182,70 @@ def benchmarks(names: Sequence[str]) -> str:
             missing = [name.replace("_", " "), "not measured yet", "", ""]
             rows.append([*missing, f"`python tests/benchmarks/{name}.py`"])
             continue
-        for figure in result["figures"]:
-            met = {True: "yes", False: "no", None: ""}[figure["met"]]
-            measured = f"{figure['measured']:g} {figure['unit']}"
-            what = escape_markdown(figure["what"])
-            rows.append([what, measured, figure["target"], met, f"`{result['command']}`"])
+        rows += [[*figure_cells(figure), f"`{result['command']}`"] for figure in result["figures"]]
         used = f"{machine(result['hardware'])}; {listed(result['versions'])}"
         notes.append(f"{result['date']}: {used}.")
     table = markdown_table(["What", "Measured", "Target", "Met", "Command"], rows)
     return "\n\n".join([table, " ".join(dict.fromkeys(notes))]).rstrip()
+
+
+# -- latency ---------------------------------------------------------------------------------------
+
+
+def on_processors(name: str) -> dict[str, dict[str, Any]]:
+    """A benchmark's results by the kind of processor."""
+    found = {kind: load(f"{name}.{kind}") for kind in PROCESSORS}
+    return {kind: result for kind, result in found.items() if result is not None}
+
+
+def speedup_cell(row: dict[str, Any] | None) -> str:
+    """A speed-up, and its aim."""
+    if row is None:
+        return ""
+    aim = "" if row["aim"] is None else f" (aim {row['aim']:g})"
+    return f"{times(row['speedup'])}{aim}"
+
+
+def speedup_table(results: dict[str, dict[str, Any]]) -> str:
+    """Models in rows; processors and shapes in columns."""
+    cells = {
+        (kind, row["model"], row["backend"], row["batch"], row["length"]): row
+        for kind, result in results.items()
+        for row in result["speedups"]
+    }
+    models = list(dict.fromkeys((model, backend) for _, model, backend, *_ in cells))
+    shapes = list(dict.fromkeys((batch, length) for *_, batch, length in cells))
+    counted = any(row["counted"] for row in cells.values())
+    heads = [f"{PROCESSORS[kind]}: {b} × {t}" for kind in results for b, t in shapes]
+    table = []
+    for model, backend in models:
+        places = [(kind, model, backend, *shape) for kind in results for shape in shapes]
+        found = [cells.get(place) for place in places]
+        share = next((row["counted"] for row in found if row and row["counted"]), None)
+        names = [escape_markdown(model), BACKENDS[backend]]
+        names += [times(share) if share else ""] * counted
+        table.append([*names, *map(speedup_cell, found)])
+    return markdown_table(["Model", "Runs in", *(["By FLOPs"] if counted else []), *heads], table)
+
+
+def latency() -> str:
+    """Every benchmark's speed-ups, one table each, then what else they measured."""
+    parts, rows, notes = [], [], []
+    for name in LATENCY:
+        results = on_processors(name)
+        command = f"`python tests/benchmarks/{name}.py`"
+        if not results:
+            parts.append(f"_Not measured yet: {command}_")
+            continue
+        title = next(iter(results.values()))["title"]
+        parts += [f"**{escape_markdown(title)}** ({command})", speedup_table(results)]
+        for kind, result in results.items():
+            for figure in result["figures"]:
+                rows.append([PROCESSORS[kind], *figure_cells(figure)])
+            used = f"{machine(result['hardware'])}; {listed(result['versions'])}"
+            notes.append(f"{result['date']}: {used}.")
+    table = markdown_table(["Processor", "What", "Measured", "Target", "Met"], rows)
+    return "\n\n".join([*parts, table, " ".join(dict.fromkeys(notes))])
 
 
 # -- searches --------------------------------------------------------------------------------------
@@ -249,7 +314,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bits": lambda: quality("bits"),
     "modes": lambda: quality("modes"),
     "training": lambda: benchmarks(TRAINING),
-    "latency": lambda: benchmarks(LATENCY),
+    "latency": latency,
     "accuracy": lambda: benchmarks(ACCURACY),
     "searches": searches,
     "searching": lambda: benchmarks(SEARCHING),
