@@ -203,44 +203,64 @@ def _add(
     total = graph.add("ReduceSum", [kept], keepdims=0)
     chosen = _chosen(graph, some, total, count)
     together = replace(whole, chosen=chosen, size=graph.add("Shape", [chosen]))
-    apart = [t.full(value) for value in values]
-
-    def one(index: str) -> str:
-        """The block for one sample."""
-        place = graph.once("Reshape", [index, graph.constant([1])])
-        own = graph.add("Gather", [kept, place], axis=0)
-        number = graph.add("ReduceSum", [own], keepdims=0)
-        flat = graph.add("Reshape", [own, graph.constant([-1])])
-        chosen = _chosen(graph, flat, number, count)
-        tokens = graph.once("Shape", ["input_ids"], start=1, end=2)
-        long = graph.once("Concat", [graph.constant([1]), tokens], axis=0)
-        part = _Part(
-            graph,
-            [
-                graph.add("Gather", [name, place if first else index], axis=0)
-                for name, first in zip(apart, short, strict=True)
-            ],
-            [graph.constant([1, 1]) if first else long for first in short],
-            own,
-            whole.mask and graph.add("Gather", [whole.mask, place], axis=0),
-            graph.add("Shape", [chosen]),
-            chosen,
-        )
-        return block(part)
-
-    def each() -> str:
-        batch = graph.once("Shape", ["input_ids"], start=0, end=1)
-        rows = graph.loop(batch, one, rank=2)
-        return graph.add("Reshape", [rows, graph.constant([-1, size])])
-
+    samples = _Samples(graph, [t.full(value) for value in values], short, kept, whole.mask, count)
     costs = _Costs(graph, count, copied, product)
 
     def skipping() -> str:
         joins = costs.joins(together.size, total)
-        return graph.choice(joins, lambda: block(together), each, dims)
+        return graph.choice(joins, lambda: block(together), lambda: samples.each(block, size), dims)
 
     pays = costs.pays(together.size, total)
     t.set(node, graph.choice(pays, skipping, lambda: block(whole), dims), dims)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of a batch, to be computed one after the other.
+
+    Attributes:
+        values: what the block reads, each [B, T, H], or [B, H] where ``short`` says so.
+        keep: what they keep, as floats [B, N].
+        mask: of keys, [B, 1, T', T]; empty for all.
+        count: N.
+    """
+
+    graph: Graph
+    values: list[str]
+    short: list[bool]
+    keep: str
+    mask: str
+    count: int
+
+    def part(self, index: str) -> _Part:
+        """One sample, by its number."""
+        graph = self.graph
+        place = graph.once("Reshape", [index, graph.constant([1])])
+        keep = graph.add("Gather", [self.keep, place], axis=0)
+        number = graph.add("ReduceSum", [keep], keepdims=0)
+        flat = graph.add("Reshape", [keep, graph.constant([-1])])
+        chosen = _chosen(graph, flat, number, self.count)
+        tokens = graph.once("Shape", ["input_ids"], start=1, end=2)
+        long = graph.once("Concat", [graph.constant([1]), tokens], axis=0)
+        return _Part(
+            graph,
+            [
+                graph.add("Gather", [name, place if first else index], axis=0)
+                for name, first in zip(self.values, self.short, strict=True)
+            ],
+            [graph.constant([1, 1]) if first else long for first in self.short],
+            keep,
+            self.mask and graph.add("Gather", [self.mask, place], axis=0),
+            graph.add("Shape", [chosen]),
+            chosen,
+        )
+
+    def each(self, block: Callable[[_Part], str], size: int) -> str:
+        """A block's output for all of them, [B * T, H], H being the size."""
+        graph = self.graph
+        batch = graph.once("Shape", ["input_ids"], start=0, end=1)
+        rows = graph.loop(batch, lambda index: block(self.part(index)), rank=2)
+        return graph.add("Reshape", [rows, graph.constant([-1, size])])
 
 
 def _chosen(graph: Graph, some: str, total: str, count: int) -> str:

@@ -23,7 +23,16 @@ from raybert.places import HIDDEN, uri_of
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
 from raybert.recipe_file import dump_recipe, recipe_from
 from raybert.shares import Shares, check_gpu, share_out
-from raybert.space import Space, apply, chain_of, is_grid, make_space, read_space, sample_text
+from raybert.space import (
+    Space,
+    apply,
+    chain_of,
+    is_fixed,
+    is_grid,
+    make_space,
+    read_space,
+    sample_text,
+)
 from raybert.steering import SCHEDULERS, check_schedules, check_stopping
 from raybert.teacher import teacher_digest
 from raybert.yaml_file import read_yaml
@@ -82,17 +91,14 @@ class Settings:
         """Trials that may run at once, where there is room for them."""
         return min(self.trials, self.concurrent or self.trials)
 
-    def checked(self) -> Settings:
-        """The same, its algorithm settled.
+    def check(self) -> None:
+        """Refuse what makes no sense.
 
         Raises:
-            UserError: a value that makes no sense.
+            UserError: naming it.
         """
-        algorithm = self.algorithm or ("optuna" if has_optuna() else "random")
-        if self.scheduler == "pbt":  # it draws once, and changes what it has drawn
-            algorithm = "random"
         for word, known, what in (
-            (algorithm, ALGORITHMS, "algorithm"),
+            *([(self.algorithm, ALGORITHMS, "algorithm")] if self.algorithm else []),
             (self.scheduler, SCHEDULERS, "scheduler"),
             *((logger, LOGGERS, "logger") for logger in self.loggers),
         ):
@@ -112,7 +118,17 @@ class Settings:
                 "fewer --trials or train.epochs, or use scheduler asha."
             )
         check_gpu(self.gpu)
-        return replace(self, algorithm=algorithm)
+
+    def settled(self, space: Space) -> Settings:
+        """The same, with an algorithm that fits the space where none was asked for."""
+        if self.scheduler == "pbt":  # it draws once, and changes what it has drawn
+            return replace(self, algorithm="random")
+        if self.algorithm is not None:
+            return self
+        grids = [is_grid(axis) for axis in space.axes.values() if not is_fixed(axis)]
+        if all(grids):
+            return replace(self, algorithm="grid")
+        return replace(self, algorithm="random" if any(grids) or not has_optuna() else "optuna")
 
 
 @dataclass(frozen=True)
@@ -193,30 +209,13 @@ def make_search(
     Raises:
         UserError: a mistake in any of them.
     """
-    asked = settings or Settings()
-    settings = asked.checked()
+    settings = settings or Settings()
+    settings.check()
     loss = parse_loss(settings.loss)
     recipe = resolve_paths(recipe)
-    if recipe.fewest < recipe.workers:
-        raise UserError(
-            f"a search shares machines out among trials of one size; use workers={recipe.workers} "
-            f"or workers={recipe.fewest}, not a range."
-        )
-    if uri_of(recipe.folder):
-        raise UserError(
-            f"{recipe.folder} is object storage, where a search cannot keep its trials: Ray Tune's "
-            "files grow. Give out= a path, on storage that all machines share where there are "
-            "several; model, teacher, data and data.cache may be URIs."
-        )
-    if isinstance(space, Mapping):
-        space = make_space(space, "given", recipe)
-    elif not isinstance(space, Space):
-        if space is None and settings.scheduler == "pbt" and len(recipe.method) == 1:
-            space = f"{recipe.method[0].name}:SCHEDULES"
-        space = read_space(space, recipe)
-    grids = [is_grid(axis) for axis in space.axes.values()]
-    if any(grids) and asked.algorithm is None and settings.algorithm == "optuna":
-        settings = replace(settings, algorithm="grid" if all(grids) else "random")
+    _check_trials(recipe)
+    space = _space(space, recipe, settings)
+    settings = settings.settled(space)
     looked = _look(recipe, space, samples)
     plans = [sample.plan for sample in looked if sample.plan is not None]
     if not plans:
@@ -243,6 +242,34 @@ def make_search(
     if "RAY_ADDRESS" in os.environ:  # what a cluster has is known when it is connected to
         return search
     return replace(search, notes=search.notes + unused_gpu(settings, shares_of(search)))
+
+
+def _check_trials(recipe: Recipe) -> None:
+    """Refuse what one run may ask for, and the trials of a search may not."""
+    if recipe.fewest < recipe.workers:
+        raise UserError(
+            f"a search shares machines out among trials of one size; use workers={recipe.workers} "
+            f"or workers={recipe.fewest}, not a range."
+        )
+    if uri_of(recipe.folder):
+        raise UserError(
+            f"{recipe.folder} is object storage, where a search cannot keep its trials: Ray Tune's "
+            "files grow. Give out= a path, on storage that all machines share where there are "
+            "several; model, teacher, data and data.cache may be URIs."
+        )
+
+
+def _space(
+    given: Space | Mapping[str, Any] | str | None, recipe: Recipe, settings: Settings
+) -> Space:
+    """The space as `make_search` takes it; nothing stands for that of the recipe's method."""
+    if isinstance(given, Space):
+        return given
+    if isinstance(given, Mapping):
+        return make_space(given, "given", recipe)
+    if given is None and settings.scheduler == "pbt" and len(recipe.method) == 1:
+        given = f"{recipe.method[0].name}:SCHEDULES"
+    return read_space(given, recipe)
 
 
 def shares_of(search: Search) -> Shares:

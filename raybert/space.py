@@ -65,6 +65,11 @@ def is_grid(axis: Any) -> bool:
     return isinstance(axis, dict) and set(axis) == {"grid_search"}
 
 
+def is_fixed(axis: Any) -> bool:
+    """Whether an axis is one value."""
+    return not is_grid(axis) and not isinstance(axis, Domain)
+
+
 def listed(axis: Any) -> list[Any] | None:
     """The values of a grid or choice; None for a distribution of numbers."""
     if is_grid(axis):
@@ -77,7 +82,7 @@ def describe(axis: Any) -> str:
     values = listed(axis)
     if values is not None:
         return "one of " + ", ".join(json.dumps(value) for value in values)
-    if not isinstance(axis, Domain):
+    if is_fixed(axis):
         return json.dumps(axis)
     sampler: Any = axis.get_sampler()
     inner: Any = vars(sampler).get("sampler", sampler)

@@ -20,7 +20,7 @@ from raybert.ledger import Trial
 from raybert.methods import METHODS
 from raybert.objectives import Objective, front
 from raybert.plan import Plan
-from raybert.space import Space, is_grid, listed
+from raybert.space import Space, is_fixed, listed
 
 SCHEDULERS = ("none", "asha", "median", "pbt")
 
@@ -145,7 +145,7 @@ def mutable(space: Space) -> dict[str, Any]:
     return {
         key: listed(axis) or axis  # a list is stepped through, a distribution multiplied
         for key, axis in space.axes.items()
-        if is_grid(axis) or isinstance(axis, Domain)
+        if not is_fixed(axis)
     }
 
 

@@ -966,8 +966,10 @@ def test_a_search_is_described_before_it_starts(toy, teacher, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_a_space_of_grids_is_searched_as_one(toy, teacher, tmp_path):
-    grid = {"kd.cls": ray_tune.grid_search([0.0, 10.0])}
+@pytest.mark.parametrize("optuna", [True, False])
+def test_a_space_of_grids_is_searched_as_one(toy, teacher, tmp_path, monkeypatch, optuna):
+    monkeypatch.setattr("raybert.search_plan.has_optuna", lambda: optuna)
+    grid = {"kd.cls": ray_tune.grid_search([0.0, 10.0]), "train.lr": 1e-4}
     search = search_of(toy, teacher, tmp_path / "s", axes=grid)
     assert search.settings.algorithm == "grid"
     mixed = search_of(toy, teacher, tmp_path / "s", axes={**AXES, **grid})

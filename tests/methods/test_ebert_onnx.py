@@ -27,10 +27,15 @@ WAYS = {
 """Costs that leave one of the ways."""
 
 
+def leave(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are computed this way alone from now on."""
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(onnx_skip, name, value)
+
+
 @pytest.fixture(params=WAYS)
 def way(request: Any, monkeypatch) -> str:
-    for name, value in WAYS[request.param].items():
-        monkeypatch.setattr(onnx_skip, name, value)
+    leave(request.param, monkeypatch)
     return request.param
 
 
@@ -117,8 +122,7 @@ def test_a_sample_computes_no_unit_of_another(monkeypatch) -> None:
     """Sample by sample, a batch is as many batches of one."""
     model = skipping("bert", "qa")
     batch = batch_of(model, slice(0, 2))
-    for name, value in WAYS["each"].items():
-        monkeypatch.setattr(onnx_skip, name, value)
+    leave("each", monkeypatch)
     _, (_, block), *_ = gated(model)
     (keep,) = kept_units(model, [block.gate], [batch])
     mine = keep[0] & ~keep[1]
