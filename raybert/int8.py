@@ -108,8 +108,9 @@ def _sums(rows: Tensor, weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | No
     """q(rows) [M, K] @ weight.T [K, N]: int32, or float32 that holds the same numbers; and int32
     [N] that is missing from each row of it, if anything is."""
     kind, many = backend(rows.device.type), rows.shape[0]
-    if kind == "float" or (kind == "cuda" and (weight.shape[0] % 8 or weight.shape[1] % 8)):
-        # Whole numbers below 2^24 are exact in float32, and so are their sums.
+    if kind == "float":
+        # Whole numbers below 2^24 are exact in float32, and so are sums that stay below it, as all
+        # but those of inputs at their ends throughout do.
         return to_levels(rows, *grid) @ weight.float().T, None
     shift = 128 + grid.low  # kernels take signed bytes
     same = not isinstance(shift, Tensor) and shift == 0
@@ -117,9 +118,12 @@ def _sums(rows: Tensor, weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | No
     for part, real in zip(_blocks(quantised), _blocks(rows), strict=True):
         whole = to_levels(real, *grid)
         part.copy_(whole if same else whole.sub_(shift))
-    if kind == "cuda" and many <= 16:  # its kernel wants more rows
-        quantised = F.pad(quantised, (0, 0, 0, 32 - many))
-    sums = torch._int_mm(quantised, weight.t())[:many]
+    count, padded = weight.shape[0], weight
+    if kind == "cuda":  # its kernel wants more than 16 rows, and eights of the other two
+        across, down = -weight.shape[1] % 8, -count % 8
+        quantised = F.pad(quantised, (0, across, 0, 32 - many if many <= 16 else 0))
+        padded = F.pad(weight, (0, across, 0, down)) if across or down else weight
+    sums = torch._int_mm(quantised, padded.t())[:many, :count].contiguous()
     if same:
         return sums, None
     shift = torch.as_tensor(shift, dtype=torch.int32, device=rows.device)

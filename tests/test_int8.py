@@ -37,11 +37,20 @@ def by_hand(x, weight, weight_scale, input_scale, bias):
     return sums.astype(np.float32) * (input_scale * weight_scale) + bias
 
 
-@pytest.fixture(params=["own", "float"])
+@pytest.fixture(params=["own", "float", "cuda"])
 def each_backend(request, monkeypatch):
-    """This machine's integer product, and the fallback in float32."""
-    if request.param == "float":
-        monkeypatch.setattr(int8, "backend", lambda device="cpu": "float")
+    """This machine's integer product, the fallback in float32, and what CUDA's kernel is given."""
+    if request.param != "own":
+        monkeypatch.setattr(int8, "backend", lambda device="cpu": request.param)
+    if request.param == "cuda":
+        product = torch._int_mm
+
+        def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            assert a.shape[0] > 16
+            assert a.shape[1] % 8 == b.shape[1] % 8 == 0
+            return product(a, b)
+
+        monkeypatch.setattr(torch, "_int_mm", kernel)
 
 
 @pytest.mark.usefixtures("each_backend")

@@ -203,8 +203,9 @@ class Q8BERT(MethodConfig):
             weight_bits=embedding_bits if tied else self.weight_bits,
             activation_bits=self.activation_bits,
             inputs=INPUTS[self.mode],
-            # The stream's units make rows as unlike each other as its channels are.
-            per_row=self.per_channel or self.integer_only,
+            # The stream's units make rows as unlike each other as its channels are. A tied layer
+            # has the scales of the embeddings' table.
+            per_row=self.per_channel or (self.integer_only and not tied),
             asymmetric=self.asymmetric,
             **{"requantise": self.requantise, **role},
         )
@@ -228,10 +229,13 @@ class Q8BERT(MethodConfig):
                 f"q8bert: the cores that layers share after {' and '.join(self.floats)} stay "
                 "float32, on disk and in products; their outer factors are integers"
             )
-        if min(self.weight_bits, self.embedding_bits or 8, self.activation_bits) < 8:
+        stored = {self.weight_bits, self.embedding_bits or self.weight_bits}
+        if min(stored | {self.activation_bits}) < 8:
+            packed, single = any(bits <= 4 for bits in stored), stored & {5, 6, 7}
+            disk = " Up to 4 bits are packed on disk." if packed else ""
+            disk += " Of 5 to 7 bits each number takes a byte there." if single else ""
             found.append(
-                "q8bert: bits below 8 save storage only (up to 4 of them are packed on disk); the "
-                "product is of 8-bit integers"
+                f"q8bert: bits below 8 save no time: the product is of 8-bit integers.{disk}"
             )
         if self.mode == "none":
             found.append(
@@ -270,6 +274,13 @@ def selected(model: Any, method: Q8BERT) -> Mapping[str, nn.Module]:
     kinds += (nn.Embedding,) if method.embeddings else ()
     kinds += (Product, PowerNorm) if method.integer_only else ()
     modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if isinstance(module, kinds)]
+    for pattern in method.skip:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"q8bert.skip {pattern!r} matches no layer that would be quantised; those are "
+                f"{', '.join(names[:3])} … {names[-1]}, and * stands for any part of a name."
+            )
     found = {
         name: module
         for name, module in modules.items()

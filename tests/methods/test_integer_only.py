@@ -372,6 +372,25 @@ def test_classifiers_need_the_first_token_alone_in_the_last_layer():
         assert difference(model, graph, padded(model, *shape)) < 0.05  # a level of tanh
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_tied_decoder_keeps_its_bias(per_channel):
+    model = predecessor("bert", "mlm")
+    bias = torch.randn(len(VOCAB), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        model.get_output_embeddings().bias.copy_(bias)
+        model.get_input_embeddings().weight[7] *= 5  # one scale for all is that of this row
+    for case in (MATRIX, {**INTEGER, "per_channel": per_channel}):
+        method = method_of(case).resolve(model.config)
+        for phase in method.phases():
+            phase.initialise(model, [batch()])
+            phase.prepare(model)
+            phase.finish(model)
+        mark_compressed(model, method)
+    decoder = model.get_output_embeddings()
+    step = decoder.input_scale * decoder.matrix()[1]
+    assert (decoder.bias * step - bias).abs().le(step).all()
+
+
 def test_it_is_saved_and_loaded(tmp_path):
     model = settled([{**MATRIX, "shared": True}, INTEGER])
     model.save_pretrained(tmp_path)

@@ -14,6 +14,7 @@ import torch
 from conftest import VOCAB, one_and_two
 from safetensors.torch import load_file, save_file
 from test_conformance import finished, outputs, predecessor, rows
+from test_export import difference, padded
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
@@ -24,6 +25,7 @@ from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, product
 from raybert.int8 import Int8Embedding, Int8Linear, Scheme
 from raybert.methods.q8bert import Q8BERT, Quantise, calibrate, learned_ranges, selected
 from raybert.models import PROBE, verify_probe
+from raybert.onnx_trace import to_onnx
 from raybert.phase import At, Distillation, Outputs
 from raybert.plan import make_plan, resolve_paths
 from raybert.recipe_file import recipe_from
@@ -362,6 +364,8 @@ def test_patterns_leave_modules_as_they_are():
     assert isinstance(model.bert.embeddings.position_embeddings, nn.Embedding)
     with pytest.raises(UserError, match="leaves nothing"):
         selected(predecessor("bert"), method(skip=["*"]))
+    with pytest.raises(UserError, match=r"'clasifier' matches no layer .* classifier"):
+        selected(predecessor("bert"), method(skip=["*.layer.3.*", "clasifier"]))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
@@ -444,7 +448,14 @@ def test_what_runs_in_floats_is_called_simulated(monkeypatch):
         assert method().simulated is not real
         assert method(mode="none").simulated
         assert any("float32" in text for text in method().remarks()) is not real
-    assert any("storage" in text for text in method(activation_bits=7).remarks())
+    stored = {8: "", 7: "a byte there", 4: "packed on disk"}
+    for bits, said in stored.items():
+        found = [text for text in method(weight_bits=bits).remarks() if "save no time" in text]
+        assert len(found) == (bits < 8)
+        assert said in " ".join(found)
+    (found,) = (text for text in method(activation_bits=7).remarks() if "save no time" in text)
+    assert "disk" not in found
+    assert "there" not in found
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -567,7 +578,7 @@ def test_integers_alone_learn_no_attention():
         ),
     ],
 )
-def test_cores_that_layers_share_stay_floats_and_that_is_said(modes, left):
+def test_cores_that_layers_share_stay_floats_and_that_is_said(tmp_path, modes, left):
     done = finished([{"name": "lobert", **modes}, {"name": "q8bert"}], "bert", "classification")
     last = done.chain[-1]
     assert isinstance(last, Q8BERT)
@@ -575,5 +586,10 @@ def test_cores_that_layers_share_stay_floats_and_that_is_said(modes, left):
     cores = [name for name, _ in done.model.named_parameters() if name.endswith(".core")]
     assert bool(cores) == bool(left)
     said = [text for text in last.remarks() if "stay float32" in text]
+    done.model.eval().save_pretrained(tmp_path)
+    again = raybert.load(tmp_path)
+    for one, other in zip(outputs(again), outputs(done.model), strict=True):
+        torch.testing.assert_close(one, other)
+    assert difference(again, to_onnx(again), padded(again, 2, 9)) < 1e-3
     assert len(said) == bool(left)
     assert all(mode in said[0] for mode in left)
