@@ -128,7 +128,8 @@ def eval_batches(
 
 
 class Batcher:
-    """Builds padded batches from one split's tokens, which it keeps as flat arrays.
+    """Builds padded batches from one split's tokens, which stay where they lie: mapped from disk,
+    and shared with the machine's other workers.
 
     Args:
         dataset: features as ``prepare`` stores them.
@@ -144,8 +145,8 @@ class Batcher:
         self.task, self.tokens, self.seed = task, tokens, seed
         self.lengths = np.asarray(table["length"]).astype(np.int64)  # [N]
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])  # [N + 1]
-        self.ids = _flat(table, "input_ids")
-        self.types = _flat(table, "token_type_ids") if tokens.token_types else None
+        self.ids = _Tokens(table["input_ids"])
+        self.types = _Tokens(table["token_type_ids"]) if tokens.token_types else None
         plain = (
             "index",
             "labels",
@@ -173,11 +174,10 @@ class Batcher:
         lengths = self.lengths[positions]
         columns = np.arange(lengths.max())  # [T]
         real = columns < lengths[:, None]  # [B, T]
-        places = np.where(real, self.offsets[positions][:, None] + columns, 0)
-        ids = np.where(real, self.ids[places], self.tokens.pad_id).astype(np.int64)
+        ids = self.ids.padded(positions, lengths, self.tokens.pad_id)
         batch = {"attention_mask": real.astype(np.int64)}
         if self.types is not None:
-            batch["token_type_ids"] = np.where(real, self.types[places], 0).astype(np.int64)
+            batch["token_type_ids"] = self.types.padded(positions, lengths, 0)
         for name in ("index", "labels", "start_positions", "end_positions"):
             if name in self.columns:
                 batch[name] = self.columns[name][positions]
@@ -186,6 +186,7 @@ class Batcher:
             last = self.columns["context_end"][positions][:, None]
             batch["context_mask"] = (columns >= first) & (columns < last)
         if self.task.kind == "mlm":
+            places = np.where(real, self.offsets[positions][:, None] + columns, 0)
             ids, batch["labels"] = self._masked(ids, places, real, epoch)
         batch["input_ids"] = ids
         return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -208,11 +209,25 @@ class Batcher:
         return ids, labels
 
 
-def _flat(table: pa.Table, name: str) -> np.ndarray:
-    column = table[name]
-    if not column.num_chunks:
-        return np.zeros(1, dtype=np.int64)
-    return np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
+class _Tokens:
+    """A column of lists of numbers, in the record batches that it was written in."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self.parts = [chunk.flatten().to_numpy() for chunk in chunks]  # no copies
+        # Where each row begins in its part, and where each part's rows begin.
+        offsets = [chunk.offsets.to_numpy() for chunk in chunks]
+        self.begins = [part[:-1] - part[0] for part in offsets]
+        self.first = np.cumsum([0, *map(len, self.begins)])
+
+    def padded(self, positions: np.ndarray, lengths: np.ndarray, pad: int) -> np.ndarray:
+        """Rows side by side, [B, T] as int64, ``pad`` after the end of each."""
+        out = np.full((len(positions), lengths.max()), pad, dtype=np.int64)
+        parts = np.searchsorted(self.first, positions, side="right") - 1
+        for row, (at, part, length) in enumerate(zip(positions, parts, lengths, strict=True)):
+            begin = self.begins[part][at - self.first[part]]
+            out[row, :length] = self.parts[part][begin : begin + length]
+        return out
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:

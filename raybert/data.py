@@ -4,6 +4,7 @@ the files."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -30,7 +31,9 @@ from raybert.batches import (
 )
 from raybert.config import DataConfig, UserError
 from raybert.features import (
+    CHUNK,
     TokenInfo,
+    batched,
     check_lengths,
     mlm_features,
     text_features,
@@ -39,7 +42,15 @@ from raybert.features import (
 )
 from raybert.qa import qa_features, question_room
 from raybert.readers import Raw
-from raybert.rows import Rows, check_classes, found_labels, refuse_empty, standard_rows, take
+from raybert.rows import (
+    Rows,
+    Texts,
+    check_classes,
+    found_labels,
+    refuse_empty,
+    standard_rows,
+    take,
+)
 from raybert.sources import read_splits
 from raybert.storage import held, pull, push
 from raybert.tasks import Task, get_task
@@ -242,12 +253,21 @@ def _limited(rows: Rows, limit: int | None) -> Rows:
     return take(rows, np.sort(np.random.default_rng(0).permutation(count)[:limit]))
 
 
-def _features(task: Task, rows: Rows, config: DataConfig, tokenizer: Any) -> pa.Table:
+def _features(task: Task, rows: Rows, config: DataConfig, tokenizer: Any) -> Iterable[pa.Table]:
+    """Tokens, as one table or, of a corpus, as many that are made when they are asked for."""
     if task.kind == "qa":
-        return qa_features(rows, config, tokenizer)
+        return [qa_features(rows, config, tokenizer)]
     if task.kind == "mlm":
-        return mlm_features(rows, config, tokenizer)
-    return text_features(task, rows, config, tokenizer)
+        return mlm_features(rows["text"], config, tokenizer)
+    return [text_features(task, rows, config, tokenizer)]
+
+
+def _tables(rows: Rows) -> Iterable[pa.Table]:
+    """Rows as one table or, of a corpus, as many that are made when they are asked for."""
+    texts = rows.get("text")
+    if isinstance(texts, Texts):
+        return (pa.table({"text": some}) for some in batched(texts, CHUNK))
+    return [pa.table(rows)]
 
 
 def _key(task: Task, config: DataConfig, tokenizer: Any, rows: dict[str, Rows]) -> str:
@@ -255,7 +275,9 @@ def _key(task: Task, config: DataConfig, tokenizer: Any, rows: dict[str, Rows]) 
     digest = hashlib.sha256(json.dumps([options, tokenizer_key(tokenizer)]).encode())
     for split in rows:
         for name, values in rows[split].items():
-            digest.update(json.dumps([split, name, values]).encode())
+            parts = batched(values, CHUNK) if isinstance(values, Texts) else [values]
+            for part in parts:
+                digest.update(json.dumps([split, name, part]).encode())
     return digest.hexdigest()
 
 
@@ -264,7 +286,7 @@ def _store(
     task: Task,
     key: str,
     tokens: TokenInfo,
-    features: dict[str, pa.Table],
+    features: dict[str, Iterable[pa.Table]],
     rows: dict[str, Rows],
 ) -> None:
     """Write everything beside ``folder`` and rename it there, so that a reader sees all of it or
@@ -277,7 +299,7 @@ def _store(
     try:
         for split in features:
             _write_arrow(partial / "splits" / f"{split}.arrow", features[split])
-            _write_arrow(partial / "rows" / f"{split}.arrow", pa.table(rows[split]))
+            _write_arrow(partial / "rows" / f"{split}.arrow", _tables(rows[split]))
         files = {
             str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*.arrow"))
         }
@@ -312,7 +334,11 @@ def _cannot_keep(folder: Path, error: OSError) -> UserError:
     )
 
 
-def _write_arrow(path: Path, table: pa.Table) -> None:
+def _write_arrow(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Write tables of one schema one after the other; there is one at least."""
     path.parent.mkdir(exist_ok=True)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=2000)
+    tables = iter(tables)
+    first = next(tables)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(table, max_chunksize=CHUNK)

@@ -4,7 +4,9 @@ its own room)."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -151,28 +153,41 @@ def _labels(task: Task, rows: Rows) -> pa.Array:
     )
 
 
-def mlm_features(rows: Rows, config: DataConfig, tokenizer: Any) -> pa.Table:
+def mlm_features(texts: Iterable[str], config: DataConfig, tokenizer: Any) -> Iterator[pa.Table]:
     """All texts end to end, cut into rows of ``max_length`` with their special tokens; the last may
-    be shorter."""
+    be shorter. Some rows at a time, so that not all texts have to fit into memory."""
     prefix, suffix = _frame(tokenizer)
-    pieces = []
-    for first in range(0, len(rows["text"]), CHUNK):
+    room = config.max_length - len(prefix) - len(suffix)
+    types = token_info(tokenizer).token_types
+    left, count = np.zeros(0, np.int32), 0
+
+    def table(tokens: np.ndarray) -> pa.Table:
+        starts = range(0, len(tokens), room)
+        ids = [np.concatenate([prefix, tokens[at : at + room], suffix]) for at in starts]
+        made = token_columns(ids, [np.zeros(len(row), np.int8) for row in ids] if types else None)
+        index = pa.array(np.arange(count, count + made.num_rows))
+        return made.append_column("index", index)
+
+    for some in batched(texts, CHUNK):
         made = tokenizer(
-            rows["text"][first : first + CHUNK],
+            some,
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        pieces += [np.asarray(ids, dtype=np.int32) for ids in made["input_ids"]]
-    flat = np.concatenate(pieces)
-    room = config.max_length - len(prefix) - len(suffix)
-    ids = [
-        np.concatenate([prefix, flat[at : at + room], suffix]) for at in range(0, len(flat), room)
-    ]
-    types = [np.zeros(len(row), np.int8) for row in ids]
-    table = token_columns(ids, types if token_info(tokenizer).token_types else None)
-    return table.append_column("index", pa.array(np.arange(table.num_rows)))
+        tokens = np.concatenate([left, *(np.asarray(i, np.int32) for i in made["input_ids"])])
+        whole = len(tokens) - len(tokens) % room
+        yield table(tokens[:whole])
+        count, left = count + whole // room, tokens[whole:]
+    yield table(left)
+
+
+def batched(values: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Lists of ``size`` values; the last may be shorter."""
+    values = iter(values)
+    while some := list(itertools.islice(values, size)):
+        yield some
 
 
 def _frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:

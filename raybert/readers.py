@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 import sys
@@ -49,15 +50,17 @@ class Raw:
     """Rows as a source holds them.
 
     Attributes:
-        columns: values by column name, equally long.
+        columns: values by column name, equally long: lists, but for a text file's lines and, where
+            they are a corpus, a data set's texts.
         origin: the file, folder or data set, as an error should name it.
-        places: what an error calls each row, after the origin; nothing: ``row 1`` and so on.
+        places: what an error calls each row, after the origin, or what tells it; nothing: ``row 1``
+            and so on.
         label_names: label names by id, where the source knows them.
     """
 
-    columns: dict[str, list]
+    columns: dict[str, Any]
     origin: str
-    places: Sequence[str] | None = None
+    places: Sequence[str] | Callable[[int], str] | None = None
     label_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
@@ -65,10 +68,13 @@ class Raw:
 
     def where(self, row: int) -> str:
         """The row's place in words, for an error."""
-        place = self.places[row] if self.places is not None else f"row {row + 1}"
+        if self.places is None:
+            place = f"row {row + 1}"
+        else:
+            place = self.places(row) if callable(self.places) else self.places[row]
         return f"{self.origin}, {place}"
 
-    def column(self, name: str, key: str) -> list:
+    def column(self, name: str, key: str) -> Any:
         """The values of a column; ``key`` is the recipe's key that names it."""
         if name not in self.columns:
             raise UserError(
@@ -233,11 +239,39 @@ def _read_parquet(path: Path) -> Raw:
     return Raw(columns, str(path))
 
 
+class Lines:
+    """The lines of a text file that are not blank, which are read anew each time they are gone
+    through."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = sum(1 for _ in self.numbered())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __contains__(self, line: object) -> bool:
+        return any(line == one for one in self)
+
+    def __iter__(self) -> Iterator[str]:
+        return (line for _, line in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, str]]:
+        """With their numbers in the file, from 1."""
+        with self.path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if text := line.strip():
+                    yield number, text
+
+    def place(self, row: int) -> str:
+        """What an error calls one of them."""
+        number, _ = next(itertools.islice(self.numbered(), row, None))
+        return f"line {number}"
+
+
 def _read_text(path: Path) -> Raw:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        numbered = [(n, line.strip()) for n, line in enumerate(file, start=1)]
-    kept = [(n, line) for n, line in numbered if line]
-    return Raw({"text": [line for _, line in kept]}, str(path), [f"line {n}" for n, _ in kept])
+    lines = Lines(path)
+    return Raw({"text": lines}, str(path), lines.place)
 
 
 def _load_json(path: Path) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,41 @@ from raybert.explain import nearest
 from raybert.readers import Raw
 from raybert.tasks import Task, own_order
 
-Rows = dict[str, list]
-"""Standard columns: ``text``, ``text_pair`` and ``label`` (names, numbers or lists of names); for
-QA ``id``, ``question``, ``context`` and ``answers``; for masked language modelling ``text``."""
+Rows = dict[str, Any]
+"""Standard columns, lists: ``text``, ``text_pair`` and ``label`` (names, numbers or lists of
+names); for QA ``id``, ``question``, ``context`` and ``answers``. For masked language modelling
+``text``, as `Texts`."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a corpus, which are read anew each time they are gone through: there may be more
+    than fit into memory.
+
+    Attributes:
+        raw: the rows.
+        values: their texts, as the source has them.
+        chosen: which of the rows are meant [N]; all.
+    """
+
+    raw: Raw
+    values: Collection[Any]
+    chosen: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.values) if self.chosen is None else int(self.chosen.sum())
+
+    def __iter__(self) -> Iterator[str]:
+        for row, value in enumerate(self.values):
+            if self.chosen is None or self.chosen[row]:
+                yield "" if value is None else _text(self.raw, row, value)
+
+    def take(self, positions: np.ndarray) -> Texts:
+        """Those at ``positions``, in the order in which they are read."""
+        places = np.arange(len(self)) if self.chosen is None else np.flatnonzero(self.chosen)
+        chosen = np.zeros(len(self.values), dtype=bool)
+        chosen[places[positions]] = True
+        return replace(self, chosen=chosen)
 
 
 def refuse_empty(raw: Raw, split: str) -> None:
@@ -34,9 +68,11 @@ def standard_rows(task: Task, raw: Raw, split: str, config: DataConfig) -> Rows:
     """
     if task.kind == "qa":
         return _qa_rows(task, raw, split)
-    rows: Rows = {"text": _texts(raw, task.text, "data.text")}
     if task.kind == "mlm":
-        return rows
+        texts = Texts(raw, raw.column(task.text, "data.text"))
+        _refuse_blank(raw, texts, task.text, "data.text")
+        return {"text": texts}
+    rows: Rows = {"text": _texts(raw, task.text, "data.text")}
     if task.text_pair is not None:
         rows["text_pair"] = _texts(raw, task.text_pair, "data.text_pair")
     if split != "test":
@@ -87,17 +123,26 @@ def check_classes(task: Task, rows: Rows, origin: str) -> None:
 
 
 def take(rows: Rows, positions: np.ndarray) -> Rows:
-    """The rows at ``positions``, in that order."""
-    return {name: [values[i] for i in positions] for name, values in rows.items()}
+    """The rows at ``positions``, in that order, but for a corpus, which keeps its own."""
+    return {
+        name: values.take(positions)
+        if isinstance(values, Texts)
+        else [values[i] for i in positions]
+        for name, values in rows.items()
+    }
 
 
 def _texts(raw: Raw, name: str, key: str) -> list[str]:
-    texts = ["" if v is None else _text(raw, row, v) for row, v in enumerate(raw.column(name, key))]
+    texts = list(Texts(raw, raw.column(name, key)))
+    _refuse_blank(raw, texts, name, key)
+    return texts
+
+
+def _refuse_blank(raw: Raw, texts: Iterable[str], name: str, key: str) -> None:
     if not any(text.strip() for text in texts):
         raise UserError(
             f"{raw.origin}: column {name!r} is empty in every row; name another with {key}=COLUMN."
         )
-    return texts
 
 
 def _text(raw: Raw, row: int, value: Any) -> str:

@@ -162,6 +162,8 @@ def _from_hub(task: Task, rows: datasets.Dataset, origin: str) -> Raw:
         feature = feature.feature
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     wanted = {"id", task.text, task.text_pair, task.label} & set(rows.column_names)
-    columns = {name: list(rows[name]) for name in rows.column_names if name in wanted}
+    columns = {name: rows[name] for name in rows.column_names if name in wanted}
+    if task.kind != "mlm":  # a corpus stays on disk
+        columns = {name: list(values) for name, values in columns.items()}
     # Columns that are not wanted are named only, so that an error can list them.
     return Raw(columns, origin, label_names=names)

@@ -4,9 +4,11 @@ tensors."""
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -152,6 +154,26 @@ def test_labels_of_regression_and_multilabel_are_floats() -> None:
     batch = hot(np.array([1, 0]))
     assert batch["labels"].tolist() == [[1.0, 1.0], [0.0, 1.0]]
     assert batch["labels"].dtype == torch.float32
+
+
+def test_tokens_stay_on_disk_in_the_parts_they_were_written_in(tmp_path: Path) -> None:
+    lengths = lengths_of(50)
+    table: pa.Table = features(lengths, labels=[0] * 50).with_format("arrow")[:]  # type: ignore[assignment]
+    file = tmp_path / "rows.arrow"
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    parts = Batcher(datasets.Dataset.from_file(str(file)), TASKS["mrpc"], TOKENS)
+    whole = Batcher(features(lengths, labels=[0] * 50), TASKS["mrpc"], TOKENS)
+    assert len(parts.ids.parts) == 8
+    assert not any(part.flags.owndata for part in parts.ids.parts)
+    for rows in (np.arange(50), np.array([49, 6, 7, 0, 13])):
+        found, wanted = parts(rows), whole(rows)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert found["attention_mask"].sum(1).tolist() == lengths[rows].tolist()
+        ids = [table["input_ids"][int(row)].as_py() for row in rows]
+        real = found["attention_mask"].bool()
+        assert [i[m].tolist() for i, m in zip(found["input_ids"], real, strict=True)] == ids
 
 
 def test_masks_follow_bert_and_depend_on_the_row_alone() -> None:

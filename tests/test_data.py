@@ -155,6 +155,55 @@ def test_text_for_mlm_is_packed(write, cache: str) -> None:
     assert len(data.rows["dev"]) == 5
 
 
+class Few:
+    """A tokenizer that is given few texts at a time."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.given = most, make_tokenizer()
+
+    def __call__(self, texts, *args, **kwargs):
+        assert isinstance(texts, str) or len(texts) <= self.most
+        return self.given(texts, *args, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __getattr__(self, name: str):
+        return getattr(self.given, name)
+
+
+@pytest.mark.parametrize("form", ["txt", "hub"])
+def test_a_corpus_is_read_a_little_at_a_time(monkeypatch, write, cache: str, form: str) -> None:
+    lines = [f"{'the film ' * (n % 7)}was {'good' if n % 3 else 'bad'}" for n in range(90)]
+    path = write("book.txt", "\n\n".join(lines))
+    if form == "hub":
+        loaded = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": lines}))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_: loaded)
+    options = {"train": path} if form == "txt" else {"source": "a/corpus"}
+    options |= {"max_length": 16, "limit": 60}
+    whole = prepared("mlm", cache, **options)
+    for name in ("features", "data"):
+        monkeypatch.setattr(f"raybert.{name}.CHUNK", 7)
+    config = DataConfig.model_validate({**options, "cache": cache + "2"})
+    parts = prepare("mlm", config, Few(7))
+    assert len(parts.rows["train"]) == 60
+    assert len(parts.rows["dev"]) == round(0.05 * 90)
+    for split, wanted in whole.splits.items():
+        assert parts.rows[split]["text"][:] == whole.rows[split]["text"][:]
+        assert parts.splits[split].to_dict() == wanted.to_dict()
+
+
+def test_text_that_cannot_be_kept_is_pointed_at(monkeypatch, write, cache: str) -> None:
+    rows = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": [["a"], ["b"]]}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: rows)
+    with pytest.raises(UserError, match=r"row 1: .* is a list, not text"):
+        prepared("mlm", cache, source="a/corpus")
+    path = write("x.txt", "")
+    Path(path).write_bytes(b"good\n\xff\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        prepared("mlm", cache, train=path)
+
+
 def test_limit_keeps_the_same_few_training_rows(write, cache: str) -> None:
     path = write("t.csv", CSV)
     few = prepared("classification", cache, train=path, dev=path, limit=2)
