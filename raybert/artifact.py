@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -72,7 +73,8 @@ def assemble(
     config = read_config(str(final))
     # Of a compressed model that the run started from, the same is to be said as before.
     methods = [*finished(config), *recipe.method]
-    notes = [*result["notes"], *(text for method in methods for text in method.remarks())]
+    notes = [*plan.notes, *result["notes"]]
+    notes += [text for method in methods for text in method.remarks()]
     report = build(
         name=recipe.name or "run",
         task=plan.data.task.name,
@@ -142,10 +144,11 @@ def encoder_name(recipe: Recipe) -> str:
     only by seed are students of one encoder.
     """
     name = recipe.model or recipe.teacher or ""
-    held = Path(name).parent / "recipe.yaml"
-    if recipe.model is None and held.is_file():
-        made = load_recipe(str(held))
-        name = name if made.method else made.model or name
+    run = Path(name).parent
+    if recipe.model is None and Path(name).name == "model" and (run / "report.json").is_file():
+        with contextlib.suppress(UserError):  # of another version of raybert
+            made = load_recipe(str(run / "recipe.yaml"))
+            name = name if made.method else made.model or name
     path = local(name) if is_uri(name) else Path(name)
     return "/".join(("...", *path.parts[-2:])) if path.is_absolute() else name
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -75,17 +76,25 @@ def parameters(model: torch.nn.Module) -> dict[str, int]:
 
 
 def disk_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of a model folder: ``weights``, its ``*.safetensors``; ``total``, all its files.
+    """Bytes of a model folder: ``weights``, its ``*.safetensors``; ``embeddings``, the tables in
+    them; ``total``, all its files.
 
     Raises:
         UserError: there is no such folder, or it holds no safetensors file.
     """
     folder = Path(folder)
     files = [file for file in folder.rglob("*") if file.is_file()]
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    shards = list(folder.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in shards)
     if not weights:
         raise UserError(f"{folder} holds no *.safetensors file; give a model folder.")
-    return {"weights": weights, "total": sum(file.stat().st_size for file in files)}
+    embeddings = 0
+    for shard in shards:
+        with safe_open(shard, "pt") as tensors:  # mapped, not read
+            names = [name for name in tensors.keys() if ".embeddings." in name]  # noqa: SIM118
+            embeddings += sum(tensors.get_tensor(name).nbytes for name in names)
+    total = sum(file.stat().st_size for file in files)
+    return {"weights": weights, "embeddings": embeddings, "total": total}
 
 
 def flops(model: torch.nn.Module, batch: int = 1, length: int = 128) -> int:

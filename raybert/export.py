@@ -287,7 +287,8 @@ def _settings(network: Any, tokenizer: Any, recipe: Recipe | None, data: TaskDat
     if kind == "qa":
         from raybert.config import DataConfig
 
-        options = recipe.data if recipe is not None else DataConfig(max_length=length, stride=128)
+        whole = DataConfig(max_length=length, stride=min(128, length // 3))
+        options = recipe.data if recipe is not None else whole
         settings |= {
             "stride": options.stride,
             "question": question_room(options, tokenizer),

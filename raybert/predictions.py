@@ -158,8 +158,8 @@ def check_named(folder: Path, identity: dict[str, Any], *, cls: bool) -> None:
     if reason is not None:
         raise UserError(
             f"the predictions in {folder} cannot be used: {reason}. Make them with `raybert "
-            "predict-teacher`, the same teacher, task and data and another --out, or use "
-            "kd.predictions=auto."
+            "predict-teacher`, the same teacher, task and data, the same model where the student "
+            "starts from another than its teacher, and another --out; or use kd.predictions=auto."
         )
 
 

@@ -42,9 +42,10 @@ class Parameters(Part):
 
 
 class Bytes(Part):
-    """Sizes of ``raybert.bench.disk_bytes``."""
+    """Sizes of ``raybert.bench.disk_bytes``; older reports do not tell embeddings apart."""
 
     weights: int
+    embeddings: int | None = None
     total: int
 
 

@@ -231,9 +231,12 @@ class Trainer:
             rows = sum(len(batch["input_ids"]) for batch in batches)
             logger.info("%s: initialising from %d rows", entry.phase.name, rows)
         if entry.method is not None:
-            settled = entry.method.settle(model, batches)
-            if settled != entry.method:
-                position.settled[str(entry.place)] = settled.model_dump(mode="json")
+            # Sums of floats differ between kinds of processors, and structure must not.
+            method, world = entry.method, self.world
+            settled = world.agreed(lambda: method.settle(model, batches))
+            found = world.gather(settled.model_dump(mode="json"))[0]
+            if found != entry.method.model_dump(mode="json"):
+                position.settled[str(entry.place)] = found
                 phases = phases_of(self.recipe, self.start_config, position.settled)
         facts = phases[index].phase.initialise(model, batches)
         if facts:

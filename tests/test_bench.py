@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -136,9 +137,14 @@ def test_twice_as_deep_has_twice_the_layers_parameters() -> None:
 
 
 def test_disk_bytes_tell_weights_from_the_rest(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    tables = {"bert.embeddings.word_embeddings.weight": torch.zeros(5, 4, dtype=torch.int8)}
+    first, second = tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors"
+    save_file({**tables, "bert.pooler.dense.weight": torch.zeros(2, 3)}, first)
+    save_file({"classifier.bias": torch.zeros(7)}, second)
     (tmp_path / "config.json").write_text("{}")
-    assert disk_bytes(tmp_path) == {"weights": 100, "total": 102}
+    weights = first.stat().st_size + second.stat().st_size
+    found = disk_bytes(tmp_path)
+    assert found == {"weights": weights, "embeddings": 20, "total": weights + 2}
     with pytest.raises(UserError, match=r"no \*\.safetensors"):
         disk_bytes(tmp_path / "nowhere")
 

@@ -88,7 +88,7 @@ class LoBERT(MethodConfig):
     energy: float | None = Field(
         default=None,
         gt=0,
-        le=1,
+        lt=1,
         description="SVD ranks from the share of the squared singular values to be kept at least, "
         "chosen as by share; a matrix whose rank would save nothing stays dense.",
     )
