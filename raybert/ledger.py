@@ -7,6 +7,7 @@ are all that a killed search needs to go on: Ray's own state is not read again.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +99,14 @@ class Ledger:
             trial.state, trial.reason = "running", ""
             self.write(trial)
         return len(failed)
+
+    def remove_checkpoints(self) -> None:
+        """Remove what stopped trials would go on from, which they never do: those of large models
+        would fill the disk. Failed ones keep theirs, for `reopen_failed`."""
+        for trial in self.all:
+            if trial.state == "stopped":
+                folder = run_folder(self.folder.parent, trial.number, trial.seed)
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     @property
     def trials(self) -> list[Trial]:

@@ -119,11 +119,13 @@ def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
     _save_predictions(search, tell)
     teacher = _teacher_metrics(search)
     ledger = Ledger(search.folder)
+    ledger.remove_checkpoints()
     if search.settings.retry_failed:
         tell(f"{ledger.reopen_failed()} failed trials run again")
     try:
         if not _is_done(search, ledger):
             _train(search, teacher, ledger, loggers, tell)
+            ledger.remove_checkpoints()  # several workers may write one more while they are ended
         tell("measuring")
         failures = _measure(search, ledger, tell)
     except KeyboardInterrupt:

@@ -119,6 +119,8 @@ class Scribe(tune.Callback):
 
     def _ended(self, own: Trial) -> None:
         self.ledger.write(own)
+        if own.state == "stopped":
+            self.ledger.remove_checkpoints()
         self.told(own)
         done = self.ledger.ended
         shown = ", ".join(

@@ -27,7 +27,7 @@ from raybert.cli import main
 from raybert.config import UserError
 from raybert.draws import SKIPS, Draws, Optuna, Plain, as_grid, make_source
 from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished, rule
-from raybert.ledger import Ledger, Trial
+from raybert.ledger import Ledger, Trial, run_folder
 from raybert.objectives import front, in_trials, parse_objectives
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
@@ -47,7 +47,7 @@ from raybert.shares import Shares, share_out
 from raybert.space import make_space
 from raybert.steering import make_scheduler, remember
 from raybert.trial import Work
-from raybert.tuning import HEAD, Ending, Runner, part_of_head
+from raybert.tuning import HEAD, Ending, Runner, Scribe, part_of_head
 
 GB = 1_000_000_000
 METRICS = ("accuracy", "f1")
@@ -660,6 +660,25 @@ def test_the_ledger_reads_what_it_wrote(tmp_path):
         Ledger(tmp_path)
 
 
+def tunes(number: int, **keys) -> SimpleNamespace:
+    """As much of Tune's trial as the scribe looks at."""
+    config = {"number": number, "population": None, "seed": None, "values": {}}
+    return SimpleNamespace(config=config, trial_id=str(number), **keys)
+
+
+@pytest.mark.parametrize(("deadline", "left"), [(float("inf"), ["002"]), (0.0, ["000", "002"])])
+def test_a_stopped_trial_leaves_no_checkpoints(tmp_path, deadline, left):
+    """Nor one of before; what the search's deadline cuts short goes on another time."""
+    ledger = Ledger(tmp_path)
+    for number, state in enumerate(("running", "stopped", "failed")):
+        ledger.write(Trial(number, {}, state))
+        (run_folder(tmp_path, number) / "checkpoints" / "phase0-step0000008").mkdir(parents=True)
+    scribe = Scribe(ledger, 3, 1.0, lambda trial: None, lambda text: None, deadline)
+    scribe.on_trial_complete(0, [], tunes(0))
+    ledger.remove_checkpoints()  # as every start does
+    assert sorted(p.parent.name for p in tmp_path.glob("trials/*/checkpoints")) == left
+
+
 # -- choosing --------------------------------------------------------------------------------------
 
 
@@ -853,6 +872,8 @@ def test_a_search_that_could_not_measure_all_says_so_at_the_end(
 ):
     """The answer is written, and the command's status is that of a failure."""
     failed = {folder / "trials" / "000": "the graph does not compute what the model does."}
+    stopped = folder / "trials" / "003" / "checkpoints"
+    stopped.mkdir(parents=True)
     monkeypatch.setattr("raybert.search_plan.make_search", lambda *args: search)
     monkeypatch.setattr("raybert.search._save_predictions", lambda *args: None)
     monkeypatch.setattr("raybert.search._teacher_metrics", lambda *args: {})
@@ -866,6 +887,7 @@ def test_a_search_that_could_not_measure_all_says_so_at_the_end(
     assert main(["tune", "method=lobert", f"teacher={teacher}"]) == 1
     assert "trial 000 could not be measured: the graph does not" in capsys.readouterr().out
     assert (folder / "best.yaml").is_file()
+    assert not stopped.exists(), "an earlier version left them"
 
 
 def test_what_a_trial_took_is_told_beside_the_objective_of_seconds(folder):

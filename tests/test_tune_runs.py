@@ -109,6 +109,7 @@ def test_a_killed_search_of_several_objectives_continues(start, toy, teacher, tm
     assert len(states) - states.count("skipped") == 7
     assert "running" not in states
     assert "stopped" in states, "ASHA has stopped some"
+    assert not list(out.glob("*/*/checkpoints")), "what has ended goes on from nothing"
     saves_nothing = [t for t in trials if t.values["method.lobert.attention_rank"] == 31]
     assert {t.state for t in saves_nothing} <= {"skipped"}
     assert not any((out / "trials" / t.name).exists() for t in saves_nothing)
