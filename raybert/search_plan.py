@@ -16,6 +16,7 @@ from raybert.cluster import machines
 from raybert.config import Recipe, UserError
 from raybert.draws import ALGORITHMS, Plain, cut_grid, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
+from raybert.inputs import rows_digest
 from raybert.ledger import SEARCH
 from raybert.loggers import LOGGERS, make_loggers
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
@@ -177,8 +178,9 @@ class Search:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What makes a search this one: the space, the teacher, what trials share, and the method
-        of searching; how long it goes on may change. Reads the teacher's weights, once."""
+        """What makes a search this one: the space, the teacher, the rows, what trials share, and
+        the method of searching; how long it goes on may change. Reads the teacher's weights and
+        all rows, once."""
         recipe = yaml.safe_load(dump_recipe(self.recipe))
         for key in FREE:
             recipe.pop(key)
@@ -189,7 +191,13 @@ class Search:
             teacher = {key: made[key] for key in ("model", "task", "data", "train")}
         how = {"algorithm": self.settings.algorithm, "scheduler": self.settings.scheduler}
         how["objectives"] = ",".join(o.name for o in self.objectives)
-        return {"space": self.space.text, "teacher": teacher, "recipe": recipe, "how": how}
+        return {
+            "space": self.space.text,
+            "teacher": teacher,
+            "rows": rows_digest(self.plans[0].data),
+            "recipe": recipe,
+            "how": how,
+        }
 
 
 def make_search(
@@ -346,7 +354,8 @@ def check_place(search: Search) -> bool:
     """Whether the search folder holds this very search already, to be continued.
 
     Raises:
-        UserError: it holds a search of another space, teacher or recipe, or anything else.
+        UserError: it holds a search of another space, teacher, recipe or other rows, or anything
+            else.
     """
     folder, file = search.folder, search.folder / SEARCH
     if not folder.exists() or all(path.name.startswith(HIDDEN) for path in folder.iterdir()):
@@ -359,6 +368,13 @@ def check_place(search: Search) -> bool:
         )
     there = read_yaml(file, "search")
     here = search.identity
+    if there.get("rows", here["rows"]) != here["rows"]:  # an earlier version noted none
+        raise UserError(
+            f"{folder} holds a search over other rows: `data` changed since it was begun, so that "
+            "new scores would not compare with those of its trials; nothing in it is touched. Put "
+            f"back what was there to go on, or remove the line `rows` of {file} if that makes no "
+            "difference; or choose another out=."
+        )
     for key, what in (
         ("space", "space"),
         ("teacher", "teacher"),

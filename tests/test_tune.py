@@ -1170,6 +1170,7 @@ def test_a_space_in_which_nothing_runs_is_refused(toy, teacher, tmp_path):
         ({"teacher": "x"}, "another teacher"),
         ({"how": {"algorithm": "random"}}, "another algorithm"),
         ({"recipe": {}}, "another recipe"),
+        ({"rows": "x"}, r"over other rows: `data` changed.*search\.yaml if that makes no"),
         ({}, None),
     ],
 )
@@ -1192,13 +1193,30 @@ def test_a_folder_of_another_search_is_left_alone(toy, teacher, tmp_path, change
         check_place(search)
 
 
+def test_a_search_does_not_go_on_over_changed_rows(toy, rows, teacher, tmp_path):
+    dev = tmp_path / "dev.csv"
+    shutil.copyfile(rows["dev"], dev)
+
+    def searched():
+        keys = {"teacher": str(teacher), "method": ["lobert"], "data": {"dev": str(dev)}}
+        return make_search(toy(tmp_path / "s", **keys), AXES)
+
+    search = searched()
+    search.folder.mkdir()
+    (search.folder / "search.yaml").write_text(yaml.safe_dump(search.identity))
+    assert check_place(searched())
+    dev.write_text(dev.read_text() + "the film was great,bad\n")
+    with pytest.raises(UserError, match="over other rows"):
+        check_place(searched())
+
+
 def test_a_search_of_an_earlier_version_is_the_same_search(toy, tmp_path):
     """Its recipe and its teacher's lack keys that have come since."""
     recipe = toy(tmp_path / "s", method=["lobert"])
     search = make_search(recipe, AXES)
     search.folder.mkdir()
     held = json.loads(json.dumps(search.identity))
-    del held["recipe"]["kd"]["over_layers"], held["recipe"]["method"][0]["energy"]
+    del held["rows"], held["recipe"]["kd"]["over_layers"], held["recipe"]["method"][0]["energy"]
     del held["teacher"]["train"]["keep"], held["teacher"]["data"]["metric"]
     (search.folder / "search.yaml").write_text(yaml.safe_dump(held))
     assert check_place(search)
