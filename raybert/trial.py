@@ -43,6 +43,10 @@ ORIGIN = "origin.json"
 
 LOG = "metrics.jsonl"
 
+END = 600
+"""Seconds that a stopped trial may take to leave its process to the next one. Ray's own patience is
+2, after which it drops that next trial, and tells neither the search algorithm nor the scribe."""
+
 POLL = 0.2
 """Seconds between looks at what the workers of a Ray Train job have reported."""
 
@@ -105,6 +109,8 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
     logging.disable(logging.INFO)
     disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
+    # Here, not where the search runs: it is read in this process, on whatever machine.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(END))
     if work.address is not None:
         os.environ["RAY_ADDRESS"] = work.address
     number = number_of(config, tune.get_context().get_trial_id())
