@@ -95,12 +95,13 @@ def tune(
 
 def run_search(search: Search, *, tell: Tell = print) -> Answer:
     """Carry out a checked search; see `tune`."""
-    loggers = make_loggers(search.settings.loggers, search.folder)
+    settings = search.settings
+    loggers = make_loggers(settings.loggers, search.folder, settings.scheduler == "pbt")
     goes_on = check_place(search)
     if "RAY_ADDRESS" in os.environ and not (goes_on or search.recipe.resources.wait):
         with ray_up():  # what does not fit the cluster is told before anything is trained
             shares = shares_of(search)
-        search = replace(search, notes=search.notes + unused_gpu(search.settings, shares))
+        search = replace(search, notes=search.notes + unused_gpu(settings, shares))
     tell(f"{'continuing' if goes_on else 'searching'} {search.folder}")
     with owned(search.folder):
         return _carry_out(search, loggers, tell)

@@ -11,10 +11,11 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +29,7 @@ from raybert.config import UserError
 from raybert.draws import SKIPS, Draws, Optuna, Plain, as_grid, make_source
 from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished, rule
 from raybert.ledger import Ledger, Trial, run_folder
+from raybert.loggers import make_loggers
 from raybert.objectives import front, in_trials, parse_objectives
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
@@ -1055,6 +1057,15 @@ def test_logging_where_nobody_is_logged_in_is_refused(toy, teacher, tmp_path, mo
     monkeypatch.setattr("ray.air.integrations.wandb.WandbLoggerCallback.setup", setup)
     with pytest.raises(UserError, match="run `wandb login`, or set WANDB_API_KEY"):
         search_of(toy, teacher, tmp_path / "s", loggers=("wandb",))
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_parameters_that_change_are_logged_at_the_end(tmp_path, monkeypatch, changing):
+    """MLflow takes no second value of one; Ray's callback logs them at every start."""
+    monkeypatch.setattr("raybert.loggers.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
+    (callback,) = make_loggers(("mlflow",), tmp_path, changing)
+    assert callback.log_params_on_trial_end == changing
 
 
 def test_what_does_not_fit_a_cluster_is_told_before_the_teacher_is_trained(
