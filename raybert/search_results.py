@@ -123,7 +123,7 @@ def answer_of(
         winner,
         within,
         least_score(chosen, loss),
-        rule(able, judged, loss),
+        rule(able, judged, loss, finalists > 0),
         tuple(f.trial.number for f, front in zip(finished, there, strict=True) if front),
         failures,
         (*notes, *(text.removesuffix(".") for text in unread)),

@@ -746,6 +746,12 @@ def test_latency_decides_where_it_is_asked_for():
     fast = finished(1, [0.9], 900, milliseconds=2.0)
     objectives = parse_objectives("score,latency", METRICS)
     assert choose([slow, fast], objectives, parse_loss("0.01")) == (fast, True)
+    said = rule([slow, fast], objectives, parse_loss("0.01"))
+    assert "the one with the least latency wins" in said
+    assert "Finalists are the trials with the least flops among" in said
+    alone = rule([slow, fast], objectives, parse_loss("0.01"), chosen=False)
+    assert alone.startswith("Of all trials that finished, each of one seed, the one with the least")
+    assert "inalists" not in alone
 
 
 def test_importance_is_found_where_it_is():
