@@ -105,12 +105,12 @@ class Settings:
         ):
             if word not in known:
                 raise UserError(f"no {what} {word!r}; there are {', '.join(known)}.")
-        if min(self.trials, self.seeds, self.concurrent or 1) < 1 or self.finalists < 0:
-            raise UserError(
-                f"{self.trials} trials, {self.concurrent} at once, {self.seeds} seeds: a search "
-                "needs one of each at least."
-            )
-        if self.minutes is not None and self.minutes <= 0:
+        least = {"trials": 1, "seeds": 1, "concurrent": 1, "finalists": 0, "retries": 0}
+        for name, fewest in least.items():
+            number = getattr(self, name)
+            if number is not None and number < fewest:
+                raise UserError(f"{name} is {number}; give {fewest} at least.")
+        if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"{self.minutes:g} minutes leave no time to train; give more.")
         if self.minutes is not None and self.scheduler == "pbt":
             raise UserError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,8 @@ def make_space(axes: Mapping[str, Any], name: str, recipe: Recipe) -> Space:
     """
     if not axes:
         raise UserError(f"space {name} is empty; give it dotted recipe keys and distributions.")
-    # A grid may be any iterable, perhaps one that can be read only once.
     axes = {
-        str(key): {"grid_search": listed(axis)} if is_grid(axis) else axis
+        str(key): _as_list(f"space {name}: `{key}`", axis) if is_grid(axis) else axis
         for key, axis in axes.items()
     }
     for key, axis in axes.items():
@@ -189,6 +188,15 @@ def _check_key(space: str, key: str) -> None:
             f"space {space}: unknown key `{key}`{nearest(rest[-1], fields)}; known in {stem}: "
             f"{', '.join(fields)}."
         )
+
+
+def _as_list(what: str, grid: Any) -> dict[str, list[Any]]:
+    """A grid with its values as a list: they may be any iterable, perhaps one that can be read only
+    once."""
+    values = grid["grid_search"]
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise UserError(f"{what} is a grid of {values!r}; give it a list, as in [{values!r}].")
+    return {"grid_search": list(values)}
 
 
 def _check_axis(what: str, axis: Any) -> None:
@@ -253,7 +261,7 @@ def _axis(path: Path, key: str, value: Any) -> Any:
         numbers = [float(a) if isinstance(a, str) and name != "choice" else a for a in arguments]
         make = vars(tune)[name]
         return make(numbers) if name == "choice" else make(*numbers)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path}: `{key}`: {name}{tuple(arguments)!r}: {error}.") from None
 
 
