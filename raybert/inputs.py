@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.data import TaskData
 from raybert.folders import write_whole
 from raybert.storage import push
@@ -84,5 +84,5 @@ def keep_inputs(folder: Path, inputs: dict[str, str]) -> None:
     try:
         write_whole(folder / INPUTS, json.dumps(inputs, indent=1))
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error}. Choose another out=.") from None
+        raise TransientError(f"cannot write to {folder}: {error}. Choose another out=.") from None
     push(folder / INPUTS)

@@ -68,7 +68,8 @@ class Settings:
         gpu: GPUs of a trial of one worker, such as 0.5.
         minutes: after which nothing more is trained, the teacher's own training not counted; the
             last third is for trials under way and finalists' seeds. None: no limit.
-        retries: how often a trial that crashed is tried again.
+        retries: how often a trial is tried again that crashed, or that storage, the network or
+            another process ended.
         retry_failed: of an earlier start, let failed trials run again.
         loggers: ``mlflow`` and ``wandb``, beside the TensorBoard files in each trial's folder.
     """

@@ -26,7 +26,7 @@ from ray import tune
 from transformers.utils.logging import disable_progress_bar
 
 from raybert.cluster import run_group
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe, TransientError, UserError
 from raybert.job import Job
 from raybert.ledger import SEARCH, run_folder
 from raybert.metrics import floor
@@ -126,6 +126,8 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
         carrier = _Carrier(work, number, values)
         compress(recipe, tell=_silent, fit=carrier.fit, alone=False)
         report = read_run(folder).report
+    except TransientError:
+        raise  # as a crash: Tune tries it again, and it goes on from its last checkpoint
     except UserError as error:
         # Not raised: it would be tried again, to the same end.
         tune.report({"failed": str(error), "values": values})

@@ -21,7 +21,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from raybert.cluster import last_line
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.draws import SKIPS, Check, Draws, Source, config_of
 from raybert.ledger import DONE, Ledger, Trial
 from raybert.shares import Shares
@@ -114,7 +114,8 @@ class Scribe(tune.Callback):
         """A trial crashed as often as it may."""
         own = self._of(trial)
         error = trial.get_error()
-        own.state, own.reason = "failed", last_line(error) if error else "it crashed"
+        reason = last_line(error) if error else "it crashed"
+        own.state, own.reason = "failed", reason.removeprefix(_AS_A_CRASH)
         self._ended(own)
 
     def _ended(self, own: Trial) -> None:
@@ -130,6 +131,9 @@ class Scribe(tune.Callback):
         place = f" ({done} of {self.total})" if own.seed is None else ""
         self.tell(f"trial {own.name} {what.get(own.state, own.state)}; {shown}{place}")
 
+
+_AS_A_CRASH = f"{TransientError.__module__}.{TransientError.__name__}: "
+"""What a traceback puts before an error that was raised for Tune to try the trial again."""
 
 _TUNES_OWN = {
     *("timestamp", "time_this_iter_s", "time_total_s", "time_since_restore", "pid", "finished"),

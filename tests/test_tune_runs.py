@@ -17,7 +17,7 @@ from ray import tune as ray_tune
 
 from raybert.checks import own_cores
 from raybert.cli import main
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.draws import Plain
 from raybert.ledger import Ledger
 from raybert.recipe_file import dump_recipe, load_recipe
@@ -175,7 +175,8 @@ def test_ctrl_c_ends_with_the_best_so_far(start, toy, teacher, tmp_path):
 
 @pytest.mark.long
 def test_a_trial_that_crashes_is_tried_again_and_then_reported(toy, teacher, tmp_path, monkeypatch):
-    """The first dies once and always goes on; the second always dies; the third is well."""
+    """The first dies once, and the fourth's storage is full once; the second always dies, and the
+    fifth's storage stays full; the third is well."""
     marks = tmp_path / "marks"
     marks.mkdir()
 
@@ -185,6 +186,8 @@ def test_a_trial_that_crashes_is_tried_again_and_then_reported(toy, teacher, tmp
         (marks / f"{number}-{tries}").touch()
         if number == 1 or (number == 0 and tries == 0):
             os._exit(1)
+        if number == 4 or (number == 3 and tries == 0):
+            raise TransientError("the disk is full.")
         run_trial(config, work)
 
     monkeypatch.setattr("raybert.tuning.run_trial", dies)
@@ -192,9 +195,13 @@ def test_a_trial_that_crashes_is_tried_again_and_then_reported(toy, teacher, tmp
     told: list[str] = []
     settings: dict[str, Any] = {"algorithm": "grid", "finalists": 0, "retries": 1}
     settings["tell"] = told.append
-    answer = tune(recipe, {"train.lr": ray_tune.grid_search([1e-3, 2e-3, 3e-3])}, **settings)
-    assert [trial.state for trial in answer.trials] == ["finished", "failed", "finished"]
-    assert {p.name for p in marks.iterdir()} == {"0-0", "0-1", "1-0", "1-1", "2-0"}
+    rates = [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]
+    answer = tune(recipe, {"train.lr": ray_tune.grid_search(rates)}, **settings)
+    states = [trial.state for trial in answer.trials]
+    assert states == ["finished", "failed", "finished", "finished", "failed"]
+    tries = {p.name for p in marks.iterdir()}
+    assert tries == {"0-0", "0-1", "1-0", "1-1", "2-0", "3-0", "3-1", "4-0", "4-1"}
+    assert answer.trials[4].reason == "the disk is full"
     assert any(text.startswith("trial 001 failed: ") for text in told), told
     assert answer.trials[1].reason in (answer.folder / "report.html").read_text()
 
