@@ -101,7 +101,8 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
     if "RAY_ADDRESS" in os.environ and not (goes_on or search.recipe.resources.wait):
         with ray_up():  # what does not fit the cluster is told before anything is trained
             shares = shares_of(search)
-        search = replace(search, notes=search.notes + unused_gpu(settings, shares))
+        unused = unused_gpu(settings, shares, search.recipe.workers)
+        search = replace(search, notes=search.notes + unused)
     tell(f"{'continuing' if goes_on else 'searching'} {search.folder}")
     with owned(search.folder):
         return _carry_out(search, loggers, tell)

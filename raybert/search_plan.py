@@ -250,7 +250,8 @@ def make_search(
     search = Search(recipe, space, settings, objectives, loss, teacher, looked, tuple(notes))
     if "RAY_ADDRESS" in os.environ:  # what a cluster has is known when it is connected to
         return search
-    return replace(search, notes=search.notes + unused_gpu(settings, shares_of(search)))
+    unused = unused_gpu(settings, shares_of(search), recipe.workers)
+    return replace(search, notes=search.notes + unused)
 
 
 def _check_trials(recipe: Recipe) -> None:
@@ -301,11 +302,12 @@ def shares_of(search: Search) -> Shares:
     )
 
 
-def unused_gpu(settings: Settings, shares: Shares) -> tuple[str, ...]:
-    """That a share of a GPU was asked for, and trials have none to share."""
-    if settings.gpu == Settings.gpu or shares.gpu:
+def unused_gpu(settings: Settings, shares: Shares, workers: int) -> tuple[str, ...]:
+    """That a share of a GPU was asked for, and trials of so many workers have none to share."""
+    if settings.gpu in (Settings.gpu, shares.gpu):
         return ()
-    return (f"--gpu {settings.gpu:g} has no effect: trials run on CPUs here",)
+    why = f"each of {workers} workers has a whole one" if shares.gpu else "trials run on CPUs here"
+    return (f"--gpu {settings.gpu:g} has no effect: {why}",)
 
 
 def _check_measured(objectives: tuple[Objective, ...], recipe: Recipe) -> None:

@@ -1018,8 +1018,12 @@ def test_a_share_of_a_gpu_that_nobody_has_is_noted(toy, teacher, tmp_path, monke
     assert search_of(toy, teacher, tmp_path / "s").notes == ()
     unused = search_of(toy, teacher, tmp_path / "s", gpu=0.5)
     assert unused.notes == ("--gpu 0.5 has no effect: trials run on CPUs here",)
-    monkeypatch.setattr("raybert.search_plan.machines", lambda: [(4, 1)])
+    monkeypatch.setattr("raybert.search_plan.machines", lambda: [(4, 2)])
+    monkeypatch.setattr("raybert.checks.own_cores", lambda: 4)
     assert search_of(toy, teacher, tmp_path / "s", gpu=0.5).notes == ()
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], workers=2)
+    (note,) = make_search(recipe, AXES, Settings(gpu=0.5)).notes
+    assert note == "--gpu 0.5 has no effect: each of 2 workers has a whole one"
 
 
 @pytest.mark.parametrize(
