@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer
+from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer, Normal
 
 from raybert.config import KDConfig, Recipe, TrainConfig, UserError
 from raybert.explain import nearest
@@ -86,10 +87,19 @@ def describe(axis: Any) -> str:
         return json.dumps(axis)
     sampler: Any = axis.get_sampler()
     inner: Any = vars(sampler).get("sampler", sampler)
-    step = f" in steps of {sampler.q:g}" if inner is not sampler else ""
+    step = f" in steps of {_number(sampler.q)}" if inner is not sampler else ""
+    if isinstance(inner, Normal):
+        return f"normal of mean {_number(inner.mean)} and deviation {_number(inner.sd)}{step}"
     bounds: Any = axis
     kind = type(inner).__name__.strip("_").lower()
-    return f"{kind} {bounds.lower:g} to {bounds.upper:g}{step}"
+    return f"{kind} {_number(bounds.lower)} to {_number(bounds.upper)}{step}"
+
+
+def _number(value: float) -> str:
+    """Six digits, or all of them where six are not the number but for rounding, as of 0.1 + 0.2: a
+    search that goes on compares spaces by their words."""
+    short = f"{value:g}"
+    return short if math.isclose(float(short), value) else str(value)
 
 
 # -- reading ---------------------------------------------------------------------------------------

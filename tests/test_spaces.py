@@ -232,6 +232,24 @@ def test_a_sample_takes_only_what_its_chain_has():
     assert recipe_from(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
 
 
+@pytest.mark.parametrize(
+    ("axis", "text"),
+    [
+        (tune.loguniform(1e-5, 2e-4), "loguniform 1e-05 to 0.0002"),
+        (tune.loguniform(1.2345678e-5, 2e-4), "loguniform 1.2345678e-05 to 0.0002"),
+        (tune.quniform(0.2, 0.8, 0.1), "uniform 0.2 to 0.8 in steps of 0.1"),
+        (tune.uniform(0.1 + 0.2, 1), "uniform 0.3 to 1"),
+        (tune.randint(2, 9), "uniform 2 to 9"),
+        (tune.randint(2, 1234567), "uniform 2 to 1234567"),
+        (tune.randn(1e-3, 1e-4), "normal of mean 0.001 and deviation 0.0001"),
+        (tune.qrandn(5, 1, 0.5), "normal of mean 5 and deviation 1 in steps of 0.5"),
+    ],
+)
+def test_axes_that_differ_have_different_words(axis, text):
+    """And those of before have the words of before: search folders are known by them."""
+    assert describe(axis) == text
+
+
 def test_axes_know_their_values():
     assert listed(tune.grid_search([1, 2])) == [1, 2]
     assert listed(tune.choice(["a"])) == ["a"]
