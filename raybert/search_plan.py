@@ -318,10 +318,10 @@ def _check_measured(objectives: tuple[Objective, ...], recipe: Recipe) -> None:
                 "latency is an objective, and measure.batches is empty, so that nothing is timed; "
                 "give measure.batches=[1], or leave latency out."
             )
-        if objective.path[0] in ("onnx", "teacher", "floor", "floors"):
+        if objective.path[0] in ("onnx", "teacher", "floor", "floors", "seed", "workers"):
             raise UserError(
                 f"objective {objective.name!r} tells no trial from another: trials are not "
-                "exported, and share one teacher. Use numbers of the student."
+                "exported, and share teacher, seed and workers. Use numbers of the student."
             )
 
 

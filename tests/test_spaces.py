@@ -268,6 +268,8 @@ def test_axes_know_their_values():
         ("max:student", "is no number"),
         ("max:name", "is no number"),
         ("max:student.score.mean", "has no 'mean'"),
+        ("max:hardware.accuracy", "hardware has no 'accuracy'.*nothing to go by"),
+        ("min:facts.f1", "facts has no 'f1'"),
     ],
 )
 def test_objectives_that_no_report_has_are_refused(words, message):

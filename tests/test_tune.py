@@ -1043,6 +1043,7 @@ def test_a_share_of_a_gpu_that_nobody_has_is_noted(toy, teacher, tmp_path, monke
         ({"algorithm": "grid"}, "has no grid"),
         ({"objectives": "score,latency"}, r"measure\.batches is empty"),
         ({"objectives": "score,min:onnx.bytes"}, "tells no trial from another"),
+        ({"objectives": "score,min:seed"}, "tells no trial from another"),
         ({"scheduler": "pbt"}, "lobert settles its parameters"),
         (
             {"objectives": "score,min:student.bytes.total", "scheduler": "asha"},
