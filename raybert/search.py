@@ -320,9 +320,17 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
     if any(objective.path == (LATENCY,) for objective in search.objectives):
         there = on_front(finished, objectives)
         chosen += [entry for entry, wanted in zip(finished, there, strict=True) if wanted]
-    folders = sorted({run_folder(search.folder, entry.trial.number) for entry in chosen})
-    failed = side_by_side.measure(folders, search.recipe, tell)
-    return {folder.name: reason for folder, reason in failed.items()}
+    left = {run_folder(search.folder, entry.trial.number) for entry in chosen}
+    measured: set[Path] = set()
+    failures: dict[str, str] = {}
+    while left:
+        failed = side_by_side.measure(sorted(left), search.recipe, tell)
+        failures |= {folder.name: reason for folder, reason in failed.items()}
+        measured |= left
+        # Without finalists, another trial wins where the one that was looked at fails.
+        winner = _answer(search, ledger, failures).winner.trial
+        left = {run_folder(search.folder, winner.number)} - measured
+    return failures
 
 
 def _answer(search: Search, ledger: Ledger, failures: dict[str, str] | None = None) -> Answer:

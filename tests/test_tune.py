@@ -38,6 +38,7 @@ from raybert.room import check_seen, wait_for_room
 from raybert.search import (
     _as_trials_read_it,
     _find_room,
+    _measure,
     _nothing,
     _save_predictions,
     run_search,
@@ -896,6 +897,23 @@ def test_a_search_that_could_not_measure_all_says_so_at_the_end(
     assert "trial 000 could not be measured: the graph does not" in capsys.readouterr().out
     assert (folder / "best.yaml").is_file()
     assert not stopped.exists(), "an earlier version left them"
+
+
+def test_who_wins_where_another_failed_is_measured_too(toy, teacher, folder, monkeypatch):
+    """Without finalists only the one that would win is: first trial 000."""
+    asked: list[list[str]] = []
+
+    def measure(folders: list[Path], *_: object) -> dict[Path, str]:
+        asked.append([place.name for place in folders])
+        return {place: "why" for place in folders if place.name == "000"}
+
+    monkeypatch.setattr("raybert.search.side_by_side.measure", measure)
+    search = replace(
+        search_of(toy, teacher, folder.parent / "s", loss="10%", finalists=0),
+        recipe=BASE.model_copy(update={"out": str(folder)}),
+    )
+    assert _measure(search, Ledger(folder), print) == {"000": "why"}
+    assert asked == [["000"], ["001"]]
 
 
 def test_what_a_trial_took_is_told_beside_the_objective_of_seconds(folder):
