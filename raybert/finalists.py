@@ -27,6 +27,10 @@ FINALISTS = (
 """Which trials those are: latency is not known yet when they are chosen."""
 
 
+ROUNDING = 2.0**-23
+"""By how much the difference of two scores may be off: metrics are computed in float32."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """The accuracy that one can afford to lose: points of the metric, or a share of what the
@@ -43,9 +47,9 @@ class Loss:
         return f"{self.amount:g}"
 
     def least(self, teacher: float, floor: float) -> float:
-        """The score that a student must reach."""
+        """The score that a student must reach, less what rounding may take from it."""
         lost = self.amount * max(0.0, teacher - floor) if self.relative else self.amount
-        return teacher - lost
+        return teacher - lost - ROUNDING
 
 
 def parse_loss(text: str) -> Loss:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -690,6 +691,13 @@ def test_a_stopped_trial_leaves_no_checkpoints(tmp_path, deadline, left):
 )
 def test_a_loss_is_points_or_a_share_of_what_was_learned(text, least):
     assert parse_loss(text).least(0.9, 0.5) == pytest.approx(least)
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(0.85, 0.84), (0.9, 0.89), (0.86, 0.85)])
+def test_a_student_at_the_edge_of_the_loss_is_within_it(teacher, student):
+    """Metrics come in float32, in which a hundredth less is not always that."""
+    least = parse_loss("0.01").least(float(np.float32(teacher)), 0.5)
+    assert float(np.float32(student)) >= least > float(np.float32(student - 1e-6))
 
 
 @pytest.mark.parametrize("text", ["", "five", "-1", "1%%", "2", "120%"])
