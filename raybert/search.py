@@ -113,23 +113,29 @@ def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
     settings = json.loads(json.dumps(asdict(search.settings)))  # without tuples
     held = {**search.identity, "settings": settings}
     write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False))
+    ledger = Ledger(search.folder)
+    ledger.remove_checkpoints()
     for text in search.notes:
         tell(f"note: {text}")
     if search.teacher is not None:
         tell("fine-tuning the teacher")
         finetune(search.teacher, tell=tell)
+        ledger.spend("teacher")
     _save_predictions(search, tell)
     teacher = _teacher_metrics(search)
-    ledger = Ledger(search.folder)
-    ledger.remove_checkpoints()
+    ledger.spend("predictions")
     if search.settings.retry_failed:
         tell(f"{ledger.reopen_failed()} failed trials run again")
     try:
         if not _is_done(search, ledger):
-            _train(search, teacher, ledger, loggers, tell)
+            try:
+                _train(search, teacher, ledger, loggers, tell)
+            finally:
+                ledger.spend("trials")
             ledger.remove_checkpoints()  # several workers may write one more while they are ended
         tell("measuring")
         failures = _measure(search, ledger, tell)
+        ledger.spend("measuring")
     except KeyboardInterrupt:
         if read_finished(ledger, search.folder):
             write_answer(_answer(search, ledger))

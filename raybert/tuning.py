@@ -81,8 +81,11 @@ class Scribe(tune.Callback):
         """An evaluation, or the end."""
         own = self._of(trial)
         now = time.time()
-        own.seconds += now - self.stamps.get(trial.trial_id, now)
+        seconds = now - self.stamps.get(trial.trial_id, now)
+        own.seconds += seconds
         own.cores = self.cores
+        own.core_seconds += seconds * self.cores
+        self.ledger.spend("trials")  # a search that is killed has counted so far
         self.stamps[trial.trial_id] = now
         own.values = dict(result.get("values", own.values))
         if "failed" in result:

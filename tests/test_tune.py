@@ -683,6 +683,44 @@ def test_a_stopped_trial_leaves_no_checkpoints(tmp_path, deadline, left):
     assert sorted(p.parent.name for p in tmp_path.glob("trials/*/checkpoints")) == left
 
 
+def test_core_seconds_are_of_the_cores_that_a_trial_held_then(tmp_path, monkeypatch):
+    """A search that goes on may share the machine out otherwise."""
+    ledger = Ledger(tmp_path)
+    ledger.write(Trial(0, {}, seconds=10.0, cores=4))
+    file = tmp_path / "ledger" / "000.json"
+    held = json.loads(file.read_text())
+    del held["core_seconds"]  # as an earlier version wrote it
+    file.write_text(json.dumps(held))
+    ledger = Ledger(tmp_path)
+    scribe = Scribe(ledger, 1, 1.0, lambda trial: None, lambda text: None, float("inf"))
+    now = [100.0]
+    monkeypatch.setattr("raybert.tuning.time.time", lambda: now[0])
+    scribe.on_trial_start(0, [], tunes(0))
+    now[0] += 5
+    scribe.on_trial_result(0, [], tunes(0), {"percent": 50.0, "score": 0.5})
+    (trial,) = Ledger(tmp_path).trials
+    assert (trial.seconds, trial.cores, trial.core_seconds) == (15.0, 1.0, 45.0)
+
+
+def test_the_time_of_a_search_is_counted_over_its_starts(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("raybert.ledger.time.monotonic", lambda: now[0])
+
+    def start(*parts: tuple[str, float]) -> dict[str, float]:
+        ledger = Ledger(tmp_path)
+        for what, seconds in parts:
+            now[0] += seconds
+            ledger.spend(what)
+        return Ledger(tmp_path).spent
+
+    assert start(("teacher", 60.0), ("trials", 5.0), ("trials", 5.0))["trials"] == 10.0
+    now[0] += 1000  # it lay there, killed
+    assert start(("trials", 20.0)) == {"teacher": 60.0, "trials": 30.0}
+    (tmp_path / "ledger" / "spent.json").unlink()
+    Ledger(tmp_path).write(Trial(0, {}))
+    assert start(("trials", 20.0)) == {}, "one that an earlier version began is not told in part"
+
+
 # -- choosing --------------------------------------------------------------------------------------
 
 
@@ -800,6 +838,7 @@ def folder(tmp_path: Path) -> Path:
         values = {"train.lr": 1e-4 * (number + 1), "kd.normalize": bool(number)}
         values["method.lobert.share"] = 0.3 + number / 4
         trial = Trial(number, values, "finished", seed=seed, seconds=10.0, cores=2)
+        trial.core_seconds = 20.0
         trial.curve = [[50.0, 0.7], [100.0, report.student.score]]
         ledger.write(trial)
     ledger.write(Trial(2, {"train.lr": 5e-5}, "skipped", "it saves <nothing>."))
@@ -837,6 +876,12 @@ def test_the_answer_is_written_for_people_and_programs(folder):
     assert [row["bytes"] for row in read] == [300.0, 800.0, None, None, None]
     assert read[2]["reason"] == "it saves <nothing>."
     assert "trial 000: accuracy 0.8700 over 2 seed(s)" in summary(found)
+    assert "minutes in all" not in summary(found)
+    spent = replace(found, spent={"teacher": 90.0, "trials": 150.0})
+    assert "4.0 minutes in all (teacher 1.5, trials 2.5)" in summary(spent)
+    write_answer(spent)
+    page = (folder / "report.html").read_text()
+    assert "The search took 4 min 0 s in all: teacher 1 min 30 s, trials 2 min 30 s." in page
 
 
 def test_the_page_shows_recipes_under_the_mouse_and_loads_nothing(folder):
