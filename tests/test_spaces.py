@@ -10,9 +10,11 @@ import pytest
 import yaml
 from ray import tune
 from ray.tune.search.sample import Domain
+from transformers import BertConfig
 
 from raybert.config import UserError
 from raybert.draws import Plain, make_source
+from raybert.job import resolve_chain
 from raybert.methods import METHODS
 from raybert.objectives import parse_objectives
 from raybert.recipe_file import RECIPES, load_recipe, recipe_from
@@ -73,24 +75,37 @@ def test_every_sample_is_a_recipe(name):
         recipe = apply(base, values)
         for key, value in values_of(recipe, list(used(base, values))).items():
             assert value == values[key]
+        bound = tuple(method.bind(recipe) for method in recipe.method)
+        # What cannot follow what is refused here.
+        resolve_chain(recipe.model_copy(update={"method": bound}), BertConfig())
 
 
+def test_the_space_of_chains_has_every_method_and_its_own_keys():
+    space = read_space("chains", recipe_of())
+    chains = [chain.split(",") for chain in listed(space.axes["method"]) or []]
+    assert {name for chain in chains for name in chain} == set(METHODS)
+    assert {key.split(".")[1] for key in space.axes if key.startswith("method.")} == set(METHODS)
+
+
+@pytest.mark.parametrize("chains", [False, True])
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.parent.name)
-def test_released_recipes_lie_inside(path: Path):
+def test_released_recipes_lie_inside(path: Path, chains: bool):
     recipe = load_recipe(str(path))
     method = path.parent.name
-    space = read_space(method, recipe_of(method))
+    axes = dict(read_space("chains" if chains else method, recipe_of(method)).axes)
+    axes.pop("method", None)  # MA-BERT alone is no chain that saves anything
     if recipe.kd == recipe_of(method).kd:  # no distillation released: its weights have no default
-        space = make_space({k: v for k, v in space.axes.items() if k[:3] != "kd."}, "x", recipe)
-    for key, value in values_of(recipe, list(space.axes)).items():
+        axes = {key: axis for key, axis in axes.items() if key[:3] != "kd."}
+    for key, value in values_of(recipe, list(axes)).items():
         # Nothing: the method finds it by itself, as LoBERT its ranks.
-        assert value is None or contains(space.axes[key], value), (key, value)
+        assert value is None or contains(axes[key], value), (key, value)
 
 
+@pytest.mark.parametrize("chains", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_defaults_of_methods_lie_inside(method):
+def test_defaults_of_methods_lie_inside(method, chains):
     recipe = recipe_of(method)
-    axes = read_space(method, recipe).axes
+    axes = read_space("chains" if chains else method, recipe).axes
     keys = [key for key in axes if key.startswith("method.")]
     for key, value in values_of(recipe, keys).items():
         assert value is None or contains(axes[key], value), (key, value)
