@@ -9,6 +9,7 @@ same command continues a search that was interrupted.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -227,13 +228,7 @@ def _train(
             tell=tell,
         )
 
-        def check(values: dict[str, Any]) -> str:
-            try:
-                plan_of(recipe, values)
-            except UserError as error:
-                return str(error)
-            return ""
-
+        check = functools.partial(_why_not, recipe)
         runner.search(source, check, settings.trials, settings.scheduler, search.space)
         left = settings.trials - ledger.ended
         if left > 0 and time.time() >= runner.last_start:
@@ -242,6 +237,15 @@ def _train(
         if not finished:
             raise _nothing(ledger, search.folder)
         runner.repeat(_again(search, finished))
+
+
+def _why_not(recipe: Recipe, values: dict[str, Any]) -> str:
+    """Why a sample cannot be run, or saves nothing; nothing where it can."""
+    try:
+        plan_of(recipe, values)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _find_room(search: Search, source: Source, ledger: Ledger, tell: Tell) -> Shares:

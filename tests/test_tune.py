@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -42,6 +43,7 @@ from raybert.search import (
     _measure,
     _nothing,
     _save_predictions,
+    _why_not,
     run_search,
     write_answer,
 )
@@ -359,6 +361,18 @@ def test_what_saves_nothing_is_skipped_before_it_starts(tmp_path):
     skipped = [t for t in Ledger(tmp_path).trials if t.state == "skipped"]
     assert len(skipped) == check.asked - 5 == len(told) > 0
     assert skipped[0].reason == "it saves nothing."
+
+
+def test_illegal_chains_are_skipped_before_they_start(toy, teacher, tmp_path):
+    base = make_search(toy(tmp_path / "s", teacher=str(teacher)), {"method": "lobert"}).recipe
+    chains = ["lobert", "q8bert,lobert", "lobert,ebert", "lobert,q8bert"]
+    space = make_space({"method": {"grid_search": chains}}, "chains", base)
+    found = drain(Draws(Plain(space, 0), Ledger(tmp_path), base, partial(_why_not, base), 9, print))
+    assert [config["values"]["method"] for config in found] == ["lobert", "lobert,q8bert"]
+    reasons = {t.values["method"]: t.reason for t in Ledger(tmp_path).trials if t.reason}
+    assert reasons["q8bert,lobert"].startswith("lobert cannot follow q8bert")
+    assert reasons["lobert,ebert"].startswith("ebert cannot follow lobert")
+    assert not (tmp_path / "trials").exists()
 
 
 def test_a_space_of_nothing_but_mistakes_ends(tmp_path):

@@ -76,6 +76,15 @@ def ended(folder: Path) -> int:
     return sum('"state": "running"' not in file.read_text() for file in files)
 
 
+def logs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines that each trial has logged which has a checkpoint."""
+    begun = {path.parents[1] for path in folder.glob("trials/*/checkpoints/phase*")}
+    return {
+        run.name: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in begun
+    }
+
+
 def test_a_killed_search_of_several_objectives_continues(start, toy, teacher, tmp_path, capsys):
     """Optuna for score and bytes, ASHA, one sample that diverges and some that save nothing."""
     out = tmp_path / "search"
@@ -92,7 +101,14 @@ def test_a_killed_search_of_several_objectives_continues(start, toy, teacher, tm
     words = [str(base), "--space", str(space), "--trials", "7", "--scheduler", "asha"]
     words += ["--algorithm", "optuna", "--finalists", "2", "--seeds", "2", "--loss", "20%"]
     process = start(words)
-    wait_until(lambda: ended(out) >= 2, process)
+    under_way: dict[str, list[dict[str, Any]]] = {}
+
+    def in_the_middle() -> bool:
+        under_way.clear()
+        under_way.update(logs(out))
+        return ended(out) >= 2 and bool(under_way)
+
+    wait_until(in_the_middle, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = finished_at(out)
@@ -105,6 +121,11 @@ def test_a_killed_search_of_several_objectives_continues(start, toy, teacher, tm
     trials = Ledger(out).trials
     assert {name: finished_at(out)[name] for name in before} == before, "not trained again"
     assert {n: t.values for t in trials if (n := t.number) in drawn} == drawn, "nor drawn again"
+    for name, lines in under_way.items():
+        log = (out / "trials" / name / "metrics.jsonl").read_text().splitlines()
+        steps = [line["run_step"] for line in map(json.loads, log) if line["kind"] == "eval"]
+        assert json.loads(log[0]) == lines[0], "it went on from its checkpoint"
+        assert steps == sorted(set(steps))
     states = [trial.state for trial in trials]
     assert len(states) - states.count("skipped") == 7
     assert "running" not in states
