@@ -255,8 +255,11 @@ def _add_tune(commands: Any) -> None:
     command.add_argument("--finalists", type=int, default=3, help="run again (default: 3)")
     command.add_argument("--seeds", type=int, default=3, help="seeds of each (default: 3)")
     command.add_argument("--concurrent", type=int, help="trials at once (default: what fits)")
-    command.add_argument("--gpu", type=float, default=1.0, help="GPUs a trial, such as 0.5")
+    command.add_argument("--gpu", type=float, default=1.0, help="of a trial of one worker, as 0.5")
     command.add_argument("--minutes", type=float, help="train no longer than this")
+    command.add_argument(
+        "--retries", type=int, default=2, help="of a trial that crashes (default: 2)"
+    )
     command.add_argument(
         "--retry-failed", action="store_true", help="let trials that failed before run again"
     )

@@ -17,7 +17,7 @@ import torch
 from raybert.bench import bench, count, hardware
 from raybert.checkpoint import World
 from raybert.compressed import finished, longest_input
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe, TransientError, UserError
 from raybert.data import prepare
 from raybert.evaluate import predict
 from raybert.export import export, read_export
@@ -107,7 +107,7 @@ def assemble(
             report = _exported(report, recipe, teacher, tell)
         write_run_report(recipe.folder, report)
     except OSError as error:
-        raise UserError(
+        raise TransientError(
             f"the finished model could not be written to {recipe.folder}: {error}. Make room and "
             "start the same command again; nothing is trained twice."
         ) from None

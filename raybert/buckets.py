@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pyarrow import ArrowException, fs
 
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 
 PAUSES = (1.0, 5.0)
 """Seconds before an operation that failed is tried again, beside the libraries' own patience."""
@@ -65,7 +65,7 @@ def tried(what: str, uri: str, work: Callable[[fs.FileSystem, str], Returned]) -
         except (OSError, ArrowException) as error:  # Google's are not the system's
             mend = _mend(scheme, error)
             if pause is None or mend:
-                raise UserError(
+                raise (UserError if mend else TransientError)(
                     f"{uri} could not be {what}: {_reason(error)}. "
                     f"{mend or 'Look whether the network and the storage are up'}, and start the "
                     "same command again."

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.engine import load_whole_state, scaler_of, whole_state
 from raybert.storage import entries, pull, push, remove
 
@@ -71,14 +71,14 @@ class World:
 
         A worker that raised alone would leave the others waiting for it.
         """
-        value, problem = None, ""
+        value, problem = None, None
         try:
             value = make()
         except UserError as error:
-            problem = str(error)
-        problems = [text for text in self.gather(problem) if text]
+            problem = error
+        problems = [error for error in self.gather(problem) if error is not None]
         if problems:
-            raise UserError(problems[0])
+            raise problems[0]
         return value
 
     def on_first(self, make: Callable[[], Any]) -> Any:
@@ -279,13 +279,13 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _storage_error(target: Path, folder: Path, problem: Exception | None) -> UserError:
+def _storage_error(target: Path, folder: Path, problem: Exception | None) -> TransientError:
     why = " ".join(str(problem).split()) if problem else "another worker could not write"
     kept = _newest_first(folder)
     left = (
         f"The last good checkpoint, {kept[0].name}, is untouched" if kept else "None was saved yet"
     )
-    return UserError(
+    return TransientError(
         f"checkpoint {target.name} could not be written to {folder}: {why}. {left}; make room, "
         "or mend the storage, and start the same command again: it continues there."
     )

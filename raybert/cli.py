@@ -331,6 +331,7 @@ def _tune(args: argparse.Namespace) -> int:
         concurrent=args.concurrent,
         gpu=args.gpu,
         minutes=args.minutes,
+        retries=args.retries,
         retry_failed=args.retry_failed,
         loggers=tuple(args.log),
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybert.checks import own_cores
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe, TransientError, UserError
 from raybert.places import mirrors
 from raybert.progress import Lines, NoBar, bar, on_terminal
 from raybert.shares import most_cpus, slots
@@ -233,7 +233,7 @@ def run_group(
         # What goes wrong outside the loop, as with the network, is not tried again.
         outside = isinstance(error, ray.train.ControllerError)
         tries = 1 if outside else recipe.resources.max_failures + 1
-        raise UserError(
+        raise (TransientError if outside else UserError)(
             f"training failed{f' {tries} times' if tries > 1 else ''}: {last_line(error)}. "
             "What was saved is kept; when the cause is mended, the same command continues."
         ) from error
@@ -294,7 +294,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         job = world.agreed(lambda: config["job"].on(config["mirrors"]))
         world.agreed(lambda: _check_shared(job.recipe))
     except UserError as error:
-        return {"error": str(error)}
+        return {"error": error.with_traceback(None)}
     hooks = _RayHooks(rank, config["terminal"], config["checkpoints"])
     return run(job, world, hooks, config["threads"])
 

@@ -51,6 +51,15 @@ class UserError(Exception):
         """With what lies in object storage by its URI."""
         return shown(super().__str__())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it reads as it does here, where the mirrors of URIs are known."""
+        return type(self), (str(self),)
+
+
+class TransientError(UserError):
+    """What may pass by itself: storage, the network or another process is in the way. A search
+    tries such a trial again."""
+
 
 def _checked_place(text: str) -> str:
     """A path, a URI of object storage, or a name that stands where one may."""

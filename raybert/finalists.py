@@ -15,12 +15,20 @@ from raybert.objectives import LATENCY, Objective, front, in_trials
 from raybert.results import RunReport, read_run
 
 RULE = (
-    "Of the finalists, {seeds}, the one with the least {cost} wins "
-    "whose mean score over {over} is at least {least:.4f}: the teacher's {teacher:.4f} less "
-    "{loss}. Finalists are the trials with the least {cost} among those that reached that score "
-    "once, and the one with the best score."
+    "Of {those}, {seeds}, the one with the least {cost} wins whose mean score over {over} is at "
+    "least {least:.4f}: the teacher's {teacher:.4f} less {loss}."
 )
 """How the winner is found; the report says so."""
+
+FINALISTS = (
+    " Finalists are the trials with the least {cost} among those that reached that score once, and "
+    "the one with the best score."
+)
+"""Which trials those are: latency is not known yet when they are chosen."""
+
+
+ROUNDING = 2.0**-23
+"""By how much the difference of two scores may be off: metrics are computed in float32."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,9 @@ class Loss:
         return f"{self.amount:g}"
 
     def least(self, teacher: float, floor: float) -> float:
-        """The score that a student must reach."""
+        """The score that a student must reach, less what rounding may take from it."""
         lost = self.amount * max(0.0, teacher - floor) if self.relative else self.amount
-        return teacher - lost
+        return teacher - lost - ROUNDING
 
 
 def parse_loss(text: str) -> Loss:
@@ -212,8 +220,21 @@ def choose(
     return min(within, key=price), True
 
 
-def rule(finalists: Sequence[Finished], objectives: Sequence[Objective], loss: Loss) -> str:
-    """How the winner was found, in words."""
+def rule(
+    finalists: Sequence[Finished],
+    objectives: Sequence[Objective],
+    loss: Loss,
+    chosen: bool = True,
+) -> str:
+    """How the winner was found, in words.
+
+    Args:
+        finalists: those that it was chosen from.
+        objectives: by which.
+        loss: what one can afford.
+        chosen: whether they are finalists, and not all trials that have finished.
+    """
+    those = "the finalists" if chosen else "all trials that finished"
     report, cost = finalists[0].reports[0], cost_of(objectives)
     teacher = report.teacher.score if report.teacher else report.student.score
     able = contenders(finalists)
@@ -225,12 +246,15 @@ def rule(finalists: Sequence[Finished], objectives: Sequence[Objective], loss: L
         over = f"the {shared} seed{'s' if shared > 1 else ''} that all of them have"
         over += ", and over all of its own," if cost else ""
     if cost is None:
-        text = f"Of the finalists, the one with the best mean score over {over} wins."
+        text = f"Of {those}, the one with the best mean score over {over} wins."
     else:
         text = RULE.format(
-            seeds=many, cost=cost.name, over=over, least=least_score(finalists, loss),
-            teacher=teacher, loss=loss.text,
+            those=those, seeds=many, cost=cost.name, over=over,
+            least=least_score(finalists, loss), teacher=teacher, loss=loss.text,
         )  # fmt: skip
+    first = cost_of(in_trials(objectives))
+    if chosen and first:
+        text += FINALISTS.format(cost=first.name)
     lost = [f.trial.name for f in finalists if f not in able]
     if cost and min(len(f.reports) for f in able) == 1 < max(len(f.reports) for f in able):
         text += " One without further seeds comes after those that have some."

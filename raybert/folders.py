@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.places import HIDDEN
 
 PATIENCE = 15
@@ -30,7 +30,7 @@ def owned(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=PATIENCE)
     except Timeout:
-        raise UserError(
+        raise TransientError(
             f"another process is working in {folder}; wait for it, or end it, and start the same "
             "command again: it goes on from the last checkpoint. If there is none any more, the "
             f"storage does not know: remove {folder / f'{HIDDEN}lock'}."

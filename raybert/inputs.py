@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.data import TaskData
 from raybert.folders import write_whole
 from raybert.storage import push
@@ -30,13 +30,13 @@ def inputs_of(data: TaskData, start: str, teacher: str | None) -> dict[str, str]
         start: the model that it starts from.
         teacher: one that was not made by the run itself.
     """
-    found = {"rows": _rows_digest(data), "start": _model_digest(start)}
+    found = {"rows": rows_digest(data), "start": _model_digest(start)}
     if teacher is not None:
         found["teacher"] = found["start"] if teacher == start else _model_digest(teacher)
     return found
 
 
-def _rows_digest(data: TaskData) -> str:
+def rows_digest(data: TaskData) -> str:
     """Of what is trained and scored on: another library's other name for it changes nothing."""
     digest = hashlib.sha256()
     for split in ("train", "dev"):
@@ -84,5 +84,5 @@ def keep_inputs(folder: Path, inputs: dict[str, str]) -> None:
     try:
         write_whole(folder / INPUTS, json.dumps(inputs, indent=1))
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error}. Choose another out=.") from None
+        raise TransientError(f"cannot write to {folder}: {error}. Choose another out=.") from None
     push(folder / INPUTS)

@@ -7,6 +7,8 @@ are all that a killed search needs to go on: Ray's own state is not read again.
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +43,9 @@ class Trial:
         curve: ``[percent of its steps, score]`` of each evaluation.
         points: objectives and other numbers of each evaluation of the curve.
         seconds: wall-clock seconds, those of killed attempts as far as they were reported.
-        cores: CPU cores that it held for so long.
+        cores: CPU cores that it holds.
+        core_seconds: seconds times the cores that it held then: a search that goes on may share a
+            machine out otherwise.
         seed: of a finalist's run; None for the search's own trials.
     """
 
@@ -54,6 +58,7 @@ class Trial:
     points: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     cores: float = 0.0
+    core_seconds: float = 0.0
     seed: int | None = None
 
     @property
@@ -67,16 +72,36 @@ def run_folder(folder: Path, number: int, seed: int | None = None) -> Path:
     return folder / ("trials" if seed is None else "finalists") / run_name(number, seed)
 
 
+SPENT = "spent.json"
+"""In the ledger's folder: seconds by the clock, by what the search did in them."""
+
+
 class Ledger:
-    """The trials of a search, in memory and on disk.
+    """The trials of a search, in memory and on disk, and the time that it has taken.
 
     Args:
         folder: the search folder; its trials' files are in ``ledger/``.
+
+    Attributes:
+        spent: seconds by the clock over all starts of the search, by what it did in them; nothing
+            where an earlier version, which did not count them, began it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "ledger"
         self._trials = {trial.name: trial for trial in map(_read, sorted(self._files()))}
+        there = (self.folder / SPENT).is_file()
+        self.spent: dict[str, float] = _parsed(self.folder / SPENT) if there else {}
+        self._counts = there or not self._trials
+        self._since = time.monotonic()
+
+    def spend(self, what: str) -> None:
+        """Count the seconds since the last count, or since the ledger was opened."""
+        now = time.monotonic()
+        if self._counts:
+            self.spent[what] = self.spent.get(what, 0.0) + now - self._since
+            write_whole(self.folder / SPENT, json.dumps(self.spent))
+        self._since = now
 
     def _files(self) -> list[Path]:
         return list(self.folder.glob("[0-9]*.json"))
@@ -99,6 +124,14 @@ class Ledger:
             self.write(trial)
         return len(failed)
 
+    def remove_checkpoints(self) -> None:
+        """Remove what stopped trials would go on from, which they never do: those of large models
+        would fill the disk. Failed ones keep theirs, for `reopen_failed`."""
+        for trial in self.all:
+            if trial.state == "stopped":
+                folder = run_folder(self.folder.parent, trial.number, trial.seed)
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
     @property
     def trials(self) -> list[Trial]:
         """The search's own trials, in order of drawing."""
@@ -120,10 +153,19 @@ class Ledger:
         return list(self._trials.values())
 
 
+def _parsed(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); remove it.") from None
+
+
 def _read(file: Path) -> Trial:
     try:
-        return Trial(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        # An earlier version kept none, and took the last cores for those of all its seconds.
+        return Trial(**{"core_seconds": held["seconds"] * held["cores"], **held})
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{file} is damaged ({error}); remove it, and the trial is drawn again."
         ) from None

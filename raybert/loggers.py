@@ -13,12 +13,13 @@ LOGGERS = ("mlflow", "wandb")
 """Loggers by name, which is that of the package and of the extra that each needs."""
 
 
-def make_loggers(names: Sequence[str], folder: Path) -> list[Any]:
+def make_loggers(names: Sequence[str], folder: Path, changing: bool = False) -> list[Any]:
     """Tune's callbacks.
 
     Args:
         names: some of `LOGGERS`.
         folder: the search folder, whose name the experiment or project gets.
+        changing: whether trials change their parameters on the way, as a population's do.
 
     Raises:
         UserError: a package is not installed, or Weights & Biases does not know who logs.
@@ -33,8 +34,11 @@ def make_loggers(names: Sequence[str], folder: Path) -> list[Any]:
     if "mlflow" in names:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-        # Where: MLFLOW_TRACKING_URI, as MLflow itself has it.
-        found.append(MLflowLoggerCallback(experiment_name=folder.name))
+        # Where: MLFLOW_TRACKING_URI, as MLflow itself has it. It refuses a second value of a
+        # parameter, which would end the search: of those that change, the last ones are logged.
+        found.append(
+            MLflowLoggerCallback(experiment_name=folder.name, log_params_on_trial_end=changing)
+        )
     if "wandb" in names:
         from ray.air.integrations.wandb import WandbLoggerCallback
 

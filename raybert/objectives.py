@@ -111,7 +111,7 @@ def _check_place(name: str, path: tuple[str, ...], metrics: Sequence[str]) -> No
     kind: Any = RunReport
     for depth, part in enumerate(path):
         known: Sequence[str] = ()
-        if typing.get_origin(kind) is dict:
+        if kind == dict[str, float]:  # other dictionaries have names that runs settle
             known, kind = metrics, float
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
             known = list(kind.model_fields)
@@ -120,7 +120,7 @@ def _check_place(name: str, path: tuple[str, ...], metrics: Sequence[str]) -> No
             where = ".".join(path[:depth]) or "report.json"
             raise UserError(
                 f"objective {name!r}: {where} has no {part!r}{nearest(part, known)}; it has "
-                f"{', '.join(known) or 'no parts'}."
+                f"{', '.join(known) or 'nothing to go by'}."
             )
     if kind not in (int, float):
         raise UserError(f"objective {name!r} is no number, but {'.'.join(path)} as a whole.")

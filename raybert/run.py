@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from raybert.checks import check_command, check_folder
 from raybert.cluster import predict_on_ray, ray_for, run_group, takes_gpu
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe, TransientError, UserError
 from raybert.folders import owned, write_whole
 from raybert.inputs import changed, inputs_of, keep_inputs
 from raybert.plan import (
@@ -244,7 +244,9 @@ def _write_recipe(recipe: Recipe) -> None:
     try:
         write_whole(recipe.folder / "recipe.yaml", dump_recipe(recipe))
     except OSError as error:
-        raise UserError(f"cannot write to {recipe.folder}: {error}. Choose another out=.") from None
+        raise TransientError(
+            f"cannot write to {recipe.folder}: {error}. Choose another out=."
+        ) from None
     push(recipe.folder / "recipe.yaml")
 
 
@@ -261,7 +263,7 @@ def _fit(plan: Plan, teacher: str | None, predictions: Path | None, fit: Fit | N
     job = Job(recipe, plan.data.folder, start, teacher, keep_head, predictions)
     returned = (fit or (_run_here if _is_local(recipe) else _run_on_ray))(plan, job)
     if "error" in returned:
-        raise UserError(returned["error"])
+        raise returned["error"]
 
 
 def _is_local(recipe: Recipe) -> bool:

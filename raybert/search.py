@@ -9,6 +9,7 @@ same command continues a search that was interrupted.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -95,12 +96,14 @@ def tune(
 
 def run_search(search: Search, *, tell: Tell = print) -> Answer:
     """Carry out a checked search; see `tune`."""
-    loggers = make_loggers(search.settings.loggers, search.folder)
+    settings = search.settings
+    loggers = make_loggers(settings.loggers, search.folder, settings.scheduler == "pbt")
     goes_on = check_place(search)
     if "RAY_ADDRESS" in os.environ and not (goes_on or search.recipe.resources.wait):
         with ray_up():  # what does not fit the cluster is told before anything is trained
             shares = shares_of(search)
-        search = replace(search, notes=search.notes + unused_gpu(search.settings, shares))
+        unused = unused_gpu(settings, shares, search.recipe.workers)
+        search = replace(search, notes=search.notes + unused)
     tell(f"{'continuing' if goes_on else 'searching'} {search.folder}")
     with owned(search.folder):
         return _carry_out(search, loggers, tell)
@@ -111,21 +114,29 @@ def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
     settings = json.loads(json.dumps(asdict(search.settings)))  # without tuples
     held = {**search.identity, "settings": settings}
     write_whole(search.folder / SEARCH, yaml.safe_dump(held, sort_keys=False))
+    ledger = Ledger(search.folder)
+    ledger.remove_checkpoints()
     for text in search.notes:
         tell(f"note: {text}")
     if search.teacher is not None:
         tell("fine-tuning the teacher")
         finetune(search.teacher, tell=tell)
+        ledger.spend("teacher")
     _save_predictions(search, tell)
     teacher = _teacher_metrics(search)
-    ledger = Ledger(search.folder)
+    ledger.spend("predictions")
     if search.settings.retry_failed:
         tell(f"{ledger.reopen_failed()} failed trials run again")
     try:
         if not _is_done(search, ledger):
-            _train(search, teacher, ledger, loggers, tell)
+            try:
+                _train(search, teacher, ledger, loggers, tell)
+            finally:
+                ledger.spend("trials")
+            ledger.remove_checkpoints()  # several workers may write one more while they are ended
         tell("measuring")
         failures = _measure(search, ledger, tell)
+        ledger.spend("measuring")
     except KeyboardInterrupt:
         if read_finished(ledger, search.folder):
             write_answer(_answer(search, ledger))
@@ -217,13 +228,7 @@ def _train(
             tell=tell,
         )
 
-        def check(values: dict[str, Any]) -> str:
-            try:
-                plan_of(recipe, values)
-            except UserError as error:
-                return str(error)
-            return ""
-
+        check = functools.partial(_why_not, recipe)
         runner.search(source, check, settings.trials, settings.scheduler, search.space)
         left = settings.trials - ledger.ended
         if left > 0 and time.time() >= runner.last_start:
@@ -232,6 +237,15 @@ def _train(
         if not finished:
             raise _nothing(ledger, search.folder)
         runner.repeat(_again(search, finished))
+
+
+def _why_not(recipe: Recipe, values: dict[str, Any]) -> str:
+    """Why a sample cannot be run, or saves nothing; nothing where it can."""
+    try:
+        plan_of(recipe, values)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _find_room(search: Search, source: Source, ledger: Ledger, tell: Tell) -> Shares:
@@ -316,9 +330,17 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
     if any(objective.path == (LATENCY,) for objective in search.objectives):
         there = on_front(finished, objectives)
         chosen += [entry for entry, wanted in zip(finished, there, strict=True) if wanted]
-    folders = sorted({run_folder(search.folder, entry.trial.number) for entry in chosen})
-    failed = side_by_side.measure(folders, search.recipe, tell)
-    return {folder.name: reason for folder, reason in failed.items()}
+    left = {run_folder(search.folder, entry.trial.number) for entry in chosen}
+    measured: set[Path] = set()
+    failures: dict[str, str] = {}
+    while left:
+        failed = side_by_side.measure(sorted(left), search.recipe, tell)
+        failures |= {folder.name: reason for folder, reason in failed.items()}
+        measured |= left
+        # Without finalists, another trial wins where the one that was looked at fails.
+        winner = _answer(search, ledger, failures).winner.trial
+        left = {run_folder(search.folder, winner.number)} - measured
+    return failures
 
 
 def _answer(search: Search, ledger: Ledger, failures: dict[str, str] | None = None) -> Answer:

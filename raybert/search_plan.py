@@ -16,6 +16,7 @@ from raybert.cluster import machines
 from raybert.config import Recipe, UserError
 from raybert.draws import ALGORITHMS, Plain, cut_grid, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
+from raybert.inputs import rows_digest
 from raybert.ledger import SEARCH
 from raybert.loggers import LOGGERS, make_loggers
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
@@ -67,7 +68,8 @@ class Settings:
         gpu: GPUs of a trial of one worker, such as 0.5.
         minutes: after which nothing more is trained, the teacher's own training not counted; the
             last third is for trials under way and finalists' seeds. None: no limit.
-        retries: how often a trial that crashed is tried again.
+        retries: how often a trial is tried again that crashed, or that storage, the network or
+            another process ended.
         retry_failed: of an earlier start, let failed trials run again.
         loggers: ``mlflow`` and ``wandb``, beside the TensorBoard files in each trial's folder.
     """
@@ -104,12 +106,12 @@ class Settings:
         ):
             if word not in known:
                 raise UserError(f"no {what} {word!r}; there are {', '.join(known)}.")
-        if min(self.trials, self.seeds, self.concurrent or 1) < 1 or self.finalists < 0:
-            raise UserError(
-                f"{self.trials} trials, {self.concurrent} at once, {self.seeds} seeds: a search "
-                "needs one of each at least."
-            )
-        if self.minutes is not None and self.minutes <= 0:
+        least = {"trials": 1, "seeds": 1, "concurrent": 1, "finalists": 0, "retries": 0}
+        for name, fewest in least.items():
+            number = getattr(self, name)
+            if number is not None and number < fewest:
+                raise UserError(f"{name} is {number}; give {fewest} at least.")
+        if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"{self.minutes:g} minutes leave no time to train; give more.")
         if self.minutes is not None and self.scheduler == "pbt":
             raise UserError(
@@ -177,8 +179,9 @@ class Search:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What makes a search this one: the space, the teacher, what trials share, and the method
-        of searching; how long it goes on may change. Reads the teacher's weights, once."""
+        """What makes a search this one: the space, the teacher, the rows, what trials share, and
+        the method of searching; how long it goes on may change. Reads the teacher's weights and
+        all rows, once."""
         recipe = yaml.safe_load(dump_recipe(self.recipe))
         for key in FREE:
             recipe.pop(key)
@@ -189,7 +192,13 @@ class Search:
             teacher = {key: made[key] for key in ("model", "task", "data", "train")}
         how = {"algorithm": self.settings.algorithm, "scheduler": self.settings.scheduler}
         how["objectives"] = ",".join(o.name for o in self.objectives)
-        return {"space": self.space.text, "teacher": teacher, "recipe": recipe, "how": how}
+        return {
+            "space": self.space.text,
+            "teacher": teacher,
+            "rows": rows_digest(self.plans[0].data),
+            "recipe": recipe,
+            "how": how,
+        }
 
 
 def make_search(
@@ -241,7 +250,8 @@ def make_search(
     search = Search(recipe, space, settings, objectives, loss, teacher, looked, tuple(notes))
     if "RAY_ADDRESS" in os.environ:  # what a cluster has is known when it is connected to
         return search
-    return replace(search, notes=search.notes + unused_gpu(settings, shares_of(search)))
+    unused = unused_gpu(settings, shares_of(search), recipe.workers)
+    return replace(search, notes=search.notes + unused)
 
 
 def _check_trials(recipe: Recipe) -> None:
@@ -292,11 +302,12 @@ def shares_of(search: Search) -> Shares:
     )
 
 
-def unused_gpu(settings: Settings, shares: Shares) -> tuple[str, ...]:
-    """That a share of a GPU was asked for, and trials have none to share."""
-    if settings.gpu == Settings.gpu or shares.gpu:
+def unused_gpu(settings: Settings, shares: Shares, workers: int) -> tuple[str, ...]:
+    """That a share of a GPU was asked for, and trials of so many workers have none to share."""
+    if settings.gpu in (Settings.gpu, shares.gpu):
         return ()
-    return (f"--gpu {settings.gpu:g} has no effect: trials run on CPUs here",)
+    why = f"each of {workers} workers has a whole one" if shares.gpu else "trials run on CPUs here"
+    return (f"--gpu {settings.gpu:g} has no effect: {why}",)
 
 
 def _check_measured(objectives: tuple[Objective, ...], recipe: Recipe) -> None:
@@ -307,10 +318,10 @@ def _check_measured(objectives: tuple[Objective, ...], recipe: Recipe) -> None:
                 "latency is an objective, and measure.batches is empty, so that nothing is timed; "
                 "give measure.batches=[1], or leave latency out."
             )
-        if objective.path[0] in ("onnx", "teacher", "floor", "floors"):
+        if objective.path[0] in ("onnx", "teacher", "floor", "floors", "seed", "workers"):
             raise UserError(
                 f"objective {objective.name!r} tells no trial from another: trials are not "
-                "exported, and share one teacher. Use numbers of the student."
+                "exported, and share teacher, seed and workers. Use numbers of the student."
             )
 
 
@@ -346,7 +357,8 @@ def check_place(search: Search) -> bool:
     """Whether the search folder holds this very search already, to be continued.
 
     Raises:
-        UserError: it holds a search of another space, teacher or recipe, or anything else.
+        UserError: it holds a search of another space, teacher, recipe or other rows, or anything
+            else.
     """
     folder, file = search.folder, search.folder / SEARCH
     if not folder.exists() or all(path.name.startswith(HIDDEN) for path in folder.iterdir()):
@@ -359,6 +371,13 @@ def check_place(search: Search) -> bool:
         )
     there = read_yaml(file, "search")
     here = search.identity
+    if there.get("rows", here["rows"]) != here["rows"]:  # an earlier version noted none
+        raise UserError(
+            f"{folder} holds a search over other rows: `data` changed since it was begun, so that "
+            "new scores would not compare with those of its trials; nothing in it is touched. Put "
+            f"back what was there to go on, or remove the line `rows` of {file} if that makes no "
+            "difference; or choose another out=."
+        )
     for key, what in (
         ("space", "space"),
         ("teacher", "teacher"),

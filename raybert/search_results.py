@@ -46,6 +46,8 @@ class Answer:
         trials: all of them, skipped ones too.
         seconds: wall-clock, of all trials added up, the finalists' runs too.
         core_seconds: the same times the cores that each held.
+        spent: wall-clock seconds of the search over all its starts, by what it did in them; see
+            `raybert.ledger.Ledger`.
         finished: those with a model.
         finalists: those that the winner was chosen from.
         winner: the trial that won.
@@ -65,6 +67,7 @@ class Answer:
     trials: tuple[Trial, ...]
     seconds: float
     core_seconds: float
+    spent: Mapping[str, float]
     finished: tuple[Finished, ...]
     finalists: tuple[Finished, ...]
     winner: Finished
@@ -117,13 +120,14 @@ def answer_of(
         objectives,
         tuple(ledger.trials),
         sum(trial.seconds for trial in ledger.all),
-        sum(trial.seconds * trial.cores for trial in ledger.all),
+        sum(trial.core_seconds for trial in ledger.all),
+        ledger.spent,
         tuple(finished),
         tuple(chosen),
         winner,
         within,
         least_score(chosen, loss),
-        rule(able, judged, loss),
+        rule(able, judged, loss, finalists > 0),
         tuple(f.trial.number for f, front in zip(finished, there, strict=True) if front),
         failures,
         (*notes, *(text.removesuffix(".") for text in unread)),
@@ -264,4 +268,7 @@ def summary(answer: Answer) -> str:
         f"spent    {answer.core_seconds / 3600:.2f} core-hours, "
         f"{answer.seconds / 60:.1f} minutes of trials"
     )
+    if answer.spent:
+        parts = ", ".join(f"{what} {seconds / 60:.1f}" for what, seconds in answer.spent.items())
+        lines.append(f"         {sum(answer.spent.values()) / 60:.1f} minutes in all ({parts})")
     return "\n".join(lines)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer
+from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer, Normal
 
 from raybert.config import KDConfig, Recipe, TrainConfig, UserError
 from raybert.explain import nearest
@@ -86,10 +87,19 @@ def describe(axis: Any) -> str:
         return json.dumps(axis)
     sampler: Any = axis.get_sampler()
     inner: Any = vars(sampler).get("sampler", sampler)
-    step = f" in steps of {sampler.q:g}" if inner is not sampler else ""
+    step = f" in steps of {_number(sampler.q)}" if inner is not sampler else ""
+    if isinstance(inner, Normal):
+        return f"normal of mean {_number(inner.mean)} and deviation {_number(inner.sd)}{step}"
     bounds: Any = axis
     kind = type(inner).__name__.strip("_").lower()
-    return f"{kind} {bounds.lower:g} to {bounds.upper:g}{step}"
+    return f"{kind} {_number(bounds.lower)} to {_number(bounds.upper)}{step}"
+
+
+def _number(value: float) -> str:
+    """Six digits, or all of them where six are not the number but for rounding, as of 0.1 + 0.2: a
+    search that goes on compares spaces by their words."""
+    short = f"{value:g}"
+    return short if math.isclose(float(short), value) else str(value)
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -135,9 +145,8 @@ def make_space(axes: Mapping[str, Any], name: str, recipe: Recipe) -> Space:
     """
     if not axes:
         raise UserError(f"space {name} is empty; give it dotted recipe keys and distributions.")
-    # A grid may be any iterable, perhaps one that can be read only once.
     axes = {
-        str(key): {"grid_search": listed(axis)} if is_grid(axis) else axis
+        str(key): _as_list(f"space {name}: `{key}`", axis) if is_grid(axis) else axis
         for key, axis in axes.items()
     }
     for key, axis in axes.items():
@@ -189,6 +198,15 @@ def _check_key(space: str, key: str) -> None:
             f"space {space}: unknown key `{key}`{nearest(rest[-1], fields)}; known in {stem}: "
             f"{', '.join(fields)}."
         )
+
+
+def _as_list(what: str, grid: Any) -> dict[str, list[Any]]:
+    """A grid with its values as a list: they may be any iterable, perhaps one that can be read only
+    once."""
+    values = grid["grid_search"]
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise UserError(f"{what} is a grid of {values!r}; give it a list, as in [{values!r}].")
+    return {"grid_search": list(values)}
 
 
 def _check_axis(what: str, axis: Any) -> None:
@@ -253,7 +271,7 @@ def _axis(path: Path, key: str, value: Any) -> Any:
         numbers = [float(a) if isinstance(a, str) and name != "choice" else a for a in arguments]
         make = vars(tune)[name]
         return make(numbers) if name == "choice" else make(*numbers)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path}: `{key}`: {name}{tuple(arguments)!r}: {error}.") from None
 
 

@@ -23,7 +23,7 @@ from filelock import FileLock
 from pyarrow import fs
 
 from raybert.buckets import settings, tried
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.places import HIDDEN, local, mirrors, uri_of
 
 BLOCK = 1 << 24
@@ -346,7 +346,7 @@ def _here(path: Path) -> Iterator[None]:
         mirrors().mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(
+        raise TransientError(
             f"what {path} holds cannot be kept in {mirrors().parent} "
             f"({os.strerror(error.errno or errno.EIO)}); make room, or choose another folder for "
             "caches with RAYBERT_CACHE."

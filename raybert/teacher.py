@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from raybert.compressed import longest_input
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.data import META as PREPARED
 from raybert.data import MODEL_INPUTS, TaskData, load_prepared
 from raybert.first_token import first_token_only
@@ -295,8 +295,8 @@ def check_room(request: Request, shards: int) -> None:
         )
 
 
-def _cannot_keep(folder: Path, error: OSError) -> UserError:
-    return UserError(
+def _cannot_keep(folder: Path, error: OSError) -> TransientError:
+    return TransientError(
         f"the teacher's predictions cannot be kept in {folder} ({error.strerror or error}); make "
         "room or choose another folder with data.cache, and start the same command again: what "
         "was written is kept."

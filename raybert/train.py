@@ -42,7 +42,7 @@ from raybert.checkpoint import (
     send,
 )
 from raybert.compressed import mark_compressed
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.data import (
     TaskData,
     load_prepared,
@@ -96,8 +96,8 @@ def run(job: Job, world: World, hooks: Hooks, threads: int | None = None) -> dic
         threads: CPU threads of this worker.
 
     Returns:
-        ``{}`` when the finished model lies in ``checkpoints/final``, or ``{"error": text}`` for
-        what the user can mend: raised on every worker alike, such an error must not look like a
+        ``{}`` when the finished model lies in ``checkpoints/final``, or ``{"error": UserError}``
+        for what the user can mend: raised on every worker alike, such an error must not look like a
         crash that a restart could cure.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -109,7 +109,7 @@ def run(job: Job, world: World, hooks: Hooks, threads: int | None = None) -> dic
         trainer = world.agreed(lambda: Trainer(job, world, hooks))
         trainer.run()
     except UserError as error:
-        return {"error": str(error)}
+        return {"error": error.with_traceback(None)}  # which would hold the model
     finally:
         torch.set_num_threads(before)  # this may be the user's own process
         if trainer is not None:
@@ -617,7 +617,7 @@ class Trainer:
             (partial / RESULT).write_text(json.dumps(result))
             os.replace(partial, final)
         except (OSError, SafetensorError) as error:
-            raise UserError(
+            raise TransientError(
                 f"the finished model could not be written to {final}: {error}. Make room, or "
                 f"mend the "
                 "storage, and start the same command again."

@@ -26,7 +26,7 @@ from ray import tune
 from transformers.utils.logging import disable_progress_bar
 
 from raybert.cluster import run_group
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe, TransientError, UserError
 from raybert.job import Job
 from raybert.ledger import SEARCH, run_folder
 from raybert.metrics import floor
@@ -42,6 +42,10 @@ ORIGIN = "origin.json"
 """In a checkpoint that is handed over: whose it is."""
 
 LOG = "metrics.jsonl"
+
+END = 600
+"""Seconds that a stopped trial may take to leave its process to the next one. Ray's own patience is
+2, after which it drops that next trial, and tells neither the search algorithm nor the scribe."""
 
 POLL = 0.2
 """Seconds between looks at what the workers of a Ray Train job have reported."""
@@ -105,6 +109,8 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
     logging.disable(logging.INFO)
     disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
+    # Here, not where the search runs: it is read in this process, on whatever machine.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(END))
     if work.address is not None:
         os.environ["RAY_ADDRESS"] = work.address
     number = number_of(config, tune.get_context().get_trial_id())
@@ -120,6 +126,8 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
         carrier = _Carrier(work, number, values)
         compress(recipe, tell=_silent, fit=carrier.fit, alone=False)
         report = read_run(folder).report
+    except TransientError:
+        raise  # as a crash: Tune tries it again, and it goes on from its last checkpoint
     except UserError as error:
         # Not raised: it would be tried again, to the same end.
         tune.report({"failed": str(error), "values": values})

@@ -21,7 +21,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from raybert.cluster import last_line
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.draws import SKIPS, Check, Draws, Source, config_of
 from raybert.ledger import DONE, Ledger, Trial
 from raybert.shares import Shares
@@ -81,8 +81,11 @@ class Scribe(tune.Callback):
         """An evaluation, or the end."""
         own = self._of(trial)
         now = time.time()
-        own.seconds += now - self.stamps.get(trial.trial_id, now)
+        seconds = now - self.stamps.get(trial.trial_id, now)
+        own.seconds += seconds
         own.cores = self.cores
+        own.core_seconds += seconds * self.cores
+        self.ledger.spend("trials")  # a search that is killed has counted so far
         self.stamps[trial.trial_id] = now
         own.values = dict(result.get("values", own.values))
         if "failed" in result:
@@ -114,11 +117,14 @@ class Scribe(tune.Callback):
         """A trial crashed as often as it may."""
         own = self._of(trial)
         error = trial.get_error()
-        own.state, own.reason = "failed", last_line(error) if error else "it crashed"
+        reason = last_line(error) if error else "it crashed"
+        own.state, own.reason = "failed", reason.removeprefix(_AS_A_CRASH)
         self._ended(own)
 
     def _ended(self, own: Trial) -> None:
         self.ledger.write(own)
+        if own.state == "stopped":
+            self.ledger.remove_checkpoints()
         self.told(own)
         done = self.ledger.ended
         shown = ", ".join(
@@ -128,6 +134,9 @@ class Scribe(tune.Callback):
         place = f" ({done} of {self.total})" if own.seed is None else ""
         self.tell(f"trial {own.name} {what.get(own.state, own.state)}; {shown}{place}")
 
+
+_AS_A_CRASH = f"{TransientError.__module__}.{TransientError.__name__}: "
+"""What a traceback puts before an error that was raised for Tune to try the trial again."""
 
 _TUNES_OWN = {
     *("timestamp", "time_this_iter_s", "time_total_s", "time_since_restore", "pid", "finished"),

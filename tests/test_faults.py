@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import ray
+import ray.train
 import yaml
 from conftest import one_and_two
 
 from raybert import cluster as cluster_room
 from raybert import progress, run
 from raybert.cli import main
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe, TransientError, UserError
 from raybert.recipe_file import dump_recipe, recipe_from
 
 # Its name in `ray.util` is the function's.
@@ -119,6 +120,25 @@ def test_a_cluster_that_starts_none_is_not_waited_for_for_ever(cluster):
     with pytest.raises(UserError, match=r"4 workers of 1 CPU within 20 minutes.*ray status"):
         cluster_room._workers_of(on_cluster(wait=20))
     assert cluster.removed == 1
+
+
+def test_what_ends_workers_from_outside_may_pass(monkeypatch, tmp_path):
+    """As a start-up that took too long; what ends them from within has been tried again."""
+    recipe = on_cluster().model_copy(update={"out": str(tmp_path / "r")})
+    job: Any = SimpleNamespace(recipe=recipe)
+    outside = ray.train.ControllerError(RuntimeError("the start timed out"))
+    within = ray.train.WorkerGroupError("it crashed", {0: RuntimeError()})
+    for error, transient in ((outside, True), (within, False)):
+
+        def fit(error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(
+            "ray.train.torch.TorchTrainer", lambda *_, **__: SimpleNamespace(fit=fit)
+        )
+        with pytest.raises(UserError, match="What was saved is kept") as caught:
+            cluster_room.run_group(job, 1, False)
+        assert isinstance(caught.value, TransientError) == transient
 
 
 def test_shared_cpus_and_gpus_are_counted(cluster):

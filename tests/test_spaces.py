@@ -10,9 +10,11 @@ import pytest
 import yaml
 from ray import tune
 from ray.tune.search.sample import Domain
+from transformers import BertConfig
 
 from raybert.config import UserError
 from raybert.draws import Plain, make_source
+from raybert.job import resolve_chain
 from raybert.methods import METHODS
 from raybert.objectives import parse_objectives
 from raybert.recipe_file import RECIPES, load_recipe, recipe_from
@@ -73,24 +75,37 @@ def test_every_sample_is_a_recipe(name):
         recipe = apply(base, values)
         for key, value in values_of(recipe, list(used(base, values))).items():
             assert value == values[key]
+        bound = tuple(method.bind(recipe) for method in recipe.method)
+        # What cannot follow what is refused here.
+        resolve_chain(recipe.model_copy(update={"method": bound}), BertConfig())
 
 
+def test_the_space_of_chains_has_every_method_and_its_own_keys():
+    space = read_space("chains", recipe_of())
+    chains = [chain.split(",") for chain in listed(space.axes["method"]) or []]
+    assert {name for chain in chains for name in chain} == set(METHODS)
+    assert {key.split(".")[1] for key in space.axes if key.startswith("method.")} == set(METHODS)
+
+
+@pytest.mark.parametrize("chains", [False, True])
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.parent.name)
-def test_released_recipes_lie_inside(path: Path):
+def test_released_recipes_lie_inside(path: Path, chains: bool):
     recipe = load_recipe(str(path))
     method = path.parent.name
-    space = read_space(method, recipe_of(method))
+    axes = dict(read_space("chains" if chains else method, recipe_of(method)).axes)
+    axes.pop("method", None)  # MA-BERT alone is no chain that saves anything
     if recipe.kd == recipe_of(method).kd:  # no distillation released: its weights have no default
-        space = make_space({k: v for k, v in space.axes.items() if k[:3] != "kd."}, "x", recipe)
-    for key, value in values_of(recipe, list(space.axes)).items():
+        axes = {key: axis for key, axis in axes.items() if key[:3] != "kd."}
+    for key, value in values_of(recipe, list(axes)).items():
         # Nothing: the method finds it by itself, as LoBERT its ranks.
-        assert value is None or contains(space.axes[key], value), (key, value)
+        assert value is None or contains(axes[key], value), (key, value)
 
 
+@pytest.mark.parametrize("chains", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_defaults_of_methods_lie_inside(method):
+def test_defaults_of_methods_lie_inside(method, chains):
     recipe = recipe_of(method)
-    axes = read_space(method, recipe).axes
+    axes = read_space("chains" if chains else method, recipe).axes
     keys = [key for key in axes if key.startswith("method.")]
     for key, value in values_of(recipe, keys).items():
         assert value is None or contains(axes[key], value), (key, value)
@@ -127,6 +142,8 @@ def test_keys_that_cannot_be_searched_are_refused(axes, message):
         (tune.randint(5, 5), "no value can be drawn"),
         (tune.choice([]), "choice of nothing"),
         (tune.grid_search([]), "grid of nothing"),
+        ({"grid_search": 5}, r"grid of 5; give it a list, as in \[5\]"),
+        ({"grid_search": "even"}, "grid of 'even'; give it a list"),
         (tune.sample_from(lambda spec: 1 / 0), r"sample_from.*Use tune\.choice"),
         (tune.uniform, "no value can be drawn"),
     ],
@@ -170,6 +187,7 @@ def test_a_space_in_yaml_is_the_one_in_python(tmp_path):
         ("a.yaml", "train.lr: {lognormal: [1, 2]}", "did you mean|of uniform"),
         ("a.yaml", "train.lr: {uniform: 3}", "with a list"),
         ("a.yaml", "train.lr: {loguniform: [0, 1]}", "loguniform"),
+        ("a.yaml", "train.lr: {quniform: [0.2, 0.8, 0]}", r"quniform\(0\.2, 0\.8, 0\): .*zero"),
         ("a.yaml", "train.lr: {uniform: [0.8, 0.2]}", "lower bound first, as in .0.2, 0.8."),
         ("a.yaml", "train.lr: {choice: []}", "choice of nothing"),
         ("a.yaml", "train.lr: {grid: []}", "grid of nothing"),
@@ -229,6 +247,24 @@ def test_a_sample_takes_only_what_its_chain_has():
     assert recipe_from(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
 
 
+@pytest.mark.parametrize(
+    ("axis", "text"),
+    [
+        (tune.loguniform(1e-5, 2e-4), "loguniform 1e-05 to 0.0002"),
+        (tune.loguniform(1.2345678e-5, 2e-4), "loguniform 1.2345678e-05 to 0.0002"),
+        (tune.quniform(0.2, 0.8, 0.1), "uniform 0.2 to 0.8 in steps of 0.1"),
+        (tune.uniform(0.1 + 0.2, 1), "uniform 0.3 to 1"),
+        (tune.randint(2, 9), "uniform 2 to 9"),
+        (tune.randint(2, 1234567), "uniform 2 to 1234567"),
+        (tune.randn(1e-3, 1e-4), "normal of mean 0.001 and deviation 0.0001"),
+        (tune.qrandn(5, 1, 0.5), "normal of mean 5 and deviation 1 in steps of 0.5"),
+    ],
+)
+def test_axes_that_differ_have_different_words(axis, text):
+    """And those of before have the words of before: search folders are known by them."""
+    assert describe(axis) == text
+
+
 def test_axes_know_their_values():
     assert listed(tune.grid_search([1, 2])) == [1, 2]
     assert listed(tune.choice(["a"])) == ["a"]
@@ -247,6 +283,8 @@ def test_axes_know_their_values():
         ("max:student", "is no number"),
         ("max:name", "is no number"),
         ("max:student.score.mean", "has no 'mean'"),
+        ("max:hardware.accuracy", "hardware has no 'accuracy'.*nothing to go by"),
+        ("min:facts.f1", "facts has no 'f1'"),
     ],
 )
 def test_objectives_that_no_report_has_are_refused(words, message):

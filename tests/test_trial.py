@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from raybert import checks, trial
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.objectives import parse_objectives
 from raybert.plan import make_plan, resolve_paths
 from raybert.predictions import Predictions
@@ -69,19 +70,37 @@ def test_a_trial_makes_predictions_that_are_not_there_itself(
     monkeypatch.setenv("RAY_ADDRESS", "nowhere")
     (tmp_path / "search.yaml").touch()
     data = {"cache": str(tmp_path / "cache")}
-    kd, workers = {"alpha": 0.5}, 2
+    kd, workers, enough = {"alpha": 0.5}, 2, UserError("enough.")
     recipe = toy(tmp_path / "r", teacher=str(teacher), method=["lobert"], kd=kd, data=data,
                  workers=workers)  # fmt: skip
     found: list[Any] = []
 
     def fit(carrier: _Carrier, plan: Any, job: Any) -> dict[str, Any]:
         found.append(Predictions(job.predictions, cls=False).rows)
-        return {"error": "enough."}
+        return {"error": enough}
 
     monkeypatch.setattr(_Carrier, "fit", fit)
     run_trial(CONFIG, work_of(recipe, tmp_path, gpu=1.0))
     assert found == [90]
     assert told == [{"failed": "enough.", "values": {"train.lr": 1e-3}}]
+
+
+def test_a_trial_that_storage_ends_is_left_to_be_tried_again(
+    toy, teacher, tmp_path, told, monkeypatch
+):
+    """Tune does that with what is raised; what it is told is final."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("raybert.checkpoint._seal", full)
+    (tmp_path / "search.yaml").touch()
+    recipe = toy(tmp_path / "r", teacher=str(teacher), method=["lobert"])
+    with pytest.raises(TransientError, match=r"checkpoint .* No space left") as caught:
+        run_trial(CONFIG, work_of(recipe, tmp_path))
+    assert all("failed" not in report for report in told)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), str(again)) == (TransientError, str(caught.value))
 
 
 def memory_of(available: float, total: float):

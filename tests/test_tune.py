@@ -11,11 +11,14 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -27,7 +30,8 @@ from raybert.cli import main
 from raybert.config import UserError
 from raybert.draws import SKIPS, Draws, Optuna, Plain, as_grid, make_source
 from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished, rule
-from raybert.ledger import Ledger, Trial
+from raybert.ledger import Ledger, Trial, run_folder
+from raybert.loggers import make_loggers
 from raybert.objectives import front, in_trials, parse_objectives
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
@@ -36,8 +40,10 @@ from raybert.room import check_seen, wait_for_room
 from raybert.search import (
     _as_trials_read_it,
     _find_room,
+    _measure,
     _nothing,
     _save_predictions,
+    _why_not,
     run_search,
     write_answer,
 )
@@ -47,7 +53,7 @@ from raybert.shares import Shares, share_out
 from raybert.space import make_space
 from raybert.steering import make_scheduler, remember
 from raybert.trial import Work
-from raybert.tuning import HEAD, Ending, Runner, part_of_head
+from raybert.tuning import HEAD, Ending, Runner, Scribe, part_of_head
 
 GB = 1_000_000_000
 METRICS = ("accuracy", "f1")
@@ -357,6 +363,18 @@ def test_what_saves_nothing_is_skipped_before_it_starts(tmp_path):
     assert skipped[0].reason == "it saves nothing."
 
 
+def test_illegal_chains_are_skipped_before_they_start(toy, teacher, tmp_path):
+    base = make_search(toy(tmp_path / "s", teacher=str(teacher)), {"method": "lobert"}).recipe
+    chains = ["lobert", "q8bert,lobert", "lobert,ebert", "lobert,q8bert"]
+    space = make_space({"method": {"grid_search": chains}}, "chains", base)
+    found = drain(Draws(Plain(space, 0), Ledger(tmp_path), base, partial(_why_not, base), 9, print))
+    assert [config["values"]["method"] for config in found] == ["lobert", "lobert,q8bert"]
+    reasons = {t.values["method"]: t.reason for t in Ledger(tmp_path).trials if t.reason}
+    assert reasons["q8bert,lobert"].startswith("lobert cannot follow q8bert")
+    assert reasons["lobert,ebert"].startswith("ebert cannot follow lobert")
+    assert not (tmp_path / "trials").exists()
+
+
 def test_a_space_of_nothing_but_mistakes_ends(tmp_path):
     check = Refuses(above=0.0)
     draws = Draws(Plain(SPACE, 0), Ledger(tmp_path), BASE, check, 5, print)
@@ -660,6 +678,63 @@ def test_the_ledger_reads_what_it_wrote(tmp_path):
         Ledger(tmp_path)
 
 
+def tunes(number: int, **keys) -> SimpleNamespace:
+    """As much of Tune's trial as the scribe looks at."""
+    config = {"number": number, "population": None, "seed": None, "values": {}}
+    return SimpleNamespace(config=config, trial_id=str(number), **keys)
+
+
+@pytest.mark.parametrize(("deadline", "left"), [(float("inf"), ["002"]), (0.0, ["000", "002"])])
+def test_a_stopped_trial_leaves_no_checkpoints(tmp_path, deadline, left):
+    """Nor one of before; what the search's deadline cuts short goes on another time."""
+    ledger = Ledger(tmp_path)
+    for number, state in enumerate(("running", "stopped", "failed")):
+        ledger.write(Trial(number, {}, state))
+        (run_folder(tmp_path, number) / "checkpoints" / "phase0-step0000008").mkdir(parents=True)
+    scribe = Scribe(ledger, 3, 1.0, lambda trial: None, lambda text: None, deadline)
+    scribe.on_trial_complete(0, [], tunes(0))
+    ledger.remove_checkpoints()  # as every start does
+    assert sorted(p.parent.name for p in tmp_path.glob("trials/*/checkpoints")) == left
+
+
+def test_core_seconds_are_of_the_cores_that_a_trial_held_then(tmp_path, monkeypatch):
+    """A search that goes on may share the machine out otherwise."""
+    ledger = Ledger(tmp_path)
+    ledger.write(Trial(0, {}, seconds=10.0, cores=4))
+    file = tmp_path / "ledger" / "000.json"
+    held = json.loads(file.read_text())
+    del held["core_seconds"]  # as an earlier version wrote it
+    file.write_text(json.dumps(held))
+    ledger = Ledger(tmp_path)
+    scribe = Scribe(ledger, 1, 1.0, lambda trial: None, lambda text: None, float("inf"))
+    now = [100.0]
+    monkeypatch.setattr("raybert.tuning.time.time", lambda: now[0])
+    scribe.on_trial_start(0, [], tunes(0))
+    now[0] += 5
+    scribe.on_trial_result(0, [], tunes(0), {"percent": 50.0, "score": 0.5})
+    (trial,) = Ledger(tmp_path).trials
+    assert (trial.seconds, trial.cores, trial.core_seconds) == (15.0, 1.0, 45.0)
+
+
+def test_the_time_of_a_search_is_counted_over_its_starts(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("raybert.ledger.time.monotonic", lambda: now[0])
+
+    def start(*parts: tuple[str, float]) -> dict[str, float]:
+        ledger = Ledger(tmp_path)
+        for what, seconds in parts:
+            now[0] += seconds
+            ledger.spend(what)
+        return Ledger(tmp_path).spent
+
+    assert start(("teacher", 60.0), ("trials", 5.0), ("trials", 5.0))["trials"] == 10.0
+    now[0] += 1000  # it lay there, killed
+    assert start(("trials", 20.0)) == {"teacher": 60.0, "trials": 30.0}
+    (tmp_path / "ledger" / "spent.json").unlink()
+    Ledger(tmp_path).write(Trial(0, {}))
+    assert start(("trials", 20.0)) == {}, "one that an earlier version began is not told in part"
+
+
 # -- choosing --------------------------------------------------------------------------------------
 
 
@@ -668,6 +743,13 @@ def test_the_ledger_reads_what_it_wrote(tmp_path):
 )
 def test_a_loss_is_points_or_a_share_of_what_was_learned(text, least):
     assert parse_loss(text).least(0.9, 0.5) == pytest.approx(least)
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(0.85, 0.84), (0.9, 0.89), (0.86, 0.85)])
+def test_a_student_at_the_edge_of_the_loss_is_within_it(teacher, student):
+    """Metrics come in float32, in which a hundredth less is not always that."""
+    least = parse_loss("0.01").least(float(np.float32(teacher)), 0.5)
+    assert float(np.float32(student)) >= least > float(np.float32(student - 1e-6))
 
 
 @pytest.mark.parametrize("text", ["", "five", "-1", "1%%", "2", "120%"])
@@ -725,6 +807,12 @@ def test_latency_decides_where_it_is_asked_for():
     fast = finished(1, [0.9], 900, milliseconds=2.0)
     objectives = parse_objectives("score,latency", METRICS)
     assert choose([slow, fast], objectives, parse_loss("0.01")) == (fast, True)
+    said = rule([slow, fast], objectives, parse_loss("0.01"))
+    assert "the one with the least latency wins" in said
+    assert "Finalists are the trials with the least flops among" in said
+    alone = rule([slow, fast], objectives, parse_loss("0.01"), chosen=False)
+    assert alone.startswith("Of all trials that finished, each of one seed, the one with the least")
+    assert "inalists" not in alone
 
 
 def test_importance_is_found_where_it_is():
@@ -764,6 +852,7 @@ def folder(tmp_path: Path) -> Path:
         values = {"train.lr": 1e-4 * (number + 1), "kd.normalize": bool(number)}
         values["method.lobert.share"] = 0.3 + number / 4
         trial = Trial(number, values, "finished", seed=seed, seconds=10.0, cores=2)
+        trial.core_seconds = 20.0
         trial.curve = [[50.0, 0.7], [100.0, report.student.score]]
         ledger.write(trial)
     ledger.write(Trial(2, {"train.lr": 5e-5}, "skipped", "it saves <nothing>."))
@@ -801,6 +890,12 @@ def test_the_answer_is_written_for_people_and_programs(folder):
     assert [row["bytes"] for row in read] == [300.0, 800.0, None, None, None]
     assert read[2]["reason"] == "it saves <nothing>."
     assert "trial 000: accuracy 0.8700 over 2 seed(s)" in summary(found)
+    assert "minutes in all" not in summary(found)
+    spent = replace(found, spent={"teacher": 90.0, "trials": 150.0})
+    assert "4.0 minutes in all (teacher 1.5, trials 2.5)" in summary(spent)
+    write_answer(spent)
+    page = (folder / "report.html").read_text()
+    assert "The search took 4 min 0 s in all: teacher 1 min 30 s, trials 2 min 30 s." in page
 
 
 def test_the_page_shows_recipes_under_the_mouse_and_loads_nothing(folder):
@@ -853,6 +948,8 @@ def test_a_search_that_could_not_measure_all_says_so_at_the_end(
 ):
     """The answer is written, and the command's status is that of a failure."""
     failed = {folder / "trials" / "000": "the graph does not compute what the model does."}
+    stopped = folder / "trials" / "003" / "checkpoints"
+    stopped.mkdir(parents=True)
     monkeypatch.setattr("raybert.search_plan.make_search", lambda *args: search)
     monkeypatch.setattr("raybert.search._save_predictions", lambda *args: None)
     monkeypatch.setattr("raybert.search._teacher_metrics", lambda *args: {})
@@ -866,6 +963,24 @@ def test_a_search_that_could_not_measure_all_says_so_at_the_end(
     assert main(["tune", "method=lobert", f"teacher={teacher}"]) == 1
     assert "trial 000 could not be measured: the graph does not" in capsys.readouterr().out
     assert (folder / "best.yaml").is_file()
+    assert not stopped.exists(), "an earlier version left them"
+
+
+def test_who_wins_where_another_failed_is_measured_too(toy, teacher, folder, monkeypatch):
+    """Without finalists only the one that would win is: first trial 000."""
+    asked: list[list[str]] = []
+
+    def measure(folders: list[Path], *_: object) -> dict[Path, str]:
+        asked.append([place.name for place in folders])
+        return {place: "why" for place in folders if place.name == "000"}
+
+    monkeypatch.setattr("raybert.search.side_by_side.measure", measure)
+    search = replace(
+        search_of(toy, teacher, folder.parent / "s", loss="10%", finalists=0),
+        recipe=BASE.model_copy(update={"out": str(folder)}),
+    )
+    assert _measure(search, Ledger(folder), print) == {"000": "why"}
+    assert asked == [["000"], ["001"]]
 
 
 def test_what_a_trial_took_is_told_beside_the_objective_of_seconds(folder):
@@ -988,8 +1103,12 @@ def test_a_share_of_a_gpu_that_nobody_has_is_noted(toy, teacher, tmp_path, monke
     assert search_of(toy, teacher, tmp_path / "s").notes == ()
     unused = search_of(toy, teacher, tmp_path / "s", gpu=0.5)
     assert unused.notes == ("--gpu 0.5 has no effect: trials run on CPUs here",)
-    monkeypatch.setattr("raybert.search_plan.machines", lambda: [(4, 1)])
+    monkeypatch.setattr("raybert.search_plan.machines", lambda: [(4, 2)])
+    monkeypatch.setattr("raybert.checks.own_cores", lambda: 4)
     assert search_of(toy, teacher, tmp_path / "s", gpu=0.5).notes == ()
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"], workers=2)
+    (note,) = make_search(recipe, AXES, Settings(gpu=0.5)).notes
+    assert note == "--gpu 0.5 has no effect: each of 2 workers has a whole one"
 
 
 @pytest.mark.parametrize(
@@ -997,15 +1116,19 @@ def test_a_share_of_a_gpu_that_nobody_has_is_noted(toy, teacher, tmp_path, monke
     [
         ({"algorithm": "hyperband"}, "no algorithm 'hyperband'"),
         ({"scheduler": "bohb"}, "no scheduler 'bohb'"),
-        ({"trials": 0}, "0 trials"),
+        ({"trials": 0}, "trials is 0; give 1 at least"),
+        ({"concurrent": 0}, "concurrent is 0; give 1 at least"),
+        ({"retries": -1}, "retries is -1; give 0 at least"),
         ({"loss": "much"}, "loss 'much'"),
         ({"objectives": "speed"}, "no report has an objective 'speed'"),
         ({"minutes": -1.0}, "no time to train"),
+        ({"minutes": float("nan")}, "nan minutes leave no time to train"),
         ({"minutes": 5.0, "scheduler": "pbt"}, "Leave --minutes out"),
         ({"loggers": ("tensorbored",)}, "no logger 'tensorbored'"),
         ({"algorithm": "grid"}, "has no grid"),
         ({"objectives": "score,latency"}, r"measure\.batches is empty"),
         ({"objectives": "score,min:onnx.bytes"}, "tells no trial from another"),
+        ({"objectives": "score,min:seed"}, "tells no trial from another"),
         ({"scheduler": "pbt"}, "lobert settles its parameters"),
         (
             {"objectives": "score,min:student.bytes.total", "scheduler": "asha"},
@@ -1033,6 +1156,15 @@ def test_logging_where_nobody_is_logged_in_is_refused(toy, teacher, tmp_path, mo
     monkeypatch.setattr("ray.air.integrations.wandb.WandbLoggerCallback.setup", setup)
     with pytest.raises(UserError, match="run `wandb login`, or set WANDB_API_KEY"):
         search_of(toy, teacher, tmp_path / "s", loggers=("wandb",))
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_parameters_that_change_are_logged_at_the_end(tmp_path, monkeypatch, changing):
+    """MLflow takes no second value of one; Ray's callback logs them at every start."""
+    monkeypatch.setattr("raybert.loggers.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
+    (callback,) = make_loggers(("mlflow",), tmp_path, changing)
+    assert callback.log_params_on_trial_end == changing
 
 
 def test_what_does_not_fit_a_cluster_is_told_before_the_teacher_is_trained(
@@ -1148,6 +1280,7 @@ def test_a_space_in_which_nothing_runs_is_refused(toy, teacher, tmp_path):
         ({"teacher": "x"}, "another teacher"),
         ({"how": {"algorithm": "random"}}, "another algorithm"),
         ({"recipe": {}}, "another recipe"),
+        ({"rows": "x"}, r"over other rows: `data` changed.*search\.yaml if that makes no"),
         ({}, None),
     ],
 )
@@ -1170,13 +1303,30 @@ def test_a_folder_of_another_search_is_left_alone(toy, teacher, tmp_path, change
         check_place(search)
 
 
+def test_a_search_does_not_go_on_over_changed_rows(toy, rows, teacher, tmp_path):
+    dev = tmp_path / "dev.csv"
+    shutil.copyfile(rows["dev"], dev)
+
+    def searched():
+        keys = {"teacher": str(teacher), "method": ["lobert"], "data": {"dev": str(dev)}}
+        return make_search(toy(tmp_path / "s", **keys), AXES)
+
+    search = searched()
+    search.folder.mkdir()
+    (search.folder / "search.yaml").write_text(yaml.safe_dump(search.identity))
+    assert check_place(searched())
+    dev.write_text(dev.read_text() + "the film was great,bad\n")
+    with pytest.raises(UserError, match="over other rows"):
+        check_place(searched())
+
+
 def test_a_search_of_an_earlier_version_is_the_same_search(toy, tmp_path):
     """Its recipe and its teacher's lack keys that have come since."""
     recipe = toy(tmp_path / "s", method=["lobert"])
     search = make_search(recipe, AXES)
     search.folder.mkdir()
     held = json.loads(json.dumps(search.identity))
-    del held["recipe"]["kd"]["over_layers"], held["recipe"]["method"][0]["energy"]
+    del held["rows"], held["recipe"]["kd"]["over_layers"], held["recipe"]["method"][0]["energy"]
     del held["teacher"]["train"]["keep"], held["teacher"]["data"]["metric"]
     (search.folder / "search.yaml").write_text(yaml.safe_dump(held))
     assert check_place(search)

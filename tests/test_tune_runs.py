@@ -17,7 +17,7 @@ from ray import tune as ray_tune
 
 from raybert.checks import own_cores
 from raybert.cli import main
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.draws import Plain
 from raybert.ledger import Ledger
 from raybert.recipe_file import dump_recipe, load_recipe
@@ -76,6 +76,15 @@ def ended(folder: Path) -> int:
     return sum('"state": "running"' not in file.read_text() for file in files)
 
 
+def logs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines that each trial has logged which has a checkpoint."""
+    begun = {path.parents[1] for path in folder.glob("trials/*/checkpoints/phase*")}
+    return {
+        run.name: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in begun
+    }
+
+
 def test_a_killed_search_of_several_objectives_continues(start, toy, teacher, tmp_path, capsys):
     """Optuna for score and bytes, ASHA, one sample that diverges and some that save nothing."""
     out = tmp_path / "search"
@@ -92,7 +101,14 @@ def test_a_killed_search_of_several_objectives_continues(start, toy, teacher, tm
     words = [str(base), "--space", str(space), "--trials", "7", "--scheduler", "asha"]
     words += ["--algorithm", "optuna", "--finalists", "2", "--seeds", "2", "--loss", "20%"]
     process = start(words)
-    wait_until(lambda: ended(out) >= 2, process)
+    under_way: dict[str, list[dict[str, Any]]] = {}
+
+    def in_the_middle() -> bool:
+        under_way.clear()
+        under_way.update(logs(out))
+        return ended(out) >= 2 and bool(under_way)
+
+    wait_until(in_the_middle, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = finished_at(out)
@@ -105,10 +121,16 @@ def test_a_killed_search_of_several_objectives_continues(start, toy, teacher, tm
     trials = Ledger(out).trials
     assert {name: finished_at(out)[name] for name in before} == before, "not trained again"
     assert {n: t.values for t in trials if (n := t.number) in drawn} == drawn, "nor drawn again"
+    for name, lines in under_way.items():
+        log = (out / "trials" / name / "metrics.jsonl").read_text().splitlines()
+        steps = [line["run_step"] for line in map(json.loads, log) if line["kind"] == "eval"]
+        assert json.loads(log[0]) == lines[0], "it went on from its checkpoint"
+        assert steps == sorted(set(steps))
     states = [trial.state for trial in trials]
     assert len(states) - states.count("skipped") == 7
     assert "running" not in states
     assert "stopped" in states, "ASHA has stopped some"
+    assert not list(out.glob("*/*/checkpoints")), "what has ended goes on from nothing"
     saves_nothing = [t for t in trials if t.values["method.lobert.attention_rank"] == 31]
     assert {t.state for t in saves_nothing} <= {"skipped"}
     assert not any((out / "trials" / t.name).exists() for t in saves_nothing)
@@ -174,7 +196,8 @@ def test_ctrl_c_ends_with_the_best_so_far(start, toy, teacher, tmp_path):
 
 @pytest.mark.long
 def test_a_trial_that_crashes_is_tried_again_and_then_reported(toy, teacher, tmp_path, monkeypatch):
-    """The first dies once and always goes on; the second always dies; the third is well."""
+    """The first dies once, and the fourth's storage is full once; the second always dies, and the
+    fifth's storage stays full; the third is well."""
     marks = tmp_path / "marks"
     marks.mkdir()
 
@@ -184,6 +207,8 @@ def test_a_trial_that_crashes_is_tried_again_and_then_reported(toy, teacher, tmp
         (marks / f"{number}-{tries}").touch()
         if number == 1 or (number == 0 and tries == 0):
             os._exit(1)
+        if number == 4 or (number == 3 and tries == 0):
+            raise TransientError("the disk is full.")
         run_trial(config, work)
 
     monkeypatch.setattr("raybert.tuning.run_trial", dies)
@@ -191,23 +216,37 @@ def test_a_trial_that_crashes_is_tried_again_and_then_reported(toy, teacher, tmp
     told: list[str] = []
     settings: dict[str, Any] = {"algorithm": "grid", "finalists": 0, "retries": 1}
     settings["tell"] = told.append
-    answer = tune(recipe, {"train.lr": ray_tune.grid_search([1e-3, 2e-3, 3e-3])}, **settings)
-    assert [trial.state for trial in answer.trials] == ["finished", "failed", "finished"]
-    assert {p.name for p in marks.iterdir()} == {"0-0", "0-1", "1-0", "1-1", "2-0"}
+    rates = [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]
+    answer = tune(recipe, {"train.lr": ray_tune.grid_search(rates)}, **settings)
+    states = [trial.state for trial in answer.trials]
+    assert states == ["finished", "failed", "finished", "finished", "failed"]
+    tries = {p.name for p in marks.iterdir()}
+    assert tries == {"0-0", "0-1", "1-0", "1-1", "2-0", "3-0", "3-1", "4-0", "4-1"}
+    assert answer.trials[4].reason == "the disk is full"
     assert any(text.startswith("trial 001 failed: ") for text in told), told
     assert answer.trials[1].reason in (answer.folder / "report.html").read_text()
 
 
 @pytest.mark.long
-def test_median_stopping_ends_what_does_worse_than_most(toy, teacher, tmp_path):
-    """A failed trial, which has no score, is among those that the others are compared with."""
+def test_median_stopping_ends_what_does_worse_than_most(toy, teacher, tmp_path, monkeypatch):
+    """A failed trial, which has no score, is among those that the others are compared with; and
+    the next one waits for the process that a stopped one is slow to leave."""
+
+    def slow_to_leave(config: dict, work: Any) -> None:
+        try:
+            run_trial(config, work)
+        except SystemExit:
+            time.sleep(5)
+            raise
+
+    monkeypatch.setattr("raybert.tuning.run_trial", slow_to_leave)
     recipe = toy(
         tmp_path / "s",
         teacher=str(teacher),
         method=["lobert"],
         train={"epochs": 4, "eval_every": 3, "clip": 0.0},
     )
-    rates = [8e-3, 1e30, 6e-3, 7e-3, 0.3]
+    rates = [8e-3, 1e30, 6e-3, 7e-3, 0.3, 5e-3]
     settings: dict[str, Any] = {"algorithm": "grid", "scheduler": "median", "objectives": "score"}
     settings |= {"finalists": 0, "concurrent": 1, **QUIET}
     answer = tune(recipe, {"train.lr": ray_tune.grid_search(rates)}, **settings)
@@ -215,6 +254,7 @@ def test_median_stopping_ends_what_does_worse_than_most(toy, teacher, tmp_path):
     assert states[1e30] == "failed"
     assert states[0.3] == "stopped"
     assert [states[rate] for rate in (8e-3, 6e-3, 7e-3)] == ["finished"] * 3
+    assert states[5e-3] in ("finished", "stopped"), "it was not lost"
     assert answer.trials[4].curve[-1][0] < 100
 
 

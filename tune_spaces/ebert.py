@@ -15,6 +15,7 @@ SPACE = {
     "method.ebert.gate_start": tune.uniform(0.0, 4.0),
     "train.lr": tune.loguniform(1e-5, 1e-4),
     "kd.alpha": tune.uniform(0.0, 0.9),
+    "kd.temperature": tune.loguniform(1.0, 20.0),
 }
 
 PAPER = {"method.ebert.target_flops_ratio": tune.grid_search([0.4, 0.5, 0.6, 0.8])}

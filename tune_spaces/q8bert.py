@@ -16,6 +16,7 @@ SPACE = {
     "method.q8bert.ema_decay": tune.choice([0.9, 0.99, 0.999, 0.9999]),
     "train.lr": tune.loguniform(5e-6, 1e-4),
     "kd.alpha": tune.uniform(0.0, 0.9),
+    "kd.temperature": tune.loguniform(1.0, 20.0),
     "kd.cls": tune.choice([0.0, 10.0, 100.0]),
 }
 
