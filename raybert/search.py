@@ -315,7 +315,9 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
     chosen = finalists_of(finished, objectives, search.loss, search.settings.finalists or 1)
     if any(objective.path == (LATENCY,) for objective in search.objectives):
         there = on_front(finished, objectives)
-        chosen += [entry for entry, wanted in zip(finished, there, strict=True) if wanted]
+        # What was timed before is compared too, and so timed again where others come to it.
+        timed = [bool(entry.reports[0].latency) for entry in finished]
+        chosen += [f for f, *wanted in zip(finished, there, timed, strict=True) if any(wanted)]
     folders = sorted({run_folder(search.folder, entry.trial.number) for entry in chosen})
     failed = side_by_side.measure(folders, search.recipe, tell)
     return {folder.name: reason for folder, reason in failed.items()}

@@ -463,6 +463,64 @@ def test_a_teacher_is_as_fast_as_beside_its_students() -> None:
     assert on_front([teacher, other]) == [True, True], "of another's students nothing is known"
 
 
+def session(length: int = 128, teacher: float = 40, **batches: float) -> dict[str, Any]:
+    """Rows of a run that was timed: at batch N for ``bN``, by that many milliseconds."""
+    latency, speedup = [], []
+    for name, ms in batches.items():
+        shape = {"batch": int(name[1:]), "length": length}
+        latency += [
+            {**timed("teacher", teacher, 1), **shape},
+            {**timed("student", ms, 1), **shape},
+        ]
+        faster = {"model": "student", "backend": "torch", "speedup": teacher / ms}
+        speedup.append({**faster, **shape})
+    return {"latency": latency, "speedup": speedup}
+
+
+def test_a_front_compares_times_of_one_shape_as_shares_of_the_teachers(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    worse = {"methods": [{"name": "lobert"}]}
+
+    def front(*others: Path) -> tuple[bool, str, str, str]:
+        runs = read_runs([a, *others])
+        page = write_report(runs, tmp_path / "out")[1].read_text()
+        markdown = (tmp_path / "out" / "report.md").read_text()
+        assert ("share of the teacher's)" in page) == (b in others)
+        note = re.search(r"Pareto&#39;s front: ([^<]*)", page)
+        assert note is not None
+        assert note[1].replace("&#39;", "'") in markdown
+        return on_front(group_runs(runs))[1], note[1], summary_table(runs), markdown
+
+    a = finished("a", 0.84, **session(b1=20, b8=160))
+    # A faster machine: fewer milliseconds, and less speed-up.
+    b = finished("b", 0.83, **session(teacher=20, b1=15), **worse)
+    there, note, table, _ = front(b)
+    assert not there
+    assert "batch 1 × 128 tokens as a share of the teacher&#39;s, in torch" in note
+    assert "2.00×" in table
+    assert "1.33×" in table
+    # Other batches: what both were timed at counts, where the second is the faster one.
+    c = finished("c", 0.83, **session(b8=100, b32=300), **worse)
+    there, note, table, _ = front(c)
+    assert there
+    assert "batch 8 × 128" in note
+    assert "0.25×" in table
+    assert "0.40×" in table
+    # Nothing in common: shorter rows, or another kind of teacher.
+    d = finished("d", 0.83, **session(32, b1=5), **worse)
+    there, note, table, _ = front(d)
+    assert not there, "and in time nothing can be said"
+    assert "Times are not counted, since no shape was timed for all." in note
+    assert "2.00× (1 × 128)" in table
+    assert "8.00× (1 × 32)" in table
+    assert table.endswith("since no shape was timed for all.")
+    e = finished("e", 0.83, **session(b1=5), **worse, teacher=measured(0.86, 300_000_000))
+    there, note, table, _ = front(e)
+    assert not there
+    assert "since teachers are of several sizes" in note
+
+
 def test_simulated_compression_is_on_a_front_once_its_graph_was_timed() -> None:
     rows = [timed("student", 50, 1), timed("teacher", 40, 1)]
     report = a_report(methods=[{"name": "q8bert"}], simulated=["q8bert"], latency=rows)
