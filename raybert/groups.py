@@ -52,7 +52,7 @@ class Group:
         """Whether these runs fine-tuned a teacher."""
         return not self.first.methods and self.first.teacher is None
 
-    def teacher(self, value: Callable[[Measured], float]) -> Spread | None:
+    def teacher(self, value: Callable[[Measured], float | None]) -> Spread | None:
         """Mean and deviation of a number of the teachers; one that all share counts once."""
         values = [value(report.teacher) for report in self.reports if report.teacher]
         return Spread.of(values[:1] if len(set(values)) == 1 else values)

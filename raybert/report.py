@@ -16,7 +16,7 @@ from raybert import __version__, tables
 from raybert.card import model_card
 from raybert.config import UserError
 from raybert.folders import write_whole
-from raybert.groups import Group, clock_note, counted_at, group_runs, on_front
+from raybert.groups import Group, Spread, clock_note, counted_at, group_runs, on_front
 from raybert.pages import render
 from raybert.results import (
     RETAINED,
@@ -129,6 +129,8 @@ def summary_table(runs: Sequence[Run]) -> str:
     for group in groups:
         first = group.first
         own = tables.score(group.spread(lambda r: r.student.score))
+        weights = Spread.of([r.student.bytes.weights for r in group.reports])
+        exported = Spread.of([r.onnx.bytes for r in group.reports if r.onnx])
         goal = own if group.is_teacher else tables.score(group.teacher(lambda m: m.score))
         rows.append(
             [
@@ -138,9 +140,9 @@ def summary_table(runs: Sequence[Run]) -> str:
                 "" if group.is_teacher else own,
                 tables.score(first.floor),
                 "" if group.is_teacher else tables.percent(group.spread(lambda r: r.retained)),
-                tables.megabytes(first.student.bytes.weights),
+                tables.megabytes(weights) if weights else tables.MISSING,
                 "" if group.is_teacher else speed_at(group, groups, "torch"),
-                tables.megabytes(first.onnx.bytes) if first.onnx else "",
+                tables.megabytes(exported) if exported else "",
                 "" if group.is_teacher else speed_at(group, groups, "onnx"),
                 "*" if group in front else "",
                 group.caveat,

@@ -100,9 +100,9 @@ def _row(group: Group, front: bool, batches: Sequence[int]) -> Row:
     n = len(group.runs)
     label = f"seed {seeds}" if n == 1 else f"mean ± sd, n = {n} seeds ({seeds})"
     size = [
-        _against(first, lambda m: m.parameters.total, tables.count, "fewer"),
-        _against(first, lambda m: m.bytes.weights, tables.megabytes, "smaller"),
-        _against(first, lambda m: m.flops, tables.count, "fewer"),
+        _against(group, lambda m: m.parameters.total, tables.count, "fewer"),
+        _against(group, lambda m: m.bytes.weights, tables.megabytes, "smaller"),
+        _against(group, lambda m: m.flops, tables.count, "fewer"),
     ]
     if group.is_teacher:
         blank = Cell.of("–")
@@ -124,18 +124,18 @@ def _row(group: Group, front: bool, batches: Sequence[int]) -> Row:
 
 
 def _against(
-    report: RunReport,
-    value: Callable[[Measured], int | None],
-    shown: Callable[[float], str],
+    group: Group,
+    value: Callable[[Measured], float | None],
+    shown: Callable[[Spread], str],
     word: str,
 ) -> Cell:
-    """A size of the student, with how many times less it is than the teacher's."""
-    own, theirs = value(report.student), value(report.teacher) if report.teacher else None
+    """A size of the students, with how many times less it is than the teachers'."""
+    own, theirs = group.spread(lambda report: value(report.student)), group.teacher(value)
     if own is None:
         return Cell.of(tables.MISSING)
-    if not theirs or not own:
+    if not theirs or not theirs.mean or not own.mean:
         return Cell.of(shown(own))
-    return Cell.of(shown(own), f"{theirs / own:.2f}× {word} than {shown(theirs)}")
+    return Cell.of(shown(own), f"{theirs.mean / own.mean:.2f}× {word} than {shown(theirs)}")
 
 
 def speed_cell(group: Group, batch: int) -> Cell:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raybert import views
 from raybert.cli import main
 from raybert.config import KEPT_SHARE, UserError
 from raybert.groups import Group, Spread, group_runs, on_front
@@ -310,6 +311,28 @@ def test_reports_replace_reports_alone(
         assert main(["report", str(run), "--out", str(tmp_path / place)]) == 2
         assert "is no report that `raybert report` wrote" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_sizes_that_differ_by_seed_are_means_with_their_spread(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    def sized(weights: int, flops: int) -> dict[str, Any]:
+        return {**measured(0.83, weights), "flops": flops}
+
+    sizes = [(40_000_000, 1_600_000_000), (42_000_000, 1_800_000_000)]
+    places = [
+        finished(f"seed{seed}", seed=seed, student=sized(*size)) for seed, size in enumerate(sizes)
+    ]
+    runs = read_runs(places)
+    assert len(group_runs(runs)) == 1
+    markdown, page = (file.read_text() for file in write_report(runs, tmp_path / "out"))
+    for text in (markdown, page):
+        assert "1.70 ± 0.14 G" in text
+        assert "10.2 ± 0.4 M" in text
+        assert "41.0 ± 1.4 MB" in text
+    assert "1.59× fewer than 2.70 G" in markdown
+    assert "41.0 ± 1.4 MB" in summary_table(runs)
+    assert " ± " not in str(views.task_views(runs[:1], charts=False)[0].rows[0].cells[5:8])
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path, finished: Callable[..., Path]) -> None:
