@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from raybert.artifact import add_export
+from raybert.artifact import add_export, publish
 from raybert.bench import disk_bytes, hardware
 from raybert.compressed import longest_input
 from raybert.config import MeasureConfig, Recipe, UserError
@@ -24,7 +24,6 @@ from raybert.export import add_latency, export, export_graph
 from raybert.latency import Backend, latency, speedups
 from raybert.models import brought_here, read_config
 from raybert.recipe_file import load_recipe
-from raybert.report import write_run_report
 from raybert.results import RunReport, read_run, validated
 from raybert.shares import LIBRARIES
 
@@ -187,7 +186,7 @@ def _time_torch(students: Sequence[Student], measured: MeasureConfig) -> None:
             for key in own
         }
         data = {**data, **rows, "hardware": hardware()}
-        write_run_report(student.folder, validated(data, f"the report of {report.name}"))
+        publish(student.folder, validated(data, f"the report of {report.name}"))
 
 
 def _time_onnx(students: Sequence[Student], measured: MeasureConfig) -> None:

@@ -71,6 +71,9 @@ def test_a_comparison_times_each_backend_once(toy, tmp_path, clock):
         assert {row["model"] for row in told["latency"]} == {"teacher", "model"}
         page = (tmp_path / "out" / name / "onnx" / "README.md").read_text()
         assert f"{speedup:.2f}x" in page
+        card = (tmp_path / "out" / name / "model" / "README.md").read_text(encoding="utf-8")
+        assert card.count(f"{speedup:.2f}×") == len(places), "the card says what the report does"
+        assert "Latency is a median" in card
     assert "2.00×" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
     compare(comparison, tell=print)
