@@ -506,10 +506,12 @@ def test_models_that_it_cannot_follow_are_named(before):
         MABERT().resolve(config)
 
 
-def test_another_length_for_an_ma_bert_is_refused():
+def test_a_larger_length_for_an_ma_bert_is_refused():
     config = finished([CASE], "bert", "classification").model.config
     assert longest_input(config) == 24
-    assert MABERT().resolve(config).continues
+    for method in (MABERT(), MABERT(length=16)):
+        assert method.resolve(config).continues
+        assert method.resolve(config).length == 24
     for wrong in (MABERT(length=32), MABERT(shared=True)):
         with pytest.raises(UserError, match=r"ma_bert cannot follow ma_bert.*length 24"):
             wrong.resolve(config)
@@ -563,10 +565,10 @@ def test_what_transfer_on_text_leaves_is_a_start_for_a_task(text, toy, teacher, 
     for name, tensor in body.items():
         assert torch.equal(found[name], tensor), name
     kd = {"alpha": 0.9, "form": "soft_ce", "hidden": 1.0, "attention": 100.0, "embeddings": True}
-    trained = compress(
-        toy(tmp_path / "c", method=["ma_bert"], kd=kd, train={"epochs": 1}, **keys),
-        tell=lambda _: None,
-    )
+    # Its rows are shorter than those of stage (a).
+    keys |= {"data": {"max_length": 12}, "method": ["ma_bert"], "kd": kd}
+    trained = compress(toy(tmp_path / "c", train={"epochs": 1}, **keys), tell=lambda _: None)
+    assert longest_input(raybert.load(trained).config) == 32
     norms = power_norms(raybert.load(trained))
     assert all(n.updates > o.updates > 0 for n, o in zip(norms, power_norms(start), strict=True))
 
