@@ -659,7 +659,11 @@ def test_checkpoints_that_do_not_fit_are_listed(tmp_path):
         assert part in text
     assert "no softmax nets" in refused({k: v for k, v in good.items() if "relu_stack" not in k})
     name = "bert.encoder.layer.0.attention.self.softmax.linear_relu_stack.0.weight"
-    assert "softmax nets of shapes" in refused({**good, name: torch.zeros(9, 24)})
+    for wrong in (torch.zeros(9, 24), torch.zeros(()), torch.zeros(24)):
+        assert f"[24, 24]: {name} {list(wrong.shape)};" in refused({**good, name: wrong})
+    name = "bert.encoder.layer.1.output.LayerNorm.iters"
+    text = refused({**good, name: torch.zeros(2)})
+    assert "of another shape: bert.encoder.layer.1.output.LayerNorm.updates [2], not []" in text
     assert "no state dict" in refused([1, 2])
     assert "cannot be read" in refused({"a": Path("x")})
     with pytest.raises(UserError, match="cannot be read"):
