@@ -574,8 +574,28 @@ def test_what_transfer_on_text_leaves_is_a_start_for_a_task(text, toy, teacher, 
 
 
 def test_text_without_a_masked_language_head_is_refused(text, encoder, tmp_path):
+    recipe = transfer(text, tmp_path / "run", str(encoder))
     with pytest.raises(UserError, match=r"BertModel: it was not fine-tuned for mlm"):
-        make_plan(resolve_paths(transfer(text, tmp_path / "run", str(encoder))))
+        make_plan(resolve_paths(recipe))
+    alone = {"teacher": None, "model": str(encoder)}
+    with pytest.raises(UserError, match=r"BertModel: it has no masked-language head.*finetune"):
+        make_plan(resolve_paths(recipe.model_copy(update=alone)))
+    plain = {**alone, "method": (), "kd": KDConfig.model_validate({})}
+    plan = make_plan(resolve_paths(recipe.model_copy(update=plain)))
+    assert any("head is new, and learns from nothing" in note for note in plan.notes)
+    headed = {**plain, "model": str(Path(text["train"]).parent / "bert")}
+    assert not make_plan(resolve_paths(recipe.model_copy(update=headed))).notes
+
+
+def test_an_ma_bert_is_not_its_own_teacher(toy, tmp_path):
+    made = finished([CASE], "bert", "mlm").model
+    made.save_pretrained(tmp_path / "a")
+    make_tokenizer().save_pretrained(tmp_path / "a")
+    keys = {"model": str(tmp_path / "a"), "data": {"max_length": 24}, "method": ["ma_bert"]}
+    with pytest.raises(UserError, match=r"has been through ma_bert already.*teacher="):
+        make_plan(resolve_paths(toy(tmp_path / "run", **keys)))
+    assert make_plan(resolve_paths(toy(tmp_path / "run", **{**keys, "method": []})))
+    assert make_plan(resolve_paths(toy(tmp_path / "run", **{**keys, "method": ["q8bert"]})))
 
 
 # -- the authors' checkpoints ----------------------------------------------------------------------
