@@ -185,9 +185,11 @@ class MABERT(MethodConfig):
     def remarks(self) -> list[str]:
         """What the structure is worth by itself."""
         return [
-            "ma_bert: the model computes matrix products, additions and ReLU alone; on processors "
-            "with fused float kernels that is about as fast as its teacher, and its use is "
-            "hardware without other functions, and integer arithmetic (q8bert after it)"
+            "ma_bert: up to its head, which keeps its own functions (a classifier tanh, a language "
+            "model GELU and LayerNorm), the model computes matrix products, additions and ReLU "
+            "alone; on processors with fused float kernels that is about as fast as its teacher, "
+            "and its use is hardware without other functions, and integer arithmetic (q8bert after "
+            "it)"
         ]
 
 

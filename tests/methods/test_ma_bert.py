@@ -426,17 +426,20 @@ def test_factors_of_lobert_are_left_as_they_are():
     assert folded(model) is model
 
 
+@pytest.mark.parametrize("warm_start", [True, False])
 @pytest.mark.parametrize(
     ("family", "shared"), [("bert", False), ("roberta", True), ("distilbert", False)]
 )
-def test_graph_is_matrix_arithmetic_alone(family, shared):
-    case = {**CASE, "shared": shared, "warm_start": False}
+def test_graph_is_matrix_arithmetic_alone(family, shared, warm_start):
+    case = {**CASE, "shared": shared, "warm_start": warm_start}
     model = shaken(finished([case], family, "classification").model)
     program = trace(folded(model))
     graph = translate(program)
     kinds = set(operators(graph))
     assert not kinds & FORBIDDEN
+    assert ("Min" in kinds) == warm_start  # the norms' bounds
     assert kinds <= {
+        "Min",
         *("MatMul", "Gemm", "Add", "Mul", "Relu", "Max"),  # arithmetic; Max is ReLU with a bias
         *("Reshape", "Transpose", "Slice", "Gather", "Concat", "Shape", "Cast", "Identity"),
         "Where",  # the mask: zeros for padding
@@ -456,6 +459,12 @@ def test_graph_is_matrix_arithmetic_alone(family, shared):
     assert queries == [False] * 6 + [True] * 2
     scores = [value for value in products if value.dim() == 4][::2]
     assert {value.shape[3] for value in scores} == {24}, "N, whatever the length is"
+
+
+@every_family
+def test_a_language_models_head_alone_keeps_other_functions(family):
+    kinds = operators(to_onnx(finished([CASE], family, "mlm").model.eval()))
+    assert sorted(kind for kind in kinds if kind in FORBIDDEN) == ["Gelu", "LayerNormalization"]
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
