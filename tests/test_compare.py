@@ -86,7 +86,7 @@ def test_a_folder_that_holds_another_run_is_refused_before_anything_is_trained(
                 compare(refused, tell=print)
         if not shared:
             changed = toy(out, **{**keys, "finetune": {"max_steps": 2}})
-            with pytest.raises(UserError, match="teacher holds another run: train"):
+            with pytest.raises(UserError, match="teacher holds another run: finetune"):
                 compare(make_comparison(changed, ["q8bert"]), tell=print)
         assert sorted(out.rglob("*")) == before
 

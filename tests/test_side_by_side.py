@@ -108,7 +108,8 @@ def test_failing_exports_end_no_comparison_and_are_made_up_for_in_turns(
 
 def test_what_is_compared_was_timed_at_one_shape_and_in_turns(toy, teacher, tmp_path, clock):
     def compared(chains, **measure):
-        keys = {"teacher": str(teacher), "method": [{"name": "ma_bert", "length": 12}]}
+        matrix = {"name": "ma_bert", "length": 12, "warm_start": False}
+        keys = {"teacher": str(teacher), "method": [matrix]}
         keys |= {"train": {"max_steps": 1}, "data": {"max_length": 12}}
         recipe = toy(tmp_path / "out", **keys, measure={"batches": [1], "length": 16, **measure})
         count = len(clock)
