@@ -94,8 +94,8 @@ def timed_at(groups: Sequence[Group]) -> list[Place]:
 def counted_at(groups: Sequence[Group]) -> list[Place]:
     """Where times count in the front: as `timed_at`, and nowhere if teachers are of several sizes,
     since shares of a large one's time and of a small one's are not of the same."""
-    teachers = {report.teacher.parameters for report in _students(groups) if report.teacher}
-    return timed_at(groups) if len(teachers) == 1 else []
+    teachers = [report.teacher.parameters for report in _students(groups) if report.teacher]
+    return timed_at(groups) if all(size == teachers[0] for size in teachers) else []
 
 
 def clock_note(groups: Sequence[Group]) -> str:

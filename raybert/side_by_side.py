@@ -24,7 +24,7 @@ from raybert.export import add_latency, export, export_graph
 from raybert.latency import Backend, latency, speedups
 from raybert.models import brought_here, read_config
 from raybert.recipe_file import load_recipe
-from raybert.results import RunReport, read_run, validated
+from raybert.results import Place, RunReport, read_run, validated
 from raybert.shares import LIBRARIES
 
 TEACHER = "teacher"
@@ -139,14 +139,14 @@ def _student(folder: Path) -> Student | None:
 def _in_turns(group: Sequence[Student], backend: Backend, measured: MeasureConfig) -> bool:
     """Whether all of a group were timed at every shape, and in turns with each other: sessions are
     told apart by the times of the teacher, which are those of no other session."""
-    shapes = {(backend, batch, group[0].length) for batch in measured.batches}
+    places: list[Place] = [(backend, batch, group[0].length) for batch in measured.batches]
     sessions = []
     for report in (student.report for student in group):
-        if not shapes <= report.clock("student").keys():
+        own, taught = report.clock("student"), report.clock(TEACHER)
+        if not all(place in own and place in taught for place in places):
             return False
-        rows = [row for row in report.latency if row.model == TEACHER]
-        sessions.append({row for row in rows if (row.backend, row.batch, row.length) in shapes})
-    return all(own and own == sessions[0] for own in sessions)
+        sessions.append([taught[place] for place in places])
+    return all(session == sessions[0] for session in sessions)
 
 
 def _groups(students: Sequence[Student]) -> Iterator[list[Student]]:

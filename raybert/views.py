@@ -186,7 +186,7 @@ def _charts(groups: Sequence[Group], key: str) -> list[tuple[str, str]]:
             )
         )
     batches = timed_batches(groups)
-    timed = dict.fromkeys(
+    timed: dict[Place, None] = dict.fromkeys(
         (row.backend, row.batch, row.length)
         for group in students
         for report in group.reports
