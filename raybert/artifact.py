@@ -21,6 +21,7 @@ from raybert.config import Recipe, TransientError, UserError
 from raybert.data import prepare
 from raybert.evaluate import predict
 from raybert.export import export, read_export
+from raybert.folders import write_whole
 from raybert.metrics import floor, predictions, score
 from raybert.models import (
     brought_here,
@@ -33,13 +34,16 @@ from raybert.models import (
 )
 from raybert.places import is_uri, local
 from raybert.plan import Plan
-from raybert.recipe_file import dump_recipe, load_recipe
+from raybert.recipe_file import load_recipe
 from raybert.report import model_card, write_run_report
 from raybert.results import RunReport, build, read_run, with_export
 from raybert.storage import push
 from raybert.surgery import compressed_by
 from raybert.tasks import write_submission
 from raybert.train import FINAL, RESULT
+
+CARD = "README.md"
+"""The model card's name in a model folder."""
 
 
 def assemble(
@@ -100,12 +104,11 @@ def assemble(
         notes=list(dict.fromkeys(notes)),
         facts=position["facts"],
     )
-    plain = not compressed_by(config)
     try:
-        _place_model(final, recipe, model_card(report, dump_recipe(recipe), plain=plain))
+        _place_model(final, recipe)
         if recipe.export and timed:
             report = _exported(report, recipe, teacher, tell)
-        write_run_report(recipe.folder, report)
+        publish(recipe.folder, report)
     except OSError as error:
         raise TransientError(
             f"the finished model could not be written to {recipe.folder}: {error}. Make room and "
@@ -124,17 +127,31 @@ def _exported(
     try:
         export(recipe.folder, recipe, against=teacher, overwrite=True, tell=tell)
     except UserError as error:
-        write_run_report(recipe.folder, report)
+        publish(recipe.folder, report)
         raise UserError(
             f"the model is finished and its report written, but it is not exported: {error}"
         ) from None
     return with_export(report, read_export(recipe.folder / "onnx"))
 
 
+def publish(folder: Path, report: RunReport) -> None:
+    """Write a finished run's report, and with it the card of its model, which says the same.
+
+    Args:
+        folder: the run folder, with its model and recipe.
+        report: what is now known of the run.
+    """
+    model = folder / "model"
+    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    plain = not compressed_by(read_config(str(model)))
+    write_whole(model / CARD, model_card(report, recipe, plain=plain))
+    push(model / CARD)
+    write_run_report(folder, report)
+
+
 def add_export(folder: Path) -> None:
     """Write a finished run's report anew, with what its ``onnx`` folder says."""
-    report = with_export(read_run(folder).report, read_export(folder / "onnx"))
-    write_run_report(folder, report)
+    publish(folder, with_export(read_run(folder).report, read_export(folder / "onnx")))
 
 
 def encoder_name(recipe: Recipe) -> str:
@@ -181,11 +198,10 @@ def _stamp(folder: Path) -> float:
     return max(file.stat().st_mtime for file in folder.rglob("*"))
 
 
-def _place_model(final: Path, recipe: Recipe, card: str) -> None:
+def _place_model(final: Path, recipe: Recipe) -> None:
     target, partial = recipe.folder / "model", recipe.folder / ".partial-model"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(final, partial, ignore=shutil.ignore_patterns(RESULT))
-    (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     push(target, last="config.json")

@@ -195,10 +195,13 @@ def _machine(report: RunReport) -> str:
 
 
 def _notes(report: RunReport) -> str:
+    timed = (
+        "Latency is a median on the machine above, of forward passes on full rows; on another "
+        "machine it differs."
+    )
     notes = [
         *report.notes,
-        "Latency is a median on the machine above, of forward passes on full rows; on another "
-        "machine it differs.",
+        *([timed] if report.latency else []),
         f"One run, seed {report.seed}: another seed gives another score, by a point or more on "
         "small tasks.",
     ]

@@ -10,15 +10,17 @@ finished is not run again. Latency is measured at the end, all students in turns
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from raybert import side_by_side
+from raybert.checks import check_folder
 from raybert.config import MethodConfig, Recipe, UserError
 from raybert.explain import nearest
 from raybert.methods import METHODS
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
-from raybert.recipe_file import recipe_from
+from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import summary_table, write_report
 from raybert.results import read_runs
 from raybert.run import compress, finetune
@@ -38,21 +40,32 @@ class Comparison:
     def plans(self) -> list[Plan]:
         """The students' plans, as if each fine-tuned its own teacher where there is none yet.
 
-        Looks at every file that the runs will read.
+        Looks at every file that the runs will read, and at every folder that they will write.
 
         Raises:
-            UserError: a chain cannot be run.
+            UserError: a chain cannot be run, or its folder holds another run.
         """
         plans = []
+        if self.teacher is not None:
+            check_folder(resolve_paths(self.teacher))
         for student in self.students:
             asked = student
             if self.teacher is not None:
                 asked = student.model_copy(update={"teacher": None, "model": self.teacher.model})
             try:
-                plans.append(make_plan(resolve_paths(asked)))
+                plan = make_plan(resolve_paths(asked))
+                check_folder(self._with_teacher(plan.recipe))
             except UserError as error:
                 raise UserError(f"{student.folder.name}: {error}") from None
+            plans.append(plan)
         return plans
+
+    def _with_teacher(self, student: Recipe) -> Recipe:
+        """A student's recipe as its run will have it, once the teacher is there."""
+        if self.teacher is None:
+            return student
+        taught = {"model": None, "teacher": str(self.teacher.folder / "model")}
+        return student.model_copy(update=taught)
 
 
 def make_comparison(
@@ -82,9 +95,25 @@ def make_comparison(
     students = []
     for chain in named:
         for seed in seeds or [recipe.train.seed]:
-            folder = "-".join(chain) + (f"-seed{seed}" if len(seeds) > 1 else "")
-            students.append(_student(recipe, chain, own, seed, recipe.folder / folder, teacher))
+            folder = _place(recipe.folder / "-".join(chain), seed, len(seeds) > 1)
+            students.append(_student(recipe, chain, own, seed, folder, teacher))
     return Comparison(recipe.folder, teacher, tuple(students))
+
+
+def _place(chain: Path, seed: int, several: bool) -> Path:
+    """The folder of a chain's run: called after the chain, and after the seed where there are
+    several; or the one of the two that has the seed's run already."""
+    named = chain.with_name(f"{chain.name}-seed{seed}")
+    there = [folder for folder in (chain, named) if _seed_of(folder) == seed]
+    return there[0] if there else named if several else chain
+
+
+def _seed_of(folder: Path) -> int | None:
+    """The seed of the run in a folder, if it is one that can be read."""
+    held = folder / "recipe.yaml"
+    with suppress(UserError):
+        return load_recipe(str(held)).train.seed if pull(held) else None
+    return None
 
 
 def _check(chains: list[list[str]], own: dict[str, MethodConfig]) -> None:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from raybert.results import Measured, Run, RunReport, latency_ms
+from raybert.results import Measured, Place, Run, RunReport
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Group:
         """Whether these runs fine-tuned a teacher."""
         return not self.first.methods and self.first.teacher is None
 
-    def teacher(self, value: Callable[[Measured], float]) -> Spread | None:
+    def teacher(self, value: Callable[[Measured], float | None]) -> Spread | None:
         """Mean and deviation of a number of the teachers; one that all share counts once."""
         values = [value(report.teacher) for report in self.reports if report.teacher]
         return Spread.of(values[:1] if len(set(values)) == 1 else values)
@@ -80,20 +80,61 @@ class Group:
         return Spread.of([value(report) for report in self.reports])
 
 
+def timed_at(groups: Sequence[Group]) -> list[Place]:
+    """Where the times of a task's runs can be compared: in each backend that has timed all of them
+    beside their teachers, the smallest batch with the longest rows; nothing where they have no
+    shape in common, or none was timed."""
+    reports = [report for report in _students(groups) if report.latency]
+    timed = [report.clock("student").keys() & report.clock("teacher").keys() for report in reports]
+    shared = set.intersection(*map(set, timed)) if timed else set()
+    shape = min(((batch, -length) for _, batch, length in shared), default=None)
+    return sorted(place for place in shared if (place[1], -place[2]) == shape)
+
+
+def counted_at(groups: Sequence[Group]) -> list[Place]:
+    """Where times count in the front: as `timed_at`, and nowhere if teachers are of several sizes,
+    since shares of a large one's time and of a small one's are not of the same."""
+    teachers = [report.teacher.parameters for report in _students(groups) if report.teacher]
+    return timed_at(groups) if all(size == teachers[0] for size in teachers) else []
+
+
+def clock_note(groups: Sequence[Group]) -> str:
+    """In words, what time the front of a task's runs counts; nothing where none was timed."""
+    if not any(report.latency for report in _students(groups)):
+        return ""
+    places = counted_at(groups)
+    if places:
+        _, batch, length = places[0]
+        where = " or ".join(backend for backend, *_ in places)
+        return (
+            "Pareto's front: nothing else is better in score, weights on disk and time at once. "
+            f"Time is that of batch {batch} × {length} tokens as a share of the teacher's, in "
+            f"{where}."
+        )
+    why = "no shape was timed for all" if not timed_at(groups) else "teachers are of several sizes"
+    return (
+        "Pareto's front: nothing else is better in score and weights on disk at once. Times are "
+        f"not counted, since {why}."
+    )
+
+
 def on_front(groups: Sequence[Group]) -> list[bool]:
     """Which groups of one task no other beats in score, bytes and time at once (Pareto's front).
 
     A group is beaten by another that is at least as good in all three and better in one: the mean
-    score, the weights' bytes, and the median latency of the smallest batch in the fastest backend.
-    What is simulated is on no front, unless its graph was timed, which multiplies in integers.
+    score, the weights' bytes, and the median latency as a share of the teacher's, which is the same
+    in whatever session it was timed: at a shape and in backends that all were timed in, in the
+    fastest of them. Where there is no such shape, or teachers are of several sizes, times do not
+    count; a single run that was not timed is slower than all that were. What is simulated is on
+    no front, unless its graph was timed, which multiplies in integers.
     """
-
+    places = counted_at(groups)
     costs = []
     for group in groups:
         means = [
             group.spread(lambda r: -r.student.score),
             group.spread(lambda r: float(r.student.bytes.weights)),
-            _clock(group, groups),
+            _clock(group, groups, places),
         ]
         costs.append([value.mean if value else math.inf for value in means])
 
@@ -108,19 +149,30 @@ def on_front(groups: Sequence[Group]) -> list[bool]:
     return [group.ranked and not beaten(i) for i, group in enumerate(groups)]
 
 
-def _clock(group: Group, groups: Sequence[Group]) -> Spread | None:
-    """A group's latency. A teacher is timed beside its students, and their reports hold its own."""
+def _students(groups: Sequence[Group]) -> list[RunReport]:
+    return [report for group in groups if not group.is_teacher for report in group.reports]
+
+
+def _clock(group: Group, groups: Sequence[Group], places: Sequence[Place]) -> Spread | None:
+    """A group's time as a share of its teacher's; a teacher's own is 1 beside its students."""
     if not group.is_teacher:
-        return group.spread(latency_ms)
+        return group.spread(lambda report: _share(report, places))
     own = group.first
-    taught = [
-        report
-        for report in (report for other in groups for report in other.reports)
+    beside = [
+        1.0
+        for report in _students(groups)
         if report.teacher is not None
         and (report.model, report.teacher.parameters) == (own.model, own.student.parameters)
+        and _share(report, places) is not None
     ]
-    times = [latency_ms(report, "teacher") for report in taught]
-    return Spread.of([time for time in times if time is not None])
+    return Spread.of(beside)
+
+
+def _share(report: RunReport, places: Sequence[Place]) -> float | None:
+    student, teacher = report.clock("student"), report.clock("teacher")
+    if not places or not all(place in student and place in teacher for place in places):
+        return None
+    return min(student[place] for place in places) / min(teacher[place] for place in places)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

@@ -97,12 +97,13 @@ def structure_of(state: Mapping[str, Tensor], file: str | Path) -> tuple[int, bo
         raise UserError(
             f"{file} holds no softmax nets (...{STACK}0.weight): it is not an MA-BERT checkpoint."
         )
-    shapes = {tuple(state[name].shape) for name in first}
-    length = state[first[0]].shape[0]
-    if shapes != {(length, length)}:
+    shapes = {name: list(state[name].shape) for name in first}
+    length = max((size for shape in shapes.values() for size in shape), default=0)
+    odd = [f"{name} {s}" for name, s in shapes.items() if s != [length, length] or not length]
+    if odd:
         raise UserError(
-            f"{file} has softmax nets of shapes {sorted(shapes)}; raybert knows those with as "
-            "many hidden units as keys, all of one size."
+            f"{file} has softmax nets of other shapes than [{length}, {length}]: {', '.join(odd)}; "
+            "raybert knows those with as many hidden units as keys, all of one size."
         )
     return length, any(".layer." not in name for name in first)
 
@@ -130,7 +131,8 @@ def renamed(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
         elif new.endswith(".running_phi"):
             value = value.flatten()
         elif new.endswith(".iters"):
-            new, value = new.removesuffix("iters") + "updates", value.reshape(())
+            new = new.removesuffix("iters") + "updates"
+            value = value.reshape(()) if value.numel() == 1 else value  # else it is refused
         found[new] = value
     return found
 

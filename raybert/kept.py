@@ -56,15 +56,22 @@ def spread_rows(
     return found
 
 
-def layer_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
+def layer_flops(model: Any, batch: dict[str, Tensor]) -> int:
     """Floating-point operations of the encoder's layers on one batch, as torch counts them.
 
-    A multiply-add counts as 2; element-wise work is not counted.
+    A multiply-add counts as 2; element-wise work is not counted. Whatever attention the model was
+    trained with, counted is SDPA, which a finished model is loaded with: eager attention computes
+    all heads, to be read.
     """
     holder = layer_holder(model)
     name = next(name for name, module in model.named_modules() if module is holder)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
     counter = FlopCounterMode(display=False)
-    # The counter does not know the CPU's fused attention.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(**model_inputs(model, batch))
+    try:
+        # The counter does not know the CPU's fused attention.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            model(**model_inputs(model, batch))
+    finally:
+        model.set_attn_implementation(attention)
     return sum(counter.get_flop_counts()[f"{type(model).__name__}.{name}"].values())

@@ -82,7 +82,7 @@ def _quantised(t: Translation, node: Node, scale: np.float32, zero: Any) -> str:
         return graph.mark(graph.add("Pad", [whole, pads(t, node), low]), dims)
     if kind == "aten.transpose.int":
         return _transposed(t, node, scale, zero)
-    parts = [_origin(part) for part in args] if kind == "aten.add.Tensor" else []
+    parts = [origin(part) for part in args] if kind == "aten.add.Tensor" else []
     if parts and t.int8 == "fused" and all(part in t.grids for part in parts):
         sides = [_side(graph, *t.grids[part]) for part in parts]
         sides[1][0] = graph.shaped(sides[1][0], graph.dims(sides[0][0]))
@@ -96,7 +96,7 @@ def _quantised(t: Translation, node: Node, scale: np.float32, zero: Any) -> str:
     return graph.mark(name, graph.dims(rows))
 
 
-def _origin(value: Any) -> Any:
+def origin(value: Any) -> Any:
     """What a value has the elements of."""
     while isinstance(value, Node) and str(value.target) in SAME:
         value = value.args[0]

@@ -293,7 +293,16 @@ def _index(t: Translation, node: Node) -> None:
 
 def _select(t: Translation, node: Node) -> None:
     source, axis, index = _node(node.args[0]), node.args[1], node.args[2]
-    t.set(node, t.graph.add("Gather", [t.full(source), t.graph.constant(index)], axis=axis))
+    place = t.graph.constant(index)
+    held = t.grids.get(onnx_int8.origin(source))
+    if held is None:
+        t.set(node, t.graph.add("Gather", [t.full(source), place], axis=axis))
+        return
+    levels, scale, _ = held  # picked as integers, so that it stays on its grid
+    name = t.graph.add(
+        "Gather", [t.graph.shaped(levels, dims_of(source.meta["val"])), place], axis=axis
+    )
+    onnx_int8.give_grid(t, node, t.graph.mark(name, dims_of(node.meta["val"])), scale)
 
 
 def _slice(t: Translation, node: Node) -> None:

@@ -38,6 +38,7 @@ from raybert.phase import check_layer_map
 from raybert.predictions import check_named, takes_saved
 from raybert.scale import load_of
 from raybert.storage import check_writable, is_mirrored
+from raybert.surgery import compressed_by
 from raybert.teacher import Request, identity_of, request_for, teacher_digest
 from raybert.trust import check_weights
 
@@ -173,6 +174,9 @@ def make_plan(recipe: Recipe, *, alone: bool = True) -> Plan:
             f"measured on rows of {longest}, not of measure.length={recipe.measure.length}"
         )
     needs_teacher = bool(recipe.method) and recipe.teacher is None
+    if needs_teacher:
+        _check_own_teacher(chain, config, source)
+    notes += _head_notes(recipe, config, source)
     first = make_plan(teacher_recipe(recipe), alone=alone) if needs_teacher else None
     return Plan(recipe, data, source, first, phases, before, after, memory, notes, saved, length)
 
@@ -193,6 +197,36 @@ def _start(recipe: Recipe) -> tuple[str, Any, Any]:
     if recipe.teacher:
         check_teacher(recipe, tokenizer)
     return source, config, tokenizer
+
+
+def _check_own_teacher(chain: list[Any], config: Any, source: str) -> None:
+    """Refuse a start that cannot be fine-tuned to be the student's teacher."""
+    done = {entry["name"] for entry in compressed_by(config)}
+    for method in chain:
+        if method.name in done:
+            raise UserError(
+                f"{source} has been through {method.name} already, and without teacher= would be "
+                "fine-tuned to be its own teacher. Name a model that was fine-tuned on the task "
+                "before it was compressed with teacher=, or train this one alone: raybert finetune."
+            )
+
+
+def _head_notes(recipe: Recipe, config: Any, source: str) -> list[str]:
+    """What is to be known of a masked-language head that is not there.
+
+    Raises:
+        UserError: the student's teacher would have to learn it from nothing.
+    """
+    architecture = (config.architectures or ["a model without a head"])[0]
+    if recipe.task != "mlm" or architecture.endswith(("ForMaskedLM", "ForPreTraining")):
+        return []
+    if recipe.method and recipe.teacher is None:
+        raise UserError(
+            f"{source} is {architecture}: it has no masked-language head for a student to learn "
+            "from. Start from a BERT with its head (...ForMaskedLM), or train one first, with "
+            f"raybert finetune task=mlm model={source}, and name that run with teacher=."
+        )
+    return [f"{source} is {architecture}: its masked-language head is new, and learns from nothing"]
 
 
 def _rows(recipe: Recipe, tokenizer: Any) -> TaskData:

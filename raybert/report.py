@@ -16,7 +16,7 @@ from raybert import __version__, tables
 from raybert.card import model_card
 from raybert.config import UserError
 from raybert.folders import write_whole
-from raybert.groups import Group, group_runs, on_front
+from raybert.groups import Group, Spread, clock_note, counted_at, group_runs, on_front
 from raybert.pages import render
 from raybert.results import (
     RETAINED,
@@ -129,6 +129,8 @@ def summary_table(runs: Sequence[Run]) -> str:
     for group in groups:
         first = group.first
         own = tables.score(group.spread(lambda r: r.student.score))
+        weights = Spread.of([r.student.bytes.weights for r in group.reports])
+        exported = Spread.of([r.onnx.bytes for r in group.reports if r.onnx])
         goal = own if group.is_teacher else tables.score(group.teacher(lambda m: m.score))
         rows.append(
             [
@@ -138,9 +140,9 @@ def summary_table(runs: Sequence[Run]) -> str:
                 "" if group.is_teacher else own,
                 tables.score(first.floor),
                 "" if group.is_teacher else tables.percent(group.spread(lambda r: r.retained)),
-                tables.megabytes(first.student.bytes.weights),
+                tables.megabytes(weights) if weights else tables.MISSING,
                 "" if group.is_teacher else speed_at(group, groups, "torch"),
-                tables.megabytes(first.onnx.bytes) if first.onnx else "",
+                tables.megabytes(exported) if exported else "",
                 "" if group.is_teacher else speed_at(group, groups, "onnx"),
                 "*" if group in front else "",
                 group.caveat,
@@ -148,20 +150,31 @@ def summary_table(runs: Sequence[Run]) -> str:
         )
     used = [i for i in range(len(head)) if i < always or any(row[i] for row in rows)]
     widths = [max(len(line[i]) for line in (head, *rows)) for i in used]
-    return "\n".join(
+    lines = [
         "  ".join(
             line[i].ljust(width) if n < 2 else line[i].rjust(width)
             for n, (i, width) in enumerate(zip(used, widths, strict=True))
         ).rstrip()
         for line in (head, ["-" * width for width in _full(widths, used)], *rows)
-    )
+    ]
+    for task, own in _by_task(groups).items():
+        note = clock_note(own)
+        if len(own) > 1 and note and not counted_at(own):
+            lines.append(f"{task}: {note}")
+    return "\n".join(lines)
+
+
+def _by_task(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.first.task, []).append(group)
+    return found
 
 
 def _front(groups: Sequence[Group]) -> list[Group]:
     """The groups that are on their task's Pareto front."""
     found: list[Group] = []
-    for task in {group.first.task for group in groups}:
-        own = [group for group in groups if group.first.task == task]
+    for own in _by_task(groups).values():
         found += [group for group, there in zip(own, on_front(own), strict=True) if there]
     return found
 
@@ -205,6 +218,7 @@ def _markdown(runs: Sequence[Run], title: str) -> str:
             for row in view.rows
         ]
         parts.append(tables.markdown_table(["Run", *map(safe, view.head)], rows))
+        parts += [safe(view.note)] if view.note else []
     notes = [
         f"- {safe(r.name)}: {safe(note)}" for r in (x.report for x in runs) for note in r.notes
     ]

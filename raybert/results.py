@@ -76,6 +76,10 @@ class LatencyRow(Part):
     peak_memory_mb: float
 
 
+Place = tuple[Backend, int, int]
+"""What models are timed at: backend, batch and length."""
+
+
 class SpeedupRow(Part):
     """A row of ``raybert.bench.speedups``, against the teacher."""
 
@@ -146,6 +150,14 @@ class RunReport(Part):
         """Whether the exported graph was timed, and multiplies in integers."""
         timed = any((row.model, row.backend) == ("student", "onnx") for row in self.latency)
         return timed and self.onnx is not None and self.onnx.int8 is not None
+
+    def clock(self, model: str) -> dict[Place, float]:
+        """Median milliseconds of ``student`` or ``teacher``, by what it was timed at."""
+        return {
+            (row.backend, row.batch, row.length): row.p50_ms
+            for row in self.latency
+            if row.model == model
+        }
 
     @property
     def chain(self) -> str:

@@ -329,14 +329,17 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
     chosen = finalists_of(finished, objectives, search.loss, search.settings.finalists or 1)
     if any(objective.path == (LATENCY,) for objective in search.objectives):
         there = on_front(finished, objectives)
-        chosen += [entry for entry, wanted in zip(finished, there, strict=True) if wanted]
+        # What was timed before is compared too, and so timed again where others come to it.
+        timed = [bool(entry.reports[0].latency) for entry in finished]
+        chosen += [f for f, *wanted in zip(finished, there, timed, strict=True) if any(wanted)]
     left = {run_folder(search.folder, entry.trial.number) for entry in chosen}
     measured: set[Path] = set()
     failures: dict[str, str] = {}
     while left:
-        failed = side_by_side.measure(sorted(left), search.recipe, tell)
-        failures |= {folder.name: reason for folder, reason in failed.items()}
         measured |= left
+        able = sorted(folder for folder in measured if folder.name not in failures)
+        failed = side_by_side.measure(able, search.recipe, tell)
+        failures |= {folder.name: reason for folder, reason in failed.items()}
         # Without finalists, another trial wins where the one that was looked at fails.
         winner = _answer(search, ledger, failures).winner.trial
         left = {run_folder(search.folder, winner.number)} - measured

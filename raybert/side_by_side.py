@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from raybert.artifact import add_export
-from raybert.bench import disk_bytes
+from raybert.artifact import add_export, publish
+from raybert.bench import disk_bytes, hardware
 from raybert.compressed import longest_input
 from raybert.config import MeasureConfig, Recipe, UserError
 from raybert.export import add_latency, export, export_graph
 from raybert.latency import Backend, latency, speedups
 from raybert.models import brought_here, read_config
 from raybert.recipe_file import load_recipe
-from raybert.report import write_run_report
-from raybert.results import RunReport, read_run, validated
+from raybert.results import Place, RunReport, read_run, validated
 from raybert.shares import LIBRARIES
 
 TEACHER = "teacher"
@@ -38,7 +37,7 @@ class Student:
     Attributes:
         folder: the run folder.
         teacher: the teacher's model folder.
-        length: tokens a row that both can read.
+        length: tokens a row that both can read, or less: what it is timed at.
     """
 
     folder: Path
@@ -59,11 +58,15 @@ class Student:
 def measure(
     folders: Sequence[Path], recipe: Recipe, tell: Callable[[str], None]
 ) -> dict[Path, str]:
-    """Export and time finished runs that were not yet, as a recipe says; their reports are written
+    """Export what was not yet, and time runs in turns, as a recipe says; their reports are written
     anew.
 
+    All are timed with rows of one length, the longest that every model reads. Where one of them
+    lacks a shape, or they were not timed in turns with each other, all are timed again: times of
+    several sessions are of several moods of the machine, or of several machines.
+
     Args:
-        folders: run folders; those without a teacher are left alone.
+        folders: run folders that are to be compared; those without a teacher are left alone.
         recipe: its ``measure`` and ``export`` count.
         tell: gets one line for each thing that happens.
 
@@ -74,7 +77,9 @@ def measure(
     Raises:
         UserError: a folder is no finished run.
     """
-    students = [student for folder in folders if (student := _student(folder, recipe.measure))]
+    found = [student for folder in folders if (student := _student(folder))]
+    length = min([recipe.measure.length, *(student.length for student in found)])
+    students = [replace(student, length=length) for student in found]
     failed: dict[Path, str] = {}
     if recipe.export:
         for student in students:
@@ -83,12 +88,16 @@ def measure(
                     _export(student, recipe, tell)
                 except UserError as error:
                     failed[student.folder] = str(error)
-    if recipe.measure.batches:
-        for backend, time in (("torch", _time_torch), ("onnx", _time_onnx)):
-            for group in _groups([s for s in students if _lacks(s, backend)]):
-                names = ", ".join(student.folder.name for student in group)
-                tell(f"timing in turns, {backend}: the teacher, {names}")
-                failed = {**_try(time, group, recipe.measure), **failed}
+    backends: tuple[tuple[Backend, Time], ...] = ("torch", _time_torch), ("onnx", _time_onnx)
+    for backend, time in backends if recipe.measure.batches else ():
+        able = [s for s in students if backend == "torch" or s.report.onnx is not None]
+        groups = list(_groups(able))
+        if all(_in_turns(group, backend, recipe.measure) for group in groups):
+            continue
+        for group in groups:
+            names = ", ".join(student.folder.name for student in group)
+            tell(f"timing in turns, {backend}, rows of {length} tokens: the teacher, {names}")
+            failed = {**_try(time, group, recipe.measure), **failed}
     for folder, reason in failed.items():
         tell(f"{folder.name} could not be measured: {reason}")
     return failed
@@ -101,11 +110,11 @@ def _export(student: Student, recipe: Recipe, tell: Callable[[str], None]) -> No
     add_export(student.folder)
 
 
-def _try(
-    time: Callable[[Sequence[Student], MeasureConfig], None],
-    group: Sequence[Student],
-    measured: MeasureConfig,
-) -> dict[Path, str]:
+Time = Callable[[Sequence[Student], MeasureConfig], None]
+"""Times a group in turns, and writes what came out to its reports."""
+
+
+def _try(time: Time, group: Sequence[Student], measured: MeasureConfig) -> dict[Path, str]:
     """Time a group, or each by itself where one of it cannot be timed; the folders of those, and
     why."""
     try:
@@ -118,28 +127,35 @@ def _try(
     return {}
 
 
-def _student(folder: Path, measured: MeasureConfig) -> Student | None:
+def _student(folder: Path) -> Student | None:
     own = load_recipe(str(folder / "recipe.yaml"))
     if own.teacher is None and not own.method:
         return None
     teacher = brought_here(own.teacher or folder / "teacher")
     configs = [read_config(str(path)) for path in (folder / "model", teacher)]
-    return Student(folder, teacher, min(measured.length, *map(longest_input, configs)))
+    return Student(folder, teacher, min(map(longest_input, configs)))
 
 
-def _lacks(student: Student, backend: str) -> bool:
-    report = student.report
-    there = any(row.backend == backend for row in report.latency)
-    return not there and (backend == "torch" or report.onnx is not None)
+def _in_turns(group: Sequence[Student], backend: Backend, measured: MeasureConfig) -> bool:
+    """Whether all of a group were timed at every shape, and in turns with each other: sessions are
+    told apart by the times of the teacher, which are those of no other session."""
+    places: list[Place] = [(backend, batch, group[0].length) for batch in measured.batches]
+    sessions = []
+    for report in (student.report for student in group):
+        own, taught = report.clock("student"), report.clock(TEACHER)
+        if not all(place in own and place in taught for place in places):
+            return False
+        sessions.append([taught[place] for place in places])
+    return all(session == sessions[0] for session in sessions)
 
 
 def _groups(students: Sequence[Student]) -> Iterator[list[Student]]:
-    """Students of one teacher and length, as many as fit beside it into half the free memory."""
+    """Students of one teacher, as many as fit beside it into half the free memory."""
 
-    def key(student: Student) -> tuple[Path, int]:
-        return student.teacher, student.length
+    def key(student: Student) -> Path:
+        return student.teacher
 
-    for (teacher, _), alike in groupby(sorted(students, key=key), key):
+    for teacher, alike in groupby(sorted(students, key=key), key):
         group: list[Student] = []
         free = 0.0
         for student in alike:
@@ -165,9 +181,12 @@ def _time_torch(students: Sequence[Student], measured: MeasureConfig) -> None:
     for student in students:
         report = student.report
         data, own = report.model_dump(), _own(found, student, "student")
-        rows = {key: [*data[key], *own[key]] for key in own}
-        report = validated({**data, **rows}, f"the report of {report.name}")
-        write_run_report(student.folder, report)
+        rows = {
+            key: [*own[key], *(row for row in data[key] if row["backend"] != "torch")]
+            for key in own
+        }
+        data = {**data, **rows, "hardware": hardware()}
+        publish(student.folder, validated(data, f"the report of {report.name}"))
 
 
 def _time_onnx(students: Sequence[Student], measured: MeasureConfig) -> None:

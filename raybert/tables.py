@@ -36,17 +36,18 @@ def times(value: Spread | float | None) -> str:
     return MISSING if value is None else f"{value:.2f}×"
 
 
-def count(value: float) -> str:
-    """A large number with a decimal prefix and three figures: ``22.7 M``."""
+def count(value: Spread | float) -> str:
+    """A large number with a decimal prefix and three figures: ``22.7 M``, or ``1.64 ± 0.09 G``."""
+    mean = value.mean if isinstance(value, Spread) else value
     for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{_three(value / size)}{unit}"
-    return f"{value:.0f}"
+        if abs(mean) >= size:
+            return f"{_three(value, size)}{unit}"
+    return f"{mean:.0f}"
 
 
-def megabytes(value: float) -> str:
+def megabytes(value: Spread | float) -> str:
     """Bytes in MB of 10^6: ``90.9 MB``."""
-    return f"{_three(value / 1e6)} MB"
+    return f"{_three(value, 1e6)} MB"
 
 
 def duration(seconds: float) -> str:
@@ -73,10 +74,14 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _three(value: float) -> str:
-    """Three figures, and never an exponent."""
-    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:.{min(max(decimals, 0), 3)}f}"
+def _three(value: Spread | float, unit: float) -> str:
+    """Three figures, and never an exponent; the deviation to as many decimals, where it shows."""
+    mean, sd = (value.mean, value.sd) if isinstance(value, Spread) else (value, None)
+    mean, sd = mean / unit, (sd or 0.0) / unit
+    decimals = 2 - math.floor(math.log10(abs(mean))) if mean else 0
+    decimals = min(max(decimals, 0), 3)
+    spread = f"{sd:.{decimals}f}"
+    return f"{mean:.{decimals}f}" + (f" ± {spread}" if float(spread) else "")
 
 
 def escape_markdown(text: str) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from raybert import plots, tables
-from raybert.groups import Group, Spread, group_runs, on_front
-from raybert.results import Measured, Run, RunReport
+from raybert.groups import Group, Spread, clock_note, group_runs, on_front, timed_at
+from raybert.results import Measured, Place, Run, RunReport
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class TaskView:
     batches: tuple[int, ...]
     head: tuple[str, ...]
     rows: tuple[Row, ...]
+    note: str
     charts: tuple[tuple[str, str], ...]
 
 
@@ -63,6 +64,7 @@ def task_views(runs: Sequence[Run], charts: bool) -> list[TaskView]:
                 tuple(batches),
                 _head(groups[0].first.metric, batches),
                 tuple(_row(g, there, batches) for g, there in zip(groups, front, strict=True)),
+                clock_note(groups) if len(groups) > 1 else "",
                 tuple(_charts(groups, f"t{number}")) if charts else (),
             )
         )
@@ -98,9 +100,9 @@ def _row(group: Group, front: bool, batches: Sequence[int]) -> Row:
     n = len(group.runs)
     label = f"seed {seeds}" if n == 1 else f"mean ± sd, n = {n} seeds ({seeds})"
     size = [
-        _against(first, lambda m: m.parameters.total, tables.count, "fewer"),
-        _against(first, lambda m: m.bytes.weights, tables.megabytes, "smaller"),
-        _against(first, lambda m: m.flops, tables.count, "fewer"),
+        _against(group, lambda m: m.parameters.total, tables.count, "fewer"),
+        _against(group, lambda m: m.bytes.weights, tables.megabytes, "smaller"),
+        _against(group, lambda m: m.flops, tables.count, "fewer"),
     ]
     if group.is_teacher:
         blank = Cell.of("–")
@@ -122,43 +124,53 @@ def _row(group: Group, front: bool, batches: Sequence[int]) -> Row:
 
 
 def _against(
-    report: RunReport,
-    value: Callable[[Measured], int | None],
-    shown: Callable[[float], str],
+    group: Group,
+    value: Callable[[Measured], float | None],
+    shown: Callable[[Spread], str],
     word: str,
 ) -> Cell:
-    """A size of the student, with how many times less it is than the teacher's."""
-    own, theirs = value(report.student), value(report.teacher) if report.teacher else None
+    """A size of the students, with how many times less it is than the teachers'."""
+    own, theirs = group.spread(lambda report: value(report.student)), group.teacher(value)
     if own is None:
         return Cell.of(tables.MISSING)
-    if not theirs or not own:
+    if not theirs or not theirs.mean or not own.mean:
         return Cell.of(shown(own))
-    return Cell.of(shown(own), f"{theirs / own:.2f}× {word} than {shown(theirs)}")
+    return Cell.of(shown(own), f"{theirs.mean / own.mean:.2f}× {word} than {shown(theirs)}")
 
 
 def speed_cell(group: Group, batch: int) -> Cell:
     """The speed-ups at a batch size, a line for each backend and length that was timed."""
-    found: dict[tuple[str, int], list[float | None]] = {}
-    for row in (row for report in group.reports for row in report.speedup):
-        if row.model == "student" and row.batch == batch:
-            found.setdefault((row.backend, row.length), []).append(row.speedup)
+    found = {place: value for place, value in _speedups(group).items() if place[1] == batch}
     if not found:
         return Cell.of(tables.MISSING)
     return Cell(
         tuple(
-            (tables.times(Spread.of(values)), f"{backend}, {length}\u00a0tokens")
-            for (backend, length), values in found.items()
+            (tables.times(value), f"{backend}, {length}\u00a0tokens")
+            for (backend, _, length), value in found.items()
         )
     )
 
 
+def _speedups(group: Group) -> dict[Place, Spread | None]:
+    found: dict[Place, list[float | None]] = {}
+    for row in (row for report in group.reports for row in report.speedup):
+        if row.model == "student":
+            found.setdefault((row.backend, row.batch, row.length), []).append(row.speedup)
+    return {place: Spread.of(values) for place, values in found.items()}
+
+
 def speed_at(group: Group, groups: Sequence[Group], backend: str) -> str:
-    """The speed-up of one backend in the first length timed, at the smallest batch that any of the
-    groups of its task was timed at."""
-    batches = timed_batches([g for g in groups if g.first.task == group.first.task])
-    lines = speed_cell(group, batches[0]).lines if batches else ()
-    missing = tables.MISSING if backend == "torch" else ""
-    return next((main for main, remark in lines if remark.startswith(backend)), missing)
+    """The speed-up of one backend at the shape that all runs of its task were timed at; where there
+    is none, at a shape of its own, which is named."""
+    shared = timed_at([g for g in groups if g.first.task == group.first.task])
+    own = {place: value for place, value in _speedups(group).items() if place[0] == backend}
+    for place in own:
+        if shared and place[1:] == shared[0][1:]:
+            return tables.times(own[place])
+    if shared or not own:
+        return tables.MISSING if backend == "torch" else ""
+    (_, batch, length), value = min(own.items(), key=lambda item: item[0])
+    return f"{tables.times(value)} ({batch} × {length})"
 
 
 def _charts(groups: Sequence[Group], key: str) -> list[tuple[str, str]]:
@@ -174,7 +186,7 @@ def _charts(groups: Sequence[Group], key: str) -> list[tuple[str, str]]:
             )
         )
     batches = timed_batches(groups)
-    timed = dict.fromkeys(
+    timed: dict[Place, None] = dict.fromkeys(
         (row.backend, row.batch, row.length)
         for group in students
         for report in group.reports
@@ -182,16 +194,15 @@ def _charts(groups: Sequence[Group], key: str) -> list[tuple[str, str]]:
         if row.model == "student" and row.batch == batches[0]
     )
     for number, (backend, batch, length) in enumerate(timed):
-        label = f"median latency, {backend}, batch {batch} × {length} tokens (ms)"
+        place = backend, batch, length
+        together = _in_turns(students, place)
+        unit = "(ms)" if together else "(share of the teacher's)"
+        label = f"median latency, {backend}, batch {batch} × {length} tokens {unit}"
+        cost = _clock(place, share=not together)
         found.append(
             (
                 f"{metric} against latency: up and to the left is better.",
-                plots.cost_plot(
-                    groups,
-                    _clock(backend, batch, length),
-                    label,
-                    f"{key}-latency{number}",
-                ),
+                plots.cost_plot(groups, cost, label, f"{key}-latency{number}"),
             )
         )
     found += [
@@ -220,13 +231,17 @@ def _disk(report: RunReport, who: str) -> float | None:
     return measured.bytes.weights / 1e6 if measured else None
 
 
-def _clock(backend: str, batch: int, length: int) -> plots.Cost:
+def _in_turns(students: Sequence[Group], place: Place) -> bool:
+    """Whether all were timed in one session: it has one time of the teacher."""
+    clocks = [report.clock("teacher") for group in students for report in group.reports]
+    return len({clock[place] for clock in clocks if place in clock}) == 1
+
+
+def _clock(place: Place, *, share: bool) -> plots.Cost:
     def cost(report: RunReport, who: str) -> float | None:
-        times = [
-            row.p50_ms
-            for row in report.latency
-            if (row.model, row.backend, row.batch, row.length) == (who, backend, batch, length)
-        ]
-        return times[0] if times else None
+        time, teacher = report.clock(who).get(place), report.clock("teacher").get(place)
+        if time is None or not share:
+            return time
+        return time / teacher if teacher else None
 
     return cost

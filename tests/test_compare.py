@@ -68,6 +68,46 @@ def test_a_folder_with_something_else_is_left_alone(toy, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_folder_that_holds_another_run_is_refused_before_anything_is_trained(
+    toy, teacher, tmp_path
+):
+    keys = {"train": {"max_steps": 1}, "finetune": {"max_steps": 1}}
+    for shared in ({}, {"teacher": str(teacher)}):
+        out = tmp_path / ("given" if shared else "made")
+        compare(make_comparison(toy(out, **keys, **shared), ["theseus"]), tell=print)
+        compare(make_comparison(toy(out, **keys, **shared), ["theseus"]), tell=print)
+        before = sorted(out.rglob("*"))
+        other = toy(out, **keys, **shared, method=[{"name": "theseus", "replacing_rate": 0.7}])
+        for chains in (["theseus"], ["q8bert", "theseus"]):
+            refused = make_comparison(other, chains)
+            with pytest.raises(UserError, match=r"^theseus: .* holds another run: method"):
+                _ = refused.plans()
+            with pytest.raises(UserError, match=r"^theseus: .* holds another run: method"):
+                compare(refused, tell=print)
+        if not shared:
+            changed = toy(out, **{**keys, "finetune": {"max_steps": 2}})
+            with pytest.raises(UserError, match="teacher holds another run: finetune"):
+                compare(make_comparison(changed, ["q8bert"]), tell=print)
+        assert sorted(out.rglob("*")) == before
+
+
+def test_seeds_that_come_later_leave_the_first_its_run(toy, teacher, tmp_path):
+    recipe = toy(tmp_path, teacher=str(teacher), train={"max_steps": 1})
+
+    def compared(seeds):
+        comparison = make_comparison(recipe, ["theseus"], seeds)
+        compare(comparison, tell=print)
+        made = {path.parent.parent.name for path in tmp_path.rglob("model/config.json")}
+        return [student.folder.name for student in comparison.students], made
+
+    assert compared([1]) == (["theseus"], {"theseus"})
+    names = ["theseus", "theseus-seed2"]
+    assert compared([1, 2]) == (names, set(names))
+    assert compared([2]) == (names[1:], set(names))
+    assert compared([2, 1])[1] == set(names)
+    assert "n = 2 seeds" in (tmp_path / "report.md").read_text()
+
+
 def test_all_chains_are_run_beside_their_teacher(toy, tmp_path):
     out, told = tmp_path / "out", []
     recipe = toy(out, finetune={"max_steps": 4}, train={"max_steps": 2})

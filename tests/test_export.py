@@ -299,7 +299,7 @@ def test_integer_weights_stay_bytes_and_values_are_quantised_once() -> None:
 class Wrong(nn.Module):
     """A graph that gives the model's logits, and something more."""
 
-    def __init__(self, model: Any, shift: float, turn: float = 1.0) -> None:
+    def __init__(self, model: Any, shift: Any, turn: float = 1.0) -> None:
         super().__init__()
         self.model, self.shift, self.turn = model, shift, turn
 
@@ -320,6 +320,24 @@ def test_logits_that_differ_are_refused() -> None:
     for shift in (0.01, float("nan")):
         with pytest.raises(UserError, match=r"other logits .* Nothing was written"):
             parity.logit_parity(model, Wrong(model, shift), batches, integer=False)
+
+
+def test_a_gate_that_rounding_tips_over_in_few_rows_refuses_no_export() -> None:
+    def compared(model: Any, shift: float, rows: int) -> dict[str, Any]:
+        tipped = (torch.arange(8) < rows)[:, None]
+        graph = Wrong(model, 0.0)
+        graph.forward = lambda **x: Wrong(model, shift * tipped[: len(x["input_ids"])])(**x)
+        return parity.logit_parity(model, graph, [padded(model, 8, 9)] * 2, integer=False)
+
+    gated = finished([{"name": "ebert"}], "bert", "classification").model.eval()
+    report = compared(gated, 0.01, 1)  # of 17 rows, counting the one that is always added
+    assert report["tipped"] == 3
+    assert report["largest_difference"] == pytest.approx(0.01, rel=0.1)
+    plain = toy("bert", "classification")
+    assert compared(plain, 1e-5, 8)["tipped"] == 0
+    for model, shift, rows in ((plain, 0.01, 1), (gated, 0.01, 2), (gated, 0.1, 1)):
+        with pytest.raises(UserError, match="other logits"):
+            compared(model, shift, rows)
 
 
 def test_score_that_differs_is_refused(teacher: Path) -> None:

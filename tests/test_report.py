@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raybert import views
 from raybert.cli import main
 from raybert.config import KEPT_SHARE, UserError
 from raybert.groups import Group, Spread, group_runs, on_front
@@ -312,6 +313,28 @@ def test_reports_replace_reports_alone(
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
+def test_sizes_that_differ_by_seed_are_means_with_their_spread(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    def sized(weights: int, flops: int) -> dict[str, Any]:
+        return {**measured(0.83, weights), "flops": flops}
+
+    sizes = [(40_000_000, 1_600_000_000), (42_000_000, 1_800_000_000)]
+    places = [
+        finished(f"seed{seed}", seed=seed, student=sized(*size)) for seed, size in enumerate(sizes)
+    ]
+    runs = read_runs(places)
+    assert len(group_runs(runs)) == 1
+    markdown, page = (file.read_text() for file in write_report(runs, tmp_path / "out"))
+    for text in (markdown, page):
+        assert "1.70 ± 0.14 G" in text
+        assert "10.2 ± 0.4 M" in text
+        assert "41.0 ± 1.4 MB" in text
+    assert "1.59× fewer than 2.70 G" in markdown
+    assert "41.0 ± 1.4 MB" in summary_table(runs)
+    assert " ± " not in str(views.task_views(runs[:1], charts=False)[0].rows[0].cells[5:8])
+
+
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path, finished: Callable[..., Path]) -> None:
     folder = finished("one")
     first = write_report(read_runs([folder]), tmp_path / "a")[1].read_bytes()
@@ -461,6 +484,64 @@ def test_a_teacher_is_as_fast_as_beside_its_students() -> None:
     assert on_front([teacher, student(0.86, 39)]) == [False, True]
     other = student(0.85, 41, model="another/encoder")
     assert on_front([teacher, other]) == [True, True], "of another's students nothing is known"
+
+
+def session(length: int = 128, teacher: float = 40, **batches: float) -> dict[str, Any]:
+    """Rows of a run that was timed: at batch N for ``bN``, by that many milliseconds."""
+    latency, speedup = [], []
+    for name, ms in batches.items():
+        shape = {"batch": int(name[1:]), "length": length}
+        latency += [
+            {**timed("teacher", teacher, 1), **shape},
+            {**timed("student", ms, 1), **shape},
+        ]
+        faster = {"model": "student", "backend": "torch", "speedup": teacher / ms}
+        speedup.append({**faster, **shape})
+    return {"latency": latency, "speedup": speedup}
+
+
+def test_a_front_compares_times_of_one_shape_as_shares_of_the_teachers(
+    tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    worse = {"methods": [{"name": "lobert"}]}
+
+    def front(*others: Path) -> tuple[bool, str, str, str]:
+        runs = read_runs([a, *others])
+        page = write_report(runs, tmp_path / "out")[1].read_text()
+        markdown = (tmp_path / "out" / "report.md").read_text()
+        assert ("share of the teacher's)" in page) == (b in others)
+        note = re.search(r"Pareto&#39;s front: ([^<]*)", page)
+        assert note is not None
+        assert note[1].replace("&#39;", "'") in markdown
+        return on_front(group_runs(runs))[1], note[1], summary_table(runs), markdown
+
+    a = finished("a", 0.84, **session(b1=20, b8=160))
+    # A faster machine: fewer milliseconds, and less speed-up.
+    b = finished("b", 0.83, **session(teacher=20, b1=15), **worse)
+    there, note, table, _ = front(b)
+    assert not there
+    assert "batch 1 × 128 tokens as a share of the teacher&#39;s, in torch" in note
+    assert "2.00×" in table
+    assert "1.33×" in table
+    # Other batches: what both were timed at counts, where the second is the faster one.
+    c = finished("c", 0.83, **session(b8=100, b32=300), **worse)
+    there, note, table, _ = front(c)
+    assert there
+    assert "batch 8 × 128" in note
+    assert "0.25×" in table
+    assert "0.40×" in table
+    # Nothing in common: shorter rows, or another kind of teacher.
+    d = finished("d", 0.83, **session(32, b1=5), **worse)
+    there, note, table, _ = front(d)
+    assert not there, "and in time nothing can be said"
+    assert "Times are not counted, since no shape was timed for all." in note
+    assert "2.00× (1 × 128)" in table
+    assert "8.00× (1 × 32)" in table
+    assert table.endswith("since no shape was timed for all.")
+    e = finished("e", 0.83, **session(b1=5), **worse, teacher=measured(0.86, 300_000_000))
+    there, note, table, _ = front(e)
+    assert not there
+    assert "since teachers are of several sizes" in note
 
 
 def test_simulated_compression_is_on_a_front_once_its_graph_was_timed() -> None:

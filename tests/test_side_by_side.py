@@ -19,16 +19,18 @@ from raybert.side_by_side import Student
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Stands in for the clock: the n-th model of a call takes 12 / n milliseconds a row."""
+    """Stands in for the clock: the n-th model of the k-th call takes (11 + k) / n milliseconds a
+    row."""
     calls = []
 
     def latency(models, shapes, *, backend, seconds):
         calls.append((backend, [Path(path).parent.name for path in models.values()], shapes))
         shared = {"backend": backend, "device": "cpu", "threads": 1, "peak_memory_mb": 1.0}
+        own = 11.0 + len(calls)
         return [
             {
                 **{"model": name, "batch": batch, "length": length, **shared},
-                **{"p50_ms": 12 * batch / n, "p95_ms": 12.0, "mean_ms": 12.0},
+                **{"p50_ms": own * batch / n, "p95_ms": 12.0, "mean_ms": 12.0},
                 **{"throughput": n / 0.012, "repeats": 1},
             }
             for batch, length in shapes
@@ -55,11 +57,12 @@ def test_a_comparison_times_each_backend_once(toy, tmp_path, clock):
     assert (onnx[0], onnx[1][1:], onnx[2]) == ("onnx", ["theseus", "q8bert"], shapes)
     for speedup, name in ((2.0, "theseus"), (3.0, "q8bert")):
         report = read_run(tmp_path / "out" / name).report
-        places = [(b, x) for b in ("torch", "onnx") for x in (1, 2)]
+        took = {"torch": 12.0, "onnx": 13.0}
+        places = [(b, x) for b in took for x in (1, 2)]
         found = {(r.backend, r.batch, r.model): r.p50_ms for r in report.latency}
         assert found == {
-            **{(b, x, "teacher"): 12.0 * x for b, x in places},
-            **{(b, x, "student"): 12.0 * x / speedup for b, x in places},
+            **{(b, x, "teacher"): took[b] * x for b, x in places},
+            **{(b, x, "student"): took[b] * x / speedup for b, x in places},
         }
         assert [(r.backend, r.batch, r.speedup) for r in report.speedup] == [
             (*place, speedup) for place in places
@@ -68,6 +71,9 @@ def test_a_comparison_times_each_backend_once(toy, tmp_path, clock):
         assert {row["model"] for row in told["latency"]} == {"teacher", "model"}
         page = (tmp_path / "out" / name / "onnx" / "README.md").read_text()
         assert f"{speedup:.2f}x" in page
+        card = (tmp_path / "out" / name / "model" / "README.md").read_text(encoding="utf-8")
+        assert card.count(f"{speedup:.2f}×") == len(places), "the card says what the report does"
+        assert "Latency is a median" in card
     assert "2.00×" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
     compare(comparison, tell=print)
@@ -100,16 +106,44 @@ def test_failing_exports_end_no_comparison_and_are_made_up_for_in_turns(
         assert {row.backend for row in report.latency} == {"torch", "onnx"}
 
 
+def test_what_is_compared_was_timed_at_one_shape_and_in_turns(toy, teacher, tmp_path, clock):
+    def compared(chains, **measure):
+        matrix = {"name": "ma_bert", "length": 12, "warm_start": False}
+        keys = {"teacher": str(teacher), "method": [matrix]}
+        keys |= {"train": {"max_steps": 1}, "data": {"max_length": 12}}
+        recipe = toy(tmp_path / "out", **keys, measure={"batches": [1], "length": 16, **measure})
+        count = len(clock)
+        compare(make_comparison(recipe, [*chains, "ma_bert"]), tell=print)
+        return [(names[1:], shapes) for _, names, shapes in clock[count:]]
+
+    names = ["theseus", "ma_bert"]
+    assert compared(["theseus"]) == [(names, [(1, 12)])], "MA-BERT reads no more"
+    # One that comes later, another batch and a run that was timed by itself: all run again.
+    names.insert(1, "q8bert")
+    assert compared(["theseus", "q8bert"]) == [(names, [(1, 12)])]
+    shapes = [(2, 12), (1, 12)]
+    assert compared(["theseus", "q8bert"], batches=[2, 1]) == [(names, shapes)]
+    place = tmp_path / "out" / "theseus" / "report.json"
+    report = json.loads(place.read_text())
+    for row in report["latency"]:
+        row["p50_ms"] *= 3
+    place.write_text(json.dumps(report))
+    assert compared(["theseus", "q8bert"], batches=[2, 1]) == [(names, shapes)]
+    reports = [read_run(tmp_path / "out" / name).report for name in names]
+    assert {len(report.latency) for report in reports} == {4}, "old times make room for new ones"
+    assert len({str(report.clock("teacher")) for report in reports}) == 1
+    assert compared(["theseus", "q8bert"], batches=[2, 1]) == [], "all is as it should be"
+
+
 def test_models_that_do_not_fit_together_take_turns_in_groups(monkeypatch):
     memory = type("Memory", (), {"available": 2 * 3.5})
     monkeypatch.setattr(side_by_side.psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(side_by_side, "_memory", lambda model: 1.0)
     a, b = Path("a"), Path("b")
     students = [Student(Path(str(n)), a, 128) for n in range(5)]
-    short = Student(Path("short"), a, 64)
     other = Student(Path("other"), b, 128)
-    groups = list(side_by_side._groups([*students, short, other]))
-    assert groups == [[short], students[:2], students[2:4], students[4:], [other]]
+    groups = list(side_by_side._groups([*students, other]))
+    assert groups == [students[:2], students[2:4], students[4:], [other]]
 
 
 def test_one_that_fits_nowhere_is_timed_all_the_same(monkeypatch):
@@ -131,8 +165,9 @@ def test_one_model_that_cannot_be_timed_leaves_the_others_theirs(tmp_path, monke
         timed.append([student.folder.name for student in group])
 
     monkeypatch.setattr(side_by_side, "_time_torch", time)
-    monkeypatch.setattr(side_by_side, "_student", lambda folder, measured: students.pop(0))
-    monkeypatch.setattr(side_by_side, "_lacks", lambda student, backend: backend == "torch")
+    monkeypatch.setattr(side_by_side, "_student", lambda folder: students.pop(0))
+    monkeypatch.setattr(side_by_side, "_in_turns", lambda group, backend, measured: False)
+    monkeypatch.setattr(Student, "report", property(lambda self: SimpleNamespace(onnx=None)))
     monkeypatch.setattr(side_by_side, "_memory", lambda model: 1)
     failed = side_by_side.measure([tmp_path] * 3, recipe, print)
     assert failed == {tmp_path / "b": "b: the process timing it ended."}
@@ -150,7 +185,7 @@ def test_one_model_that_cannot_be_exported_leaves_the_others_theirs(tmp_path, mo
         exported.append(student.folder.name)
 
     monkeypatch.setattr(side_by_side, "_export", export)
-    monkeypatch.setattr(side_by_side, "_student", lambda folder, measured: students.pop(0))
+    monkeypatch.setattr(side_by_side, "_student", lambda folder: students.pop(0))
     monkeypatch.setattr(Student, "report", property(lambda self: SimpleNamespace(onnx=None)))
     failed = side_by_side.measure([tmp_path] * 2, recipe, print)
     assert list(failed) == [tmp_path / "a"]

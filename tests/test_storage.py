@@ -656,6 +656,12 @@ def test_a_comparison_lies_in_a_bucket(bucket, elsewhere, toy, tmp_path):
     told: list[str] = []
     compare(make_comparison(recipe), tell=told.append)
     assert sum("finished already" in text for text in told) == 2
+    place = "compare/theseus/model/README.md"
+    assert b"Latency is a median" not in bucket.get(place)
+    measure = {"batches": [1], "length": 8, "seconds": 0.05}
+    elsewhere()
+    compare(make_comparison(toy(f"{bucket.uri}/compare", **keys, measure=measure)), **QUIET)
+    assert b"Latency is a median" in bucket.get(place), "the card is sent with the report"
     bucket.put("compare/mine/notes.txt")
     with pytest.raises(UserError, match="holds something that is no run, mine"):
         compare(make_comparison(recipe), **QUIET)

@@ -53,7 +53,8 @@ class MABERT(MethodConfig):
     length: PositiveInt | None = Field(
         default=None,
         description="N, the tokens that softmax nets are made for and a row has at most; nothing: "
-        "`data.max_length`.",
+        "`data.max_length`. Of a model that is an MA-BERT already it is the model's, if that is "
+        "more.",
     )
     shared: bool = Field(
         default=False, description="One softmax net for all layers, not one for each (3.1)."
@@ -140,7 +141,7 @@ class MABERT(MethodConfig):
         """Settle N; take over the structure of a model that is an MA-BERT already.
 
         Raises:
-            UserError: a method before it that it cannot follow, or another N.
+            UserError: a method before it that it cannot follow, or a larger N.
         """
         before = compressed_by(model_config)
         for entry in before:
@@ -160,12 +161,14 @@ class MABERT(MethodConfig):
                 )
             settled = {"length": self.length or LENGTH, "bounded": bounded, "continues": False}
             return self.model_copy(update=settled)
-        if self.length not in (None, own["length"]) or self.shared not in (False, own["shared"]):
+        # Shorter rows are padded inside the attention, so less than the model's N asks for nothing.
+        longer = self.length is not None and self.length > own["length"]
+        if longer or self.shared not in (False, own["shared"]):
             raise UserError(
-                f"ma_bert cannot follow ma_bert with another length or other sharing: the model's "
+                f"ma_bert cannot follow ma_bert with a larger length or other sharing: the model's "
                 f"softmax nets are of length {own['length']}"
-                f"{', one for all layers' if own['shared'] else ''}. Say "
-                f"data.max_length={own['length']}, and leave method.ma_bert.length and shared out."
+                f"{', one for all layers' if own['shared'] else ''}. Say data.max_length="
+                f"{own['length']} or less, and leave method.ma_bert.length and shared out."
             )
         same = {key: own.get(key) for key in ("length", "shared", "bounded")}
         return self.model_copy(update={**same, "continues": True})
@@ -182,9 +185,11 @@ class MABERT(MethodConfig):
     def remarks(self) -> list[str]:
         """What the structure is worth by itself."""
         return [
-            "ma_bert: the model computes matrix products, additions and ReLU alone; on processors "
-            "with fused float kernels that is about as fast as its teacher, and its use is "
-            "hardware without other functions, and integer arithmetic (q8bert after it)"
+            "ma_bert: up to its head, which keeps its own functions (a classifier tanh, a language "
+            "model GELU and LayerNorm), the model computes matrix products, additions and ReLU "
+            "alone; on processors with fused float kernels that is about as fast as its teacher, "
+            "and its use is hardware without other functions, and integer arithmetic (q8bert after "
+            "it)"
         ]
 
 

@@ -494,6 +494,15 @@ def test_facts_are_those_of_the_rows(eager_to_skip):
     assert flops["9 rows, by formula"] == pytest.approx(flops["all rows, by formula"])
 
 
+def test_flops_are_those_of_the_finished_model_if_attention_was_learned(eager_to_skip):
+    model, method = finished()
+    facts = [method.phases()[0].facts(model, [inputs(6)])]
+    model.set_attn_implementation("eager")  # as kd.attention has it
+    facts.append(method.phases()[0].facts(model, [inputs(6)]))
+    assert model.config._attn_implementation == "eager"
+    assert facts[0] == facts[1]
+
+
 def test_rows_dealt_out_otherwise_decide_alike():
     model, _, phase = made()
     model.train()

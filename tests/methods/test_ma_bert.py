@@ -426,17 +426,20 @@ def test_factors_of_lobert_are_left_as_they_are():
     assert folded(model) is model
 
 
+@pytest.mark.parametrize("warm_start", [True, False])
 @pytest.mark.parametrize(
     ("family", "shared"), [("bert", False), ("roberta", True), ("distilbert", False)]
 )
-def test_graph_is_matrix_arithmetic_alone(family, shared):
-    case = {**CASE, "shared": shared, "warm_start": False}
+def test_graph_is_matrix_arithmetic_alone(family, shared, warm_start):
+    case = {**CASE, "shared": shared, "warm_start": warm_start}
     model = shaken(finished([case], family, "classification").model)
     program = trace(folded(model))
     graph = translate(program)
     kinds = set(operators(graph))
     assert not kinds & FORBIDDEN
+    assert ("Min" in kinds) == warm_start  # the norms' bounds
     assert kinds <= {
+        "Min",
         *("MatMul", "Gemm", "Add", "Mul", "Relu", "Max"),  # arithmetic; Max is ReLU with a bias
         *("Reshape", "Transpose", "Slice", "Gather", "Concat", "Shape", "Cast", "Identity"),
         "Where",  # the mask: zeros for padding
@@ -456,6 +459,12 @@ def test_graph_is_matrix_arithmetic_alone(family, shared):
     assert queries == [False] * 6 + [True] * 2
     scores = [value for value in products if value.dim() == 4][::2]
     assert {value.shape[3] for value in scores} == {24}, "N, whatever the length is"
+
+
+@every_family
+def test_a_language_models_head_alone_keeps_other_functions(family):
+    kinds = operators(to_onnx(finished([CASE], family, "mlm").model.eval()))
+    assert sorted(kind for kind in kinds if kind in FORBIDDEN) == ["Gelu", "LayerNormalization"]
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
@@ -506,10 +515,12 @@ def test_models_that_it_cannot_follow_are_named(before):
         MABERT().resolve(config)
 
 
-def test_another_length_for_an_ma_bert_is_refused():
+def test_a_larger_length_for_an_ma_bert_is_refused():
     config = finished([CASE], "bert", "classification").model.config
     assert longest_input(config) == 24
-    assert MABERT().resolve(config).continues
+    for method in (MABERT(), MABERT(length=16)):
+        assert method.resolve(config).continues
+        assert method.resolve(config).length == 24
     for wrong in (MABERT(length=32), MABERT(shared=True)):
         with pytest.raises(UserError, match=r"ma_bert cannot follow ma_bert.*length 24"):
             wrong.resolve(config)
@@ -563,17 +574,37 @@ def test_what_transfer_on_text_leaves_is_a_start_for_a_task(text, toy, teacher, 
     for name, tensor in body.items():
         assert torch.equal(found[name], tensor), name
     kd = {"alpha": 0.9, "form": "soft_ce", "hidden": 1.0, "attention": 100.0, "embeddings": True}
-    trained = compress(
-        toy(tmp_path / "c", method=["ma_bert"], kd=kd, train={"epochs": 1}, **keys),
-        tell=lambda _: None,
-    )
+    # Its rows are shorter than those of stage (a).
+    keys |= {"data": {"max_length": 12}, "method": ["ma_bert"], "kd": kd}
+    trained = compress(toy(tmp_path / "c", train={"epochs": 1}, **keys), tell=lambda _: None)
+    assert longest_input(raybert.load(trained).config) == 32
     norms = power_norms(raybert.load(trained))
     assert all(n.updates > o.updates > 0 for n, o in zip(norms, power_norms(start), strict=True))
 
 
 def test_text_without_a_masked_language_head_is_refused(text, encoder, tmp_path):
+    recipe = transfer(text, tmp_path / "run", str(encoder))
     with pytest.raises(UserError, match=r"BertModel: it was not fine-tuned for mlm"):
-        make_plan(resolve_paths(transfer(text, tmp_path / "run", str(encoder))))
+        make_plan(resolve_paths(recipe))
+    alone = {"teacher": None, "model": str(encoder)}
+    with pytest.raises(UserError, match=r"BertModel: it has no masked-language head.*finetune"):
+        make_plan(resolve_paths(recipe.model_copy(update=alone)))
+    plain = {**alone, "method": (), "kd": KDConfig.model_validate({})}
+    plan = make_plan(resolve_paths(recipe.model_copy(update=plain)))
+    assert any("head is new, and learns from nothing" in note for note in plan.notes)
+    headed = {**plain, "model": str(Path(text["train"]).parent / "bert")}
+    assert not make_plan(resolve_paths(recipe.model_copy(update=headed))).notes
+
+
+def test_an_ma_bert_is_not_its_own_teacher(toy, tmp_path):
+    made = finished([CASE], "bert", "mlm").model
+    made.save_pretrained(tmp_path / "a")
+    make_tokenizer().save_pretrained(tmp_path / "a")
+    keys = {"model": str(tmp_path / "a"), "data": {"max_length": 24}, "method": ["ma_bert"]}
+    with pytest.raises(UserError, match=r"has been through ma_bert already.*teacher="):
+        make_plan(resolve_paths(toy(tmp_path / "run", **keys)))
+    assert make_plan(resolve_paths(toy(tmp_path / "run", **{**keys, "method": []})))
+    assert make_plan(resolve_paths(toy(tmp_path / "run", **{**keys, "method": ["q8bert"]})))
 
 
 # -- the authors' checkpoints ----------------------------------------------------------------------
@@ -657,7 +688,11 @@ def test_checkpoints_that_do_not_fit_are_listed(tmp_path):
         assert part in text
     assert "no softmax nets" in refused({k: v for k, v in good.items() if "relu_stack" not in k})
     name = "bert.encoder.layer.0.attention.self.softmax.linear_relu_stack.0.weight"
-    assert "softmax nets of shapes" in refused({**good, name: torch.zeros(9, 24)})
+    for wrong in (torch.zeros(9, 24), torch.zeros(()), torch.zeros(24)):
+        assert f"[24, 24]: {name} {list(wrong.shape)};" in refused({**good, name: wrong})
+    name = "bert.encoder.layer.1.output.LayerNorm.iters"
+    text = refused({**good, name: torch.zeros(2)})
+    assert "of another shape: bert.encoder.layer.1.output.LayerNorm.updates [2], not []" in text
     assert "no state dict" in refused([1, 2])
     assert "cannot be read" in refused({"a": Path("x")})
     with pytest.raises(UserError, match="cannot be read"):
