@@ -111,6 +111,7 @@ def _results(report: RunReport) -> str:
     rows += [
         _size("parameters", student, teacher, lambda m: tables.count(m.parameters.total)),
         _size("weights on disk", student, teacher, lambda m: tables.megabytes(m.bytes.weights)),
+        _size("without embeddings", student, teacher, _rest),
         _size(
             "FLOPs a row", student, teacher, lambda m: tables.count(m.flops) if m.flops else "n/a"
         ),
@@ -118,6 +119,11 @@ def _results(report: RunReport) -> str:
     if teacher:
         return tables.markdown_table(["", "teacher", "student", "floor"], rows)
     return tables.markdown_table(["", "model", "floor"], [[r[0], r[2], r[3]] for r in rows])
+
+
+def _rest(measured: Measured) -> str:
+    rest = measured.bytes.rest
+    return tables.MISSING if rest is None else tables.megabytes(rest)
 
 
 def _size(name: str, student: Measured, teacher: Measured | None, shown: Any) -> list[str]:

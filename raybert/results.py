@@ -48,6 +48,11 @@ class Bytes(Part):
     embeddings: int | None = None
     total: int
 
+    @property
+    def rest(self) -> int | None:
+        """Weights without embedding tables."""
+        return None if self.embeddings is None else self.weights - self.embeddings
+
 
 class Measured(Part):
     """One model: its metrics on the evaluation rows, the main one as ``score``, and its costs."""

@@ -86,6 +86,7 @@ def _head(metric: str, batches: Sequence[int]) -> tuple[str, ...]:
         "Ratio",
         "Parameters",
         "Weights on disk",
+        "Without embeddings",
         "FLOPs a row",
         *(f"Speed-up, batch {batch}" for batch in batches),
         "Compression",
@@ -102,6 +103,7 @@ def _row(group: Group, front: bool, batches: Sequence[int]) -> Row:
     size = [
         _against(group, lambda m: m.parameters.total, tables.count, "fewer"),
         _against(group, lambda m: m.bytes.weights, tables.megabytes, "smaller"),
+        _against(group, lambda m: m.bytes.rest, tables.megabytes, "smaller"),
         _against(group, lambda m: m.flops, tables.count, "fewer"),
     ]
     if group.is_teacher:

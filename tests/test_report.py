@@ -38,7 +38,7 @@ def measured(score: float, weights: int) -> dict[str, Any]:
     return {
         "metrics": {"f1": score, "accuracy": score - 0.1},
         "parameters": {"total": weights // 4, "embeddings": 100, "rest": weights // 4 - 100},
-        "bytes": {"weights": weights, "total": weights + 500},
+        "bytes": {"weights": weights, "embeddings": weights // 5, "total": weights + 500},
         "flops": weights * 30,
     }
 
@@ -330,9 +330,10 @@ def test_sizes_that_differ_by_seed_are_means_with_their_spread(
         assert "1.70 ± 0.14 G" in text
         assert "10.2 ± 0.4 M" in text
         assert "41.0 ± 1.4 MB" in text
+        assert "32.8 ± 1.1 MB" in text  # without embeddings
     assert "1.59× fewer than 2.70 G" in markdown
     assert "41.0 ± 1.4 MB" in summary_table(runs)
-    assert " ± " not in str(views.task_views(runs[:1], charts=False)[0].rows[0].cells[5:8])
+    assert " ± " not in str(views.task_views(runs[:1], charts=False)[0].rows[0].cells[5:9])
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path, finished: Callable[..., Path]) -> None:
@@ -572,7 +573,7 @@ def test_model_card_is_read_by_the_hub(plain: bool, library: str) -> None:
     assert {"raybert", "theseus", "mrpc"} <= set(data["tags"])
     assert ("raybert.load(folder)" in body) is not plain
     assert ("AutoModelForSequenceClassification" in body) is plain
-    for said in ("40 %", "layers = 3", "A note.", "A CPU", "2.00×"):
+    for said in ("40 %", "layers = 3", "A note.", "A CPU", "2.00×", "without embeddings"):
         assert said in body
 
 
