@@ -77,8 +77,8 @@ def check_folder(recipe: Recipe) -> bool:
     differing = _differences(there, here)
     if differing:
         raise UserError(
-            f"{folder} holds another run: {'; '.join(differing[:5])}. Choose another out=, or add "
-            "--overwrite to remove that run first."
+            f"{folder} holds another run: {'; '.join(differing[:5])}. Choose another out=, or "
+            "remove that run first, as --overwrite does for commands that have it."
         )
     return True
 
