@@ -86,7 +86,6 @@ def _head(metric: str, batches: Sequence[int]) -> tuple[str, ...]:
         "Ratio",
         "Parameters",
         "Weights on disk",
-        "Without embeddings",
         "FLOPs a row",
         *(f"Speed-up, batch {batch}" for batch in batches),
         "Compression",
@@ -102,8 +101,7 @@ def _row(group: Group, front: bool, batches: Sequence[int]) -> Row:
     label = f"seed {seeds}" if n == 1 else f"mean ± sd, n = {n} seeds ({seeds})"
     size = [
         _against(group, lambda m: m.parameters.total, tables.count, "fewer"),
-        _against(group, lambda m: m.bytes.weights, tables.megabytes, "smaller"),
-        _against(group, lambda m: m.bytes.rest, tables.megabytes, "smaller"),
+        _weights(group),
         _against(group, lambda m: m.flops, tables.count, "fewer"),
     ]
     if group.is_teacher:
@@ -138,6 +136,17 @@ def _against(
     if not theirs or not theirs.mean or not own.mean:
         return Cell.of(shown(own))
     return Cell.of(shown(own), f"{theirs.mean / own.mean:.2f}× {word} than {shown(theirs)}")
+
+
+def _weights(group: Group) -> Cell:
+    """Bytes of weights, and of those without embeddings where the reports tell them apart."""
+    whole = _against(group, lambda m: m.bytes.weights, tables.megabytes, "smaller")
+    rest = _against(group, lambda m: m.bytes.rest, tables.megabytes, "smaller")
+    (value, compared), *_ = rest.lines
+    if value == tables.MISSING:
+        return whole
+    less = compared.partition(" than ")[0]
+    return Cell((*whole.lines, (value, f"{less} without embeddings".strip())))
 
 
 def speed_cell(group: Group, batch: int) -> Cell:
