@@ -177,7 +177,7 @@ def test_a_corpus_is_read_a_little_at_a_time(monkeypatch, write, cache: str, for
     lines = [f"{'the film ' * (n % 7)}was {'good' if n % 3 else 'bad'}" for n in range(90)]
     path = write("book.txt", "\n\n".join(lines))
     if form == "hub":
-        loaded = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": lines}))
+        loaded = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": lines})})
         monkeypatch.setattr(datasets, "load_dataset", lambda *_: loaded)
     options = {"train": path} if form == "txt" else {"source": "a/corpus"}
     options |= {"max_length": 16, "limit": 60}
@@ -194,7 +194,7 @@ def test_a_corpus_is_read_a_little_at_a_time(monkeypatch, write, cache: str, for
 
 
 def test_text_that_cannot_be_kept_is_pointed_at(monkeypatch, write, cache: str) -> None:
-    rows = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": [["a"], ["b"]]}))
+    rows = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": [["a"], ["b"]]})})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: rows)
     with pytest.raises(UserError, match=r"row 1: .* is a list, not text"):
         prepared("mlm", cache, source="a/corpus")
