@@ -80,7 +80,7 @@ def _quantised(t: Translation, node: Node, scale: np.float32, zero: Any) -> str:
     if kind == "aten.pad.default":
         whole = graph.shaped(quantised(t, source, scale, zero), dims_of(source.meta["val"]))
         return graph.mark(graph.add("Pad", [whole, pads(t, node), low]), dims)
-    if kind == "aten.transpose.int":
+    if kind == "aten.transpose.int" and not _as_it_comes(node):
         return _transposed(t, node, scale, zero)
     parts = [origin(part) for part in args] if kind == "aten.add.Tensor" else []
     if parts and t.int8 == "fused" and all(part in t.grids for part in parts):
@@ -94,6 +94,13 @@ def _quantised(t: Translation, node: Node, scale: np.float32, zero: Any) -> str:
     op = f"{CONTRIB}.QuantizeLinear" if t.int8 == "fused" else "QuantizeLinear"
     name = graph.once(op, [rows, graph.constant(scale, np.float32), low])
     return graph.mark(name, graph.dims(rows))
+
+
+def _as_it_comes(node: Node) -> bool:
+    """Whether a transposition is the one after attention, which the graph's operator spares."""
+    source: Any = node.args[0]
+    axes = {axis % 4 for axis in node.args[1:3] if isinstance(axis, int)}
+    return str(source.target) == "aten.scaled_dot_product_attention.default" and axes == {1, 2}
 
 
 def origin(value: Any) -> Any:

@@ -291,6 +291,7 @@ def test_integer_weights_stay_bytes_and_values_are_quantised_once() -> None:
     kinds = operators(graph)
     assert kinds.count("MatMulIntegerToFloat") == 4 * 6 + 2
     assert kinds.count("QuantizeLinear") == 4 * 4 + 2  # queries, keys and values share one
+    assert kinds.count("Transpose") == 1  # the table, for the decoder
 
 
 # -- parity ----------------------------------------------------------------------------------------
