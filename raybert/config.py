@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -148,6 +149,13 @@ class MethodConfig(Section):
     def advice(self, recipe: Any, model_config: Any) -> list[str]:
         """What the user should know before training, of settings that work against the method."""
         return []
+
+    def check_model(self, make: Callable[[], Any]) -> None:
+        """Refuse settings that name parts which the model has not.
+
+        Args:
+            make: makes the model that the method will get, without values.
+        """
 
     def remarks(self) -> list[str]:
         """What the reports should note of the finished model."""

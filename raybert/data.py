@@ -29,7 +29,7 @@ from raybert.batches import (
     steps_per_epoch,
     train_steps,
 )
-from raybert.config import DataConfig, UserError
+from raybert.config import DataConfig, TransientError, UserError
 from raybert.features import (
     CHUNK,
     TokenInfo,
@@ -328,7 +328,7 @@ def _rename(partial: Path, folder: Path) -> None:
 
 
 def _cannot_keep(folder: Path, error: OSError) -> UserError:
-    return UserError(
+    return TransientError(
         f"tokenised data cannot be kept in {folder.parent} ({error.strerror or error}); make room, "
         "or choose another folder with data.cache."
     )

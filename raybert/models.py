@@ -376,7 +376,8 @@ def _bring(path: Path) -> None:
     if (path / "recipe.yaml").is_file():
         pull(path / "model")
     elif uri_of(path.parent) is not None:
-        pull(path.parent / "recipe.yaml")  # tells what a run's model was made of
+        for name in ("recipe.yaml", "report.json"):  # tell what a run's model was made of
+            pull(path.parent / name)
 
 
 def write_probe(model: PreTrainedModel, folder: Path, batch: dict[str, torch.Tensor]) -> None:

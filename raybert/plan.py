@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import json
 from dataclasses import dataclass, field
@@ -217,7 +218,9 @@ def _head_notes(recipe: Recipe, config: Any, source: str) -> list[str]:
     Raises:
         UserError: the student's teacher would have to learn it from nothing.
     """
-    architecture = (config.architectures or ["a model without a head"])[0]
+    if not config.architectures:  # which says nothing
+        return []
+    architecture = config.architectures[0]
     if recipe.task != "mlm" or architecture.endswith(("ForMaskedLM", "ForPreTraining")):
         return []
     if recipe.method and recipe.teacher is None:
@@ -347,6 +350,8 @@ def _predict_start(config: Any, data: TaskData, length: int) -> dict[str, Any]:
 
 
 def _predict(config: Any, data: TaskData, chain: list[Any], length: int) -> dict[str, Any]:
+    for place, method in enumerate(chain):
+        method.check_model(functools.partial(blank, config, data.task.kind, chain[:place]))
     model = blank(config, data.task.kind, chain)
     counted = parameters(model)
     stored = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])

@@ -115,15 +115,19 @@ Time = Callable[[Sequence[Student], MeasureConfig], None]
 
 
 def _try(time: Time, group: Sequence[Student], measured: MeasureConfig) -> dict[Path, str]:
-    """Time a group, or each by itself where one of it cannot be timed; the folders of those, and
-    why."""
+    """Time a group, or, where one of it cannot be timed, the others; the folders of those that
+    cannot, and why."""
     try:
         time(group, measured)
     except UserError as error:
         if len(group) == 1:
             return {group[0].folder: str(error)}
         each = [_try(time, [student], measured) for student in group]
-        return {folder: reason for found in each for folder, reason in found.items()}
+        failed = {folder: reason for found in each for folder, reason in found.items()}
+        able = [student for student in group if student.folder not in failed]
+        if failed and len(able) > 1:
+            failed |= _try(time, able, measured)
+        return failed
     return {}
 
 

@@ -171,7 +171,7 @@ def test_one_model_that_cannot_be_timed_leaves_the_others_theirs(tmp_path, monke
     monkeypatch.setattr(side_by_side, "_memory", lambda model: 1)
     failed = side_by_side.measure([tmp_path] * 3, recipe, print)
     assert failed == {tmp_path / "b": "b: the process timing it ended."}
-    assert timed == [["a"], ["c"]]
+    assert timed == [["a"], ["c"], ["a", "c"]], "each by itself, and those that can be in turns"
 
 
 def test_one_model_that_cannot_be_exported_leaves_the_others_theirs(tmp_path, monkeypatch):

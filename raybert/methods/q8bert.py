@@ -147,6 +147,21 @@ class Q8BERT(MethodConfig):
             )
         return self
 
+    def check_model(self, make: Callable[[], Any]) -> None:
+        """Refuse a pattern of ``skip`` that no layer has, or that leaves none."""
+        if not self.skip:
+            return
+        model = make()
+        chosen = selected(model, self.model_copy(update={"skip": ()}))
+        for pattern in self.skip:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in chosen):
+                first, *_, last = chosen
+                raise UserError(
+                    f"q8bert.skip {pattern!r} matches no layer that would be quantised; those are "
+                    f"{first} … {last}, and * stands for any part of a name."
+                )
+        selected(model, self)
+
     def resolve(self, model_config: Any) -> Q8BERT:
         """Settle the bits of embeddings, and what stays as it is.
 
@@ -274,13 +289,6 @@ def selected(model: Any, method: Q8BERT) -> Mapping[str, nn.Module]:
     kinds += (nn.Embedding,) if method.embeddings else ()
     kinds += (Product, PowerNorm) if method.integer_only else ()
     modules = dict(model.named_modules())
-    names = [name for name, module in modules.items() if isinstance(module, kinds)]
-    for pattern in method.skip:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise UserError(
-                f"q8bert.skip {pattern!r} matches no layer that would be quantised; those are "
-                f"{', '.join(names[:3])} … {names[-1]}, and * stands for any part of a name."
-            )
     found = {
         name: module
         for name, module in modules.items()
