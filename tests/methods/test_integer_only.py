@@ -54,8 +54,11 @@ def settled(chain: list[dict[str, Any]], family: str = "bert", kind: str = "qa")
 
 @functools.cache
 def _settled(words: str, family: str, kind: str) -> Any:
-    chain = json.loads(words)
-    model = predecessor(family, kind)
+    return gone_through(predecessor(family, kind), json.loads(words))
+
+
+def gone_through(model: Any, chain: list[dict[str, Any]]) -> Any:
+    """The model after the methods' surgery."""
     for case in chain:
         method = method_of(case).resolve(model.config)
         for phase in method.phases():
@@ -387,13 +390,7 @@ def test_a_tied_decoder_keeps_its_bias(per_channel):
     with torch.no_grad():
         model.get_output_embeddings().bias.copy_(bias)
         model.get_input_embeddings().weight[7] *= 5  # one scale for all is that of this row
-    for case in (MATRIX, {**INTEGER, "per_channel": per_channel}):
-        method = method_of(case).resolve(model.config)
-        for phase in method.phases():
-            phase.initialise(model, [batch()])
-            phase.prepare(model)
-            phase.finish(model)
-        mark_compressed(model, method)
+    gone_through(model, [MATRIX, {**INTEGER, "per_channel": per_channel}])
     decoder = model.get_output_embeddings()
     step = decoder.input_scale * decoder.matrix()[1]
     assert (decoder.bias * step - bias).abs().le(step).all()
