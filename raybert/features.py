@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,8 @@ import pyarrow as pa
 from raybert.config import DataConfig, Section, UserError
 from raybert.rows import Rows
 from raybert.tasks import Task
+
+T = TypeVar("T")
 
 CHUNK = 2000
 """Rows tokenised at a time; keeps the Python lists of a large data set small."""
@@ -183,7 +185,7 @@ def mlm_features(texts: Iterable[str], config: DataConfig, tokenizer: Any) -> It
     yield table(left)
 
 
-def batched(values: Iterable[str], size: int) -> Iterator[list[str]]:
+def batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of ``size`` values; the last may be shorter."""
     values = iter(values)
     while some := list(itertools.islice(values, size)):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from raybert.surgery import layer_holder, model_inputs
+from raybert.surgery import attending, layer_holder, model_inputs
 
 
 def kept_units(
@@ -65,13 +65,8 @@ def layer_flops(model: Any, batch: dict[str, Tensor]) -> int:
     """
     holder = layer_holder(model)
     name = next(name for name, module in model.named_modules() if module is holder)
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
     counter = FlopCounterMode(display=False)
-    try:
-        # The counter does not know the CPU's fused attention.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(**model_inputs(model, batch))
-    finally:
-        model.set_attn_implementation(attention)
+    # The counter does not know the CPU's fused attention.
+    with attending(model, "sdpa"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**model_inputs(model, batch))
     return sum(counter.get_flop_counts()[f"{type(model).__name__}.{name}"].values())

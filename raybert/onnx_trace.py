@@ -22,7 +22,7 @@ from raybert.kept_operators import blocks_as_operators
 from raybert.onnx_first import keep_first
 from raybert.onnx_graph import Graph, Translation, dims_of
 from raybert.onnx_ops import HANDLERS
-from raybert.surgery import INPUTS, takes_token_types
+from raybert.surgery import INPUTS, attending, takes_token_types
 from raybert.timer import LONGEST
 
 Int8 = Literal["fused", "qdq"]
@@ -130,8 +130,6 @@ def trace(model: PreTrainedModel) -> torch.export.ExportedProgram:
     names = input_names(model)
     # Sizes of 0 and 1 would be traced as such.
     inputs = {name: torch.ones(2, 3, dtype=torch.long) for name in names}
-    before = model.config._attn_implementation or "sdpa"
-    model.set_attn_implementation(TRACED)
     quiet = logging.getLogger("torch.export")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -140,7 +138,7 @@ def trace(model: PreTrainedModel) -> torch.export.ExportedProgram:
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.no_grad(), blocks_as_operators():
+        with attending(model, TRACED), torch.no_grad(), blocks_as_operators():
             return torch.export.export(
                 model,
                 (),
@@ -152,7 +150,6 @@ def trace(model: PreTrainedModel) -> torch.export.ExportedProgram:
         if collects:
             gc.enable()
         quiet.setLevel(level)
-        model.set_attn_implementation(before or "sdpa")
 
 
 def _translate(translation: Translation, node: Node) -> None:

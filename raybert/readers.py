@@ -239,7 +239,7 @@ def _read_parquet(path: Path) -> Raw:
     return Raw(columns, str(path))
 
 
-class Lines:
+class TextLines:
     """The lines of a text file that are not blank, which are read anew each time they are gone
     through."""
 
@@ -249,9 +249,6 @@ class Lines:
 
     def __len__(self) -> int:
         return self.count
-
-    def __contains__(self, line: object) -> bool:
-        return any(line == one for one in self)
 
     def __iter__(self) -> Iterator[str]:
         return (line for _, line in self.numbered())
@@ -270,7 +267,7 @@ class Lines:
 
 
 def _read_text(path: Path) -> Raw:
-    lines = Lines(path)
+    lines = TextLines(path)
     return Raw({"text": lines}, str(path), lines.place)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,12 +27,12 @@ class Texts:
 
     Attributes:
         raw: the rows.
-        values: their texts, as the source has them.
+        values: their texts, as the source has them: any number of times, and their number is known.
         chosen: which of the rows are meant [N]; all.
     """
 
     raw: Raw
-    values: Collection[Any]
+    values: Any
     chosen: np.ndarray | None = None
 
     def __len__(self) -> int:

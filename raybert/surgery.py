@@ -5,7 +5,8 @@ Methods reach into a model through these functions alone, so a new model family 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -164,6 +165,17 @@ def self_attention(layer: Any) -> nn.Module:
     """The module of a layer whose output is (context [B, T, H], attention [B, A, T, T] or None)."""
     attention = layer.get_submodule("attention")
     return attention if "sa_layer_norm" in dict(layer.named_children()) else attention.self
+
+
+@contextmanager
+def attending(model: Any, implementation: str) -> Iterator[None]:
+    """Inside the context a model attends otherwise: ``eager``, ``sdpa`` or what is registered."""
+    before = model.config._attn_implementation or "sdpa"
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def attention_block(layer: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any):

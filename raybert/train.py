@@ -10,13 +10,12 @@ import contextlib
 import copy
 import fnmatch
 import functools
-import itertools
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,7 @@ from raybert.engine import (
     set_rate,
 )
 from raybert.evaluate import evaluate
+from raybert.features import batched
 from raybert.gates import Gate
 from raybert.job import Hooks, Job, PhaseOf, phase_steps, phases_of
 from raybert.metrics import floor
@@ -496,7 +496,7 @@ class Trainer:
             mine = [turn[self.world.rank] for step in plan for turn in step]
             pin = self.world.device.type == "cuda"
             with contextlib.closing(prefetch(batcher, mine, epoch=epoch, pin=pin)) as batches:
-                groups = _grouped(batches, train.accumulation)
+                groups = batched(batches, train.accumulation)
                 for step in plan:
                     micro = next(groups)
                     recent.waited += batches.waited
@@ -624,9 +624,3 @@ class Trainer:
             ) from None
         self.log.send()
         push(final, last=RESULT)
-
-
-def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while group := list(itertools.islice(iterator, size)):
-        yield group

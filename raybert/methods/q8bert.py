@@ -39,7 +39,7 @@ from raybert.integer import (
 from raybert.phase import At, Distillation, Outputs, Phase
 from raybert.power_norm import PowerNorm
 from raybert.softmax_net import Product
-from raybert.surgery import compressed_by, model_inputs, swap
+from raybert.surgery import attending, compressed_by, model_inputs, swap
 from raybert.workers import workers
 
 FAKE = (FakeQuantLinear, FakeQuantProduct, FakeQuantNorm)
@@ -148,11 +148,10 @@ class Q8BERT(MethodConfig):
         return self
 
     def check_model(self, make: Callable[[], Any]) -> None:
-        """Refuse a pattern of ``skip`` that no layer has, or that leaves none."""
+        """Refuse a pattern of ``skip`` that no layer has."""
         if not self.skip:
             return
-        model = make()
-        chosen = selected(model, self.model_copy(update={"skip": ()}))
+        chosen = selected(make(), self.model_copy(update={"skip": ()}))
         for pattern in self.skip:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in chosen):
                 first, *_, last = chosen
@@ -160,7 +159,6 @@ class Q8BERT(MethodConfig):
                     f"q8bert.skip {pattern!r} matches no layer that would be quantised; those are "
                     f"{first} … {last}, and * stands for any part of a name."
                 )
-        selected(model, self)
 
     def resolve(self, model_config: Any) -> Q8BERT:
         """Settle the bits of embeddings, and what stays as it is.
@@ -377,16 +375,14 @@ class Quantise(Phase):
             return {}
         if not batches:
             raise UserError("q8bert mode=ema needs calibration rows; there are none to train on.")
-        attention = model.config._attn_implementation
-        model.set_attn_implementation("eager")  # it goes by way of every layer that there is
-        if self.method.integer_only:
-            regroup(model)
-            self.units = set_units(model, batches)
-        chosen = selected(model, self.method)
-        layers = {n: part for n, part in chosen.items() if not isinstance(part, nn.Embedding)}
-        size = reach_of if self.method.asymmetric else largest
-        self.calibrated = calibrate(model, layers, batches, size)
-        model.set_attn_implementation(attention)
+        with attending(model, "eager"):  # it goes by way of every layer that there is
+            if self.method.integer_only:
+                regroup(model)
+                self.units = set_units(model, batches)
+            chosen = selected(model, self.method)
+            layers = {n: part for n, part in chosen.items() if not isinstance(part, nn.Embedding)}
+            size = reach_of if self.method.asymmetric else largest
+            self.calibrated = calibrate(model, layers, batches, size)
         inputs = {n: seen["input"] for n, seen in self.calibrated.items() if "input" in seen}
         most = {name: size.amax().item() for name, size in inputs.items()}
         return {"Largest input of each layer (calibration rows)": most}
