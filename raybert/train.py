@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fnmatch
 import functools
 import json
 import logging
@@ -58,18 +57,14 @@ from raybert.engine import (
 )
 from raybert.evaluate import evaluate
 from raybert.features import batched
-from raybert.gates import Gate
 from raybert.job import Hooks, Job, PhaseOf, phase_steps, phases_of
 from raybert.metrics import floor
 from raybert.metrics_log import MetricsLog
 from raybert.models import load_for_task, load_tokenizer, write_probe
-from raybert.phase import (
-    At,
-    Phase,
-)
+from raybert.phase import At, Phase
 from raybert.places import uri_of
-from raybert.power_norm import AffineNorm
 from raybert.predictions import Predictions
+from raybert.rates import parameter_groups, rate_share, unmatched
 from raybert.step import Distiller, Place, Recent, not_a_number
 from raybert.storage import pull, push
 from raybert.tasks import IGNORED
@@ -298,7 +293,13 @@ class Trainer:
         # Each phase draws its own random numbers, whatever came before it.
         seed_everything(train.seed + 7919 * index, self.world.rank)
         model.to(self.world.device)
-        engine = make_engine(model, self._groups(phase, model), self.recipe, self.precision)
+        for pattern, known in unmatched(model, train):
+            self._note(
+                f"train.rates names {pattern!r}, which no parameter of phase {phase.name} is "
+                f"called; they are called like {known!r}"
+            )
+        groups = parameter_groups(model, phase, train)
+        engine = make_engine(model, groups, self.recipe, self.precision)
         if checkpoint is not None:
             notes = self.position.notes
             self.position = restore(checkpoint, engine, self.world, train.zero)
@@ -337,44 +338,6 @@ class Trainer:
             {"name": entry.phase.name, "steps": self.position.step, "seconds": round(spent, 3)}
         )
         return model
-
-    def _groups(self, phase: Phase, model: nn.Module) -> list[dict[str, Any]]:
-        """Optimiser groups by learning rate and weight decay; rate 0 takes a parameter out."""
-        base = phase.lr or self.recipe.train.lr
-        patterns = [*self.recipe.train.rates.items(), *phase.rates.items()]
-        names = [name for name, _ in model.named_parameters()]
-        for pattern in self.recipe.train.rates:
-            if not fnmatch.filter(names, pattern):
-                # Not an error: a name of one phase need not be one of the next.
-                self._note(
-                    f"train.rates names {pattern!r}, which no parameter of phase {phase.name} is "
-                    f"called; they are called like {names[len(names) // 2]!r}"
-                )
-        norms = {
-            f"{name}.{key}" if name else key
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d, AffineNorm))
-            for key, _ in module.named_parameters(recurse=False)
-        }
-        gates = [module for module in model.modules() if isinstance(module, Gate)]
-        frozen = {id(p) for gate in gates if gate.frozen for p in gate.parameters()}
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if id(parameter) in frozen:
-                continue
-            rate = next((r for p, r in patterns if fnmatch.fnmatchcase(name, p)), None)
-            rate = base if rate is None else rate
-            parameter.requires_grad_(rate > 0)
-            if rate > 0:
-                plain = name in norms or name.endswith("bias")
-                decay = 0.0 if plain else self.recipe.train.weight_decay
-                groups.setdefault((rate, decay), []).append(parameter)
-        if not groups:
-            raise UserError(f"train.rates leaves phase {phase.name} nothing to train.")
-        return [
-            {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay}
-            for (rate, decay), params in groups.items()
-        ]
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -441,7 +404,7 @@ class Trainer:
         """
         position, train = self.position, self.recipe.train
         engine, phase = distil.engine, distil.phase
-        set_rate(engine, self.rate(position.step, total))
+        set_rate(engine, rate_share(train, position.step, total))
         for chunk, (batch, share) in enumerate(self._shares(micro, rows)):
             forward = position.step * train.accumulation + chunk
             at = At(position.step, total, forward, train.seed, batch["index"])
@@ -508,15 +471,6 @@ class Trainer:
         return steps_per_epoch(
             len(self.lengths), train.batch_size, train.accumulation, self.recipe.workers
         )
-
-    def rate(self, step: int, total: int) -> float:
-        """The share of the peak learning rate at a step: linear warm-up, then the schedule."""
-        warmup = round(self.recipe.train.warmup * total)
-        if step < warmup:
-            return (step + 1) / warmup
-        if self.recipe.train.schedule == "constant":
-            return 1.0
-        return max(0.0, (total - step) / max(1, total - warmup))
 
     # -- bookkeeping -------------------------------------------------------------------------------
 

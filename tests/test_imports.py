@@ -48,7 +48,7 @@ LAYERS = [
     {"onnx_ops", "rows", "phase", "results", "latency", "factors", "moments", "ranks", "kept"},
     {"first_token", "integer"},
     {"warm_start", "fold"},
-    {"features", "sources", "groups", "methods", "predictions", "objectives"},
+    {"features", "sources", "groups", "rates", "methods", "predictions", "objectives"},
     {"qa", "batches", "tables", "compressed", "recipe_file"},
     {"space", "finalists"},
     {"draws"},

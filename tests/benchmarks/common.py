@@ -420,6 +420,7 @@ class Worker:
     def __init__(self, trainer: Trainer, phase: Phase, total: int, teacher: Any = None) -> None:
         from raybert.checkpoint import Position
         from raybert.engine import make_engine
+        from raybert.rates import parameter_groups
 
         self.trainer, self.phase, self.total = trainer, phase, total
         trainer.position = Position()
@@ -427,7 +428,7 @@ class Worker:
         model, _ = trainer._build(0)
         phase.prepare(model)
         model.to(trainer.world.device)
-        groups = trainer._groups(phase, model)
+        groups = parameter_groups(model, phase, trainer.recipe.train)
         self.engine = make_engine(model, groups, trainer.recipe, trainer.precision)
         self.distil = trainer.distiller(self.engine, phase, teacher)
         self.engine.train()
