@@ -135,15 +135,14 @@ def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
                 ledger.spend("trials")
             ledger.remove_checkpoints()  # several workers may write one more while they are ended
         tell("measuring")
-        failures = _measure(search, ledger, tell)
+        answer = _measure(search, ledger, tell)
         ledger.spend("measuring")
     except KeyboardInterrupt:
         if read_finished(ledger, search.folder):
             write_answer(_answer(search, ledger))
             tell(f"interrupted; the best so far: {search.folder / 'best.yaml'}")
         raise
-    answer = _answer(search, ledger, failures)
-    write_answer(answer)
+    write_answer(answer)  # its `spent` is the ledger's own, measuring and all
     return answer
 
 
@@ -318,11 +317,11 @@ def write_answer(answer: Answer) -> None:
     write_page(answer)
 
 
-def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
+def _measure(search: Search, ledger: Ledger, tell: Tell) -> Answer:
     """Export and time what the answer may be, in turns and with nothing else running.
 
     Returns:
-        Names of trials that could not be, and why: the answer is written without.
+        The answer, without the trials that could not be.
     """
     finished = read_finished(ledger, search.folder, lambda text: tell(f"note: {text}"))
     objectives = in_trials(search.objectives)
@@ -335,15 +334,16 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
     left = {run_folder(search.folder, entry.trial.number) for entry in chosen}
     measured: set[Path] = set()
     failures: dict[str, str] = {}
-    while left:
+    while True:
         measured |= left
         able = sorted(folder for folder in measured if folder.name not in failures)
         failed = side_by_side.measure(able, search.recipe, tell)
         failures |= {folder.name: reason for folder, reason in failed.items()}
         # Without finalists, another trial wins where the one that was looked at fails.
-        winner = _answer(search, ledger, failures).winner.trial
-        left = {run_folder(search.folder, winner.number)} - measured
-    return failures
+        answer = _answer(search, ledger, failures)
+        left = {run_folder(search.folder, answer.winner.trial.number)} - measured
+        if not left:
+            return answer
 
 
 def _answer(search: Search, ledger: Ledger, failures: dict[str, str] | None = None) -> Answer:

@@ -48,7 +48,7 @@ from raybert.search import (
     write_answer,
 )
 from raybert.search_plan import Settings, check_place, describe, make_search, shares_of
-from raybert.search_results import answer_of, importance, summary
+from raybert.search_results import Answer, answer_of, importance, summary
 from raybert.shares import Shares, share_out
 from raybert.space import make_space
 from raybert.steering import make_scheduler, remember
@@ -947,6 +947,14 @@ def test_a_search_that_could_not_measure_all_says_so_at_the_end(
     toy, teacher, folder, monkeypatch, capsys
 ):
     """The answer is written, and the command's status is that of a failure."""
+    answers: list[Answer] = []
+
+    def counted(*args) -> Answer:
+        answers.append(answer_of(*args))
+        return answers[-1]
+
+    (folder / "ledger" / "spent.json").write_text("{}")
+    monkeypatch.setattr("raybert.search.answer_of", counted)
     failed = {folder / "trials" / "000": "the graph does not compute what the model does."}
     stopped = folder / "trials" / "003" / "checkpoints"
     stopped.mkdir(parents=True)
@@ -961,7 +969,10 @@ def test_a_search_that_could_not_measure_all_says_so_at_the_end(
         recipe=BASE.model_copy(update={"out": str(folder), "teacher": str(teacher / "model")}),
     )
     assert main(["tune", "method=lobert", f"teacher={teacher}"]) == 1
-    assert "trial 000 could not be measured: the graph does not" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "trial 000 could not be measured: the graph does not" in told
+    assert re.search(r"minutes in all \(.*measuring ", told), "with the time that measuring took"
+    assert len(answers) == 1, "worked out once"
     assert (folder / "best.yaml").is_file()
     assert not stopped.exists(), "an earlier version left them"
 
@@ -979,7 +990,9 @@ def test_who_wins_where_another_failed_is_measured_too(toy, teacher, folder, mon
         search_of(toy, teacher, folder.parent / "s", loss="10%", finalists=0),
         recipe=BASE.model_copy(update={"out": str(folder)}),
     )
-    assert _measure(search, Ledger(folder), print) == {"000": "why"}
+    found = _measure(search, Ledger(folder), print)
+    assert found.failures == {"000": "why"}
+    assert found.winner.trial.number == 1
     assert asked == [["000"], ["001"]]
 
 
