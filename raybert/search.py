@@ -25,7 +25,7 @@ from raybert.artifact import evaluate_model
 from raybert.cluster import ray_up
 from raybert.config import Recipe, UserError
 from raybert.data import steps_per_epoch
-from raybert.draws import Plain, Source, different_points, make_source
+from raybert.draws import Plain, Source, different_points, is_walked, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import owned, write_whole
 from raybert.job import phase_steps, phases_of
@@ -195,11 +195,8 @@ def _train(
 ) -> None:
     """All that needs Ray: the trials, and the finalists' further seeds."""
     settings, recipe = search.settings, search.recipe
-    objectives = in_trials(search.objectives)
     repeats = settings.finalists > 0 and settings.seeds > 1
-    # A search that goes on must not draw again what it drew at first.
-    seed = recipe.train.seed + (len(ledger.trials) if settings.algorithm == "optuna" else 0)
-    source = make_source(settings.algorithm or "", search.space, recipe, objectives, seed)
+    source = _source(search, ledger)
     with ray_up(dashboard=recipe.workers > 1):
         shares = _find_room(search, source, ledger, tell)
         tell(shares.text(recipe.workers))
@@ -208,7 +205,7 @@ def _train(
         work = Work(
             _as_trials_read_it(recipe),
             search.folder,
-            objectives,
+            in_trials(search.objectives),
             shares.cpus,
             shares.gpu,
             settings.scheduler == "pbt",
@@ -236,6 +233,15 @@ def _train(
         if not finished:
             raise _nothing(ledger, search.folder)
         runner.repeat(_again(search, finished))
+
+
+def _source(search: Search, ledger: Ledger) -> Source:
+    """Where the search's trials come from."""
+    settings, recipe = search.settings, search.recipe
+    # A search that goes on must not draw again what it drew at first.
+    seed = recipe.train.seed + (len(ledger.trials) if settings.algorithm == "optuna" else 0)
+    objectives = in_trials(search.objectives)
+    return make_source(settings.algorithm or "", search.space, recipe, objectives, seed)
 
 
 def _why_not(recipe: Recipe, values: dict[str, Any]) -> str:
@@ -274,7 +280,7 @@ def _as_trials_read_it(recipe: Recipe) -> Recipe:
 
 def _is_done(search: Search, ledger: Ledger) -> bool:
     """Whether all that was asked for has been run, so that Ray need not be started."""
-    if ledger.ended < search.settings.trials:
+    if ledger.ended < search.settings.trials and not is_walked(_source(search, ledger), ledger):
         return False
     finished = read_finished(ledger, search.folder)
     if not finished:

@@ -40,6 +40,7 @@ from raybert.room import check_seen, wait_for_room
 from raybert.search import (
     _as_trials_read_it,
     _find_room,
+    _is_done,
     _measure,
     _nothing,
     _save_predictions,
@@ -994,6 +995,23 @@ def test_who_wins_where_another_failed_is_measured_too(toy, teacher, folder, mon
     assert found.failures == {"000": "why"}
     assert found.winner.trial.number == 1
     assert asked == [["000"], ["001"]]
+
+
+@pytest.mark.parametrize(("points", "done"), [(5, True), (6, False)])
+def test_a_grid_that_was_walked_to_its_end_needs_no_room(toy, teacher, folder, points, done):
+    """The folder has five trials, one of them skipped; sixteen were asked for."""
+    rates = [1e-4 * (n + 1) for n in range(points)]
+    axes = {"train.lr": ray_tune.grid_search(rates)}
+    search = replace(
+        search_of(toy, teacher, folder.parent / "s", axes, loss="0.05", finalists=1, seeds=2),
+        recipe=BASE.model_copy(update={"out": str(folder)}),
+    )
+    assert _is_done(search, Ledger(folder)) == done
+    # A finalist's seed, or a trial that was cut short, is left to be run.
+    ledger = Ledger(folder)
+    assert not _is_done(replace(search, settings=replace(search.settings, seeds=3)), ledger)
+    ledger.write(replace(ledger.trials[3], state="running"))
+    assert not _is_done(search, ledger)
 
 
 def test_what_a_trial_took_is_told_beside_the_objective_of_seconds(folder):
