@@ -1307,9 +1307,15 @@ def test_a_space_in_which_nothing_runs_is_refused(toy, teacher, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"space": {"train.lr": "x"}}, "another space"),
+        (
+            {"space": {"train.lr": "x"}},
+            r"another space.*There: train\.lr: x; here: .*search\.yaml has .* a file for --space",
+        ),
         ({"teacher": "x"}, "another teacher"),
-        ({"how": {"algorithm": "random"}}, "another algorithm"),
+        (
+            {"how": {"algorithm": "random"}},
+            "another algorithm.*There: algorithm: random; here: .*go on with .* --algorithm",
+        ),
         ({"recipe": {}}, "another recipe"),
         ({"rows": "x"}, r"over other rows: `data` changed.*search\.yaml if that makes no"),
         ({}, None),
