@@ -113,7 +113,10 @@ def _results(report: RunReport) -> str:
         _size("weights on disk", student, teacher, lambda m: tables.megabytes(m.bytes.weights)),
         _size("without embeddings", student, teacher, _rest),
         _size(
-            "FLOPs a row", student, teacher, lambda m: tables.count(m.flops) if m.flops else "n/a"
+            f"FLOPs a row of {report.length} tokens" if report.length else "FLOPs a row",
+            student,
+            teacher,
+            lambda m: tables.count(m.flops) if m.flops else "n/a",
         ),
     ]
     if teacher:

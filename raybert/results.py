@@ -122,7 +122,10 @@ class Training(Part):
 
 
 class RunReport(Part):
-    """What ``report.json`` holds. Without methods, ``student`` is the fine-tuned teacher."""
+    """What ``report.json`` holds. Without methods, ``student`` is the fine-tuned teacher.
+
+    FLOPs are of a row of ``length`` tokens, which older reports do not tell.
+    """
 
     raybert: str
     name: str
@@ -136,6 +139,7 @@ class RunReport(Part):
     workers: int
     teacher: Measured | None
     student: Measured
+    length: int | None = None
     floor: float
     floors: dict[str, float]
     retained: float | None
@@ -212,6 +216,7 @@ def build(
     floors: Mapping[str, float],
     training: Mapping[str, Any],
     hardware: Mapping[str, Any],
+    length: int | None = None,
     latency: Sequence[Mapping[str, Any]] = (),
     speedup: Sequence[Mapping[str, Any]] = (),
     simulated: Sequence[str] = (),
@@ -226,6 +231,7 @@ def build(
             teacher.
         student, teacher: ``metrics``, ``parameters``, ``bytes`` and ``flops`` of each.
         floors: each metric's score of a model that has learned nothing.
+        length: tokens of the row that both models' FLOPs are of.
         latency, speedup: rows of ``raybert.bench``, whose models are called ``student`` and
             ``teacher``.
         simulated: names of methods that save no time in PyTorch here; labelled so wherever the run
@@ -247,6 +253,7 @@ def build(
         "seed": seed,
         "workers": workers,
         **_scored(metric, student, teacher, floors),
+        "length": length,
         "latency": [dict(row) for row in latency],
         "speedup": [dict(row) for row in speedup],
         "simulated": bool(methods) and all(method["name"] in simulated for method in methods),

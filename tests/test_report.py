@@ -564,7 +564,8 @@ def test_not_measurable_is_said_so() -> None:
 
 @pytest.mark.parametrize(("plain", "library"), [(True, "transformers"), (False, "raybert")])
 def test_model_card_is_read_by_the_hub(plain: bool, library: str) -> None:
-    card = model_card(a_report().model_dump(mode="json"), "model: owner/encoder\n", plain=plain)
+    report = a_report(length=64).model_dump(mode="json")
+    card = model_card(report, "model: owner/encoder\n", plain=plain)
     _, front, body = card.split("---\n", 2)
     data = yaml.safe_load(front)
     assert data["library_name"] == library
@@ -575,6 +576,7 @@ def test_model_card_is_read_by_the_hub(plain: bool, library: str) -> None:
     assert ("AutoModelForSequenceClassification" in body) is plain
     for said in ("40 %", "layers = 3", "A note.", "A CPU", "2.00×", "without embeddings"):
         assert said in body
+    assert "FLOPs a row of 64 tokens" in body
 
 
 def test_a_local_encoder_is_no_base_model(tmp_path: Path) -> None:

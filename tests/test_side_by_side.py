@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +119,10 @@ def test_what_is_compared_was_timed_at_one_shape_and_in_turns(toy, teacher, tmp_
 
     names = ["theseus", "ma_bert"]
     assert compared(["theseus"]) == [(names, [(1, 12)])], "MA-BERT reads no more"
+    lines = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").splitlines()
+    for name, length in (("theseus", 16), ("ma_bert", 12)):
+        (row,) = [line for line in lines if line.startswith(f"| {name}; seed")]
+        assert re.search(rf"fewer than [^;|]+; {length} tokens\)", row), "FLOPs, and of how many"
     # One that comes later, another batch and a run that was timed by itself: all run again.
     names.insert(1, "q8bert")
     assert compared(["theseus", "q8bert"]) == [(names, [(1, 12)])]
