@@ -96,12 +96,14 @@ class SpeedupRow(Part):
 
 
 class Exported(Part):
-    """The model as `raybert.export` wrote it; ``metrics`` are those of ONNX Runtime."""
+    """The model as `raybert.export` wrote it; ``metrics`` are those of ONNX Runtime, ``hardware``
+    what it was timed on, which older reports do not tell."""
 
     bytes: int
     int8: str | None
     difference: float
     metrics: dict[str, float] | None
+    hardware: dict[str, Any] | None = None
 
 
 class PhaseTime(Part):
@@ -159,6 +161,13 @@ class RunReport(Part):
         """Whether the exported graph was timed, and multiplies in integers."""
         timed = any((row.model, row.backend) == ("student", "onnx") for row in self.latency)
         return timed and self.onnx is not None and self.onnx.int8 is not None
+
+    @property
+    def elsewhere(self) -> dict[str, Any] | None:
+        """The machine that ONNX Runtime was timed on, where it is another than ``hardware``."""
+        if self.onnx is None or not any(row.backend == "onnx" for row in self.latency):
+            return None
+        return self.onnx.hardware if self.onnx.hardware != self.hardware else None
 
     def clock(self, model: str) -> dict[Place, float]:
         """Median milliseconds of ``student`` or ``teacher``, by what it was timed at."""
@@ -315,6 +324,7 @@ def with_export(report: RunReport, found: Mapping[str, Any]) -> RunReport:
         "int8": found["int8"],
         "difference": found["parity"]["largest_difference"],
         "metrics": found["metrics"]["onnx"] if found["metrics"] else None,
+        "hardware": found["hardware"],
     }
     data = {**report.model_dump(), **rows, "onnx": exported}
     return validated(data, f"the report of {report.name}")

@@ -903,6 +903,7 @@ def test_the_page_shows_recipes_under_the_mouse_and_loads_nothing(folder):
     write_answer(answer(folder, "score,bytes,latency"))
     page = (folder / "report.html").read_text()
     assert "the one with the least bytes wins" in page
+    assert "<dt>cpu</dt><dd>toy</dd>" in page, "the machine of the winner's report"
     assert "it saves &lt;nothing&gt;." in page
     titles = re.findall(r'<g id="(\w+)-trial-(\d+)"><title>(.*?)</title>', page, re.DOTALL)
     assert {(plot, number) for plot, number, _ in titles} >= {
