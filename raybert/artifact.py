@@ -98,6 +98,7 @@ def assemble(
             "phases": position["finished"],
         },
         hardware=measured["hardware"],
+        length=measured["length"],
         latency=measured["latency"],
         speedup=measured["speedup"],
         simulated=[method.name for method in recipe.method if method.simulated],
@@ -171,20 +172,22 @@ def encoder_name(recipe: Recipe) -> str:
 
 
 def _measure(recipe: Recipe, final: Path, teacher: Path | None, timed: bool) -> dict[str, Any]:
-    """Size and FLOPs, and, timed, latency of a student beside its teacher."""
+    """Size and FLOPs, and, timed, latency of a student beside its teacher, on rows of the longest
+    ``length`` that both read, up to the recipe's."""
     configs = [read_config(str(folder)) for folder in (final, teacher) if folder is not None]
     length = min(recipe.measure.length, *map(longest_input, configs))
     if teacher is None or not recipe.measure.batches or not timed:
         models = {"student": count(final, length)}
         if teacher is not None:
             models["teacher"] = copy.deepcopy(_count_teacher(teacher, length, _stamp(teacher)))
-        return {"models": models, "latency": [], "speedup": [], "hardware": hardware()}
+        found = {"models": models, "latency": [], "speedup": [], "hardware": hardware()}
+        return {**found, "length": length}
     shapes = [(batch, length) for batch in recipe.measure.batches]
     seconds = recipe.measure.seconds
     result = bench(final, teacher, names=("student", "teacher"), shapes=shapes, seconds=seconds)
     for sizes in result["models"].values():
         sizes.pop("path")
-    return result
+    return {**result, "length": length}
 
 
 @functools.lru_cache(maxsize=8)

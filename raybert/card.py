@@ -51,7 +51,8 @@ def model_card(report: RunReport | Mapping[str, Any], recipe_yaml: str, *, plain
         "## Use",
         _usage(report, plain),
         "## Measured on",
-        _machine(report),
+        _machine(report.hardware),
+        *(["ONNX Runtime was timed on:", _machine(report.elsewhere)] if report.elsewhere else []),
         "## Notes",
         _notes(report),
         "## Recipe",
@@ -113,7 +114,10 @@ def _results(report: RunReport) -> str:
         _size("weights on disk", student, teacher, lambda m: tables.megabytes(m.bytes.weights)),
         _size("without embeddings", student, teacher, _rest),
         _size(
-            "FLOPs a row", student, teacher, lambda m: tables.count(m.flops) if m.flops else "n/a"
+            f"FLOPs a row of {report.length} tokens" if report.length else "FLOPs a row",
+            student,
+            teacher,
+            lambda m: tables.count(m.flops) if m.flops else "n/a",
         ),
     ]
     if teacher:
@@ -192,8 +196,8 @@ def _usage(report: RunReport, plain: bool) -> str:
     return "`folder` is where this file lies.\n\n```python\n" + "\n".join(code) + "\n```"
 
 
-def _machine(report: RunReport) -> str:
-    shown = {k: v for k, v in report.hardware.items() if v not in (None, [], "")}
+def _machine(hardware: Mapping[str, Any]) -> str:
+    shown = {k: v for k, v in hardware.items() if v not in (None, [], "")}
     return "\n".join(
         f"- {_safe(key)}: {_safe(', '.join(map(str, v)) if isinstance(v, list) else v)}"
         for key, v in shown.items()
@@ -201,8 +205,9 @@ def _machine(report: RunReport) -> str:
 
 
 def _notes(report: RunReport) -> str:
+    machine = "machines" if report.elsewhere else "machine"
     timed = (
-        "Latency is a median on the machine above, of forward passes on full rows; on another "
+        f"Latency is a median on the {machine} above, of forward passes on full rows; on another "
         "machine it differs."
     )
     notes = [

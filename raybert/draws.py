@@ -239,6 +239,15 @@ def different_points(source: Source, recipe: Recipe) -> int | None:
     return len({_same(used(recipe, point)) for point in points if point is not None})
 
 
+def is_walked(source: Source, ledger: Ledger) -> bool:
+    """Whether every point of a grid was drawn, and none need be run again; no for what is no
+    grid."""
+    if not (isinstance(source, Plain) and source.ends):
+        return False
+    points = [ledger.get(number) for number in range(len(source.grid))]
+    return all(trial is not None and trial.state in DONE for trial in points)
+
+
 def _same(values: Values) -> str:
     """What samples of the same recipe have in common."""
     return json.dumps(values, sort_keys=True)

@@ -187,12 +187,15 @@ def _full(widths: list[int], used: list[int]) -> list[int]:
 def _machines(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[str]]]:
     """Each distinct machine with the names of the runs that were measured on it."""
     found: list[tuple[dict[str, Any], list[str]]] = []
-    for report in (run.report for run in runs):
-        names = next((names for machine, names in found if machine == report.hardware), None)
+    reports = [run.report for run in runs]
+    measured = [(report.hardware, report.name) for report in reports]
+    measured += [(r.elsewhere, f"{r.name}, times of ONNX Runtime") for r in reports if r.elsewhere]
+    for hardware, name in measured:
+        names = next((names for machine, names in found if machine == hardware), None)
         if names is None:
-            found.append((report.hardware, [report.name]))
+            found.append((hardware, [name]))
         else:
-            names.append(report.name)
+            names.append(name)
     return found
 
 

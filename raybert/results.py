@@ -96,12 +96,14 @@ class SpeedupRow(Part):
 
 
 class Exported(Part):
-    """The model as `raybert.export` wrote it; ``metrics`` are those of ONNX Runtime."""
+    """The model as `raybert.export` wrote it; ``metrics`` are those of ONNX Runtime, ``hardware``
+    what it was timed on, which older reports do not tell."""
 
     bytes: int
     int8: str | None
     difference: float
     metrics: dict[str, float] | None
+    hardware: dict[str, Any] | None = None
 
 
 class PhaseTime(Part):
@@ -122,7 +124,10 @@ class Training(Part):
 
 
 class RunReport(Part):
-    """What ``report.json`` holds. Without methods, ``student`` is the fine-tuned teacher."""
+    """What ``report.json`` holds. Without methods, ``student`` is the fine-tuned teacher.
+
+    FLOPs are of a row of ``length`` tokens, which older reports do not tell.
+    """
 
     raybert: str
     name: str
@@ -136,6 +141,7 @@ class RunReport(Part):
     workers: int
     teacher: Measured | None
     student: Measured
+    length: int | None = None
     floor: float
     floors: dict[str, float]
     retained: float | None
@@ -155,6 +161,13 @@ class RunReport(Part):
         """Whether the exported graph was timed, and multiplies in integers."""
         timed = any((row.model, row.backend) == ("student", "onnx") for row in self.latency)
         return timed and self.onnx is not None and self.onnx.int8 is not None
+
+    @property
+    def elsewhere(self) -> dict[str, Any] | None:
+        """The machine that ONNX Runtime was timed on, where it is another than ``hardware``."""
+        if self.onnx is None or not any(row.backend == "onnx" for row in self.latency):
+            return None
+        return self.onnx.hardware if self.onnx.hardware != self.hardware else None
 
     def clock(self, model: str) -> dict[Place, float]:
         """Median milliseconds of ``student`` or ``teacher``, by what it was timed at."""
@@ -212,6 +225,7 @@ def build(
     floors: Mapping[str, float],
     training: Mapping[str, Any],
     hardware: Mapping[str, Any],
+    length: int | None = None,
     latency: Sequence[Mapping[str, Any]] = (),
     speedup: Sequence[Mapping[str, Any]] = (),
     simulated: Sequence[str] = (),
@@ -226,6 +240,7 @@ def build(
             teacher.
         student, teacher: ``metrics``, ``parameters``, ``bytes`` and ``flops`` of each.
         floors: each metric's score of a model that has learned nothing.
+        length: tokens of the row that both models' FLOPs are of.
         latency, speedup: rows of ``raybert.bench``, whose models are called ``student`` and
             ``teacher``.
         simulated: names of methods that save no time in PyTorch here; labelled so wherever the run
@@ -247,6 +262,7 @@ def build(
         "seed": seed,
         "workers": workers,
         **_scored(metric, student, teacher, floors),
+        "length": length,
         "latency": [dict(row) for row in latency],
         "speedup": [dict(row) for row in speedup],
         "simulated": bool(methods) and all(method["name"] in simulated for method in methods),
@@ -308,6 +324,7 @@ def with_export(report: RunReport, found: Mapping[str, Any]) -> RunReport:
         "int8": found["int8"],
         "difference": found["parity"]["largest_difference"],
         "metrics": found["metrics"]["onnx"] if found["metrics"] else None,
+        "hardware": found["hardware"],
     }
     data = {**report.model_dump(), **rows, "onnx": exported}
     return validated(data, f"the report of {report.name}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from raybert.config import DataConfig, UserError
+from raybert.config import DataConfig, TransientError, UserError
 from raybert.explain import nearest
 from raybert.readers import Raw
 from raybert.tasks import Task, own_order
@@ -39,9 +39,14 @@ class Texts:
         return len(self.values) if self.chosen is None else int(self.chosen.sum())
 
     def __iter__(self) -> Iterator[str]:
-        for row, value in enumerate(self.values):
-            if self.chosen is None or self.chosen[row]:
-                yield "" if value is None else _text(self.raw, row, value)
+        try:
+            for row, value in enumerate(self.values):
+                if self.chosen is None or self.chosen[row]:
+                    yield "" if value is None else _text(self.raw, row, value)
+        except OSError as error:  # the source's: what is made of the texts may fail too
+            raise TransientError(
+                f"{self.raw.origin} cannot be read: {error.strerror or error}."
+            ) from None
 
     def take(self, positions: np.ndarray) -> Texts:
         """Those at ``positions``, in the order in which they are read."""

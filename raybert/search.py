@@ -25,7 +25,7 @@ from raybert.artifact import evaluate_model
 from raybert.cluster import ray_up
 from raybert.config import Recipe, UserError
 from raybert.data import steps_per_epoch
-from raybert.draws import Plain, Source, different_points, make_source
+from raybert.draws import Plain, Source, different_points, is_walked, make_source
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import owned, write_whole
 from raybert.job import phase_steps, phases_of
@@ -135,15 +135,14 @@ def _carry_out(search: Search, loggers: list[Any], tell: Tell) -> Answer:
                 ledger.spend("trials")
             ledger.remove_checkpoints()  # several workers may write one more while they are ended
         tell("measuring")
-        failures = _measure(search, ledger, tell)
+        answer = _measure(search, ledger, tell)
         ledger.spend("measuring")
     except KeyboardInterrupt:
         if read_finished(ledger, search.folder):
             write_answer(_answer(search, ledger))
             tell(f"interrupted; the best so far: {search.folder / 'best.yaml'}")
         raise
-    answer = _answer(search, ledger, failures)
-    write_answer(answer)
+    write_answer(answer)  # its `spent` is the ledger's own, measuring and all
     return answer
 
 
@@ -196,11 +195,8 @@ def _train(
 ) -> None:
     """All that needs Ray: the trials, and the finalists' further seeds."""
     settings, recipe = search.settings, search.recipe
-    objectives = in_trials(search.objectives)
     repeats = settings.finalists > 0 and settings.seeds > 1
-    # A search that goes on must not draw again what it drew at first.
-    seed = recipe.train.seed + (len(ledger.trials) if settings.algorithm == "optuna" else 0)
-    source = make_source(settings.algorithm or "", search.space, recipe, objectives, seed)
+    source = _source(search, ledger)
     with ray_up(dashboard=recipe.workers > 1):
         shares = _find_room(search, source, ledger, tell)
         tell(shares.text(recipe.workers))
@@ -209,7 +205,7 @@ def _train(
         work = Work(
             _as_trials_read_it(recipe),
             search.folder,
-            objectives,
+            in_trials(search.objectives),
             shares.cpus,
             shares.gpu,
             settings.scheduler == "pbt",
@@ -237,6 +233,15 @@ def _train(
         if not finished:
             raise _nothing(ledger, search.folder)
         runner.repeat(_again(search, finished))
+
+
+def _source(search: Search, ledger: Ledger) -> Source:
+    """Where the search's trials come from."""
+    settings, recipe = search.settings, search.recipe
+    # A search that goes on must not draw again what it drew at first.
+    seed = recipe.train.seed + (len(ledger.trials) if settings.algorithm == "optuna" else 0)
+    objectives = in_trials(search.objectives)
+    return make_source(settings.algorithm or "", search.space, recipe, objectives, seed)
 
 
 def _why_not(recipe: Recipe, values: dict[str, Any]) -> str:
@@ -275,7 +280,7 @@ def _as_trials_read_it(recipe: Recipe) -> Recipe:
 
 def _is_done(search: Search, ledger: Ledger) -> bool:
     """Whether all that was asked for has been run, so that Ray need not be started."""
-    if ledger.ended < search.settings.trials:
+    if ledger.ended < search.settings.trials and not is_walked(_source(search, ledger), ledger):
         return False
     finished = read_finished(ledger, search.folder)
     if not finished:
@@ -318,11 +323,11 @@ def write_answer(answer: Answer) -> None:
     write_page(answer)
 
 
-def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
+def _measure(search: Search, ledger: Ledger, tell: Tell) -> Answer:
     """Export and time what the answer may be, in turns and with nothing else running.
 
     Returns:
-        Names of trials that could not be, and why: the answer is written without.
+        The answer, without the trials that could not be.
     """
     finished = read_finished(ledger, search.folder, lambda text: tell(f"note: {text}"))
     objectives = in_trials(search.objectives)
@@ -335,15 +340,16 @@ def _measure(search: Search, ledger: Ledger, tell: Tell) -> dict[str, str]:
     left = {run_folder(search.folder, entry.trial.number) for entry in chosen}
     measured: set[Path] = set()
     failures: dict[str, str] = {}
-    while left:
+    while True:
         measured |= left
         able = sorted(folder for folder in measured if folder.name not in failures)
         failed = side_by_side.measure(able, search.recipe, tell)
         failures |= {folder.name: reason for folder, reason in failed.items()}
         # Without finalists, another trial wins where the one that was looked at fails.
-        winner = _answer(search, ledger, failures).winner.trial
-        left = {run_folder(search.folder, winner.number)} - measured
-    return failures
+        answer = _answer(search, ledger, failures)
+        left = {run_folder(search.folder, answer.winner.trial.number)} - measured
+        if not left:
+            return answer
 
 
 def _answer(search: Search, ledger: Ledger, failures: dict[str, str] | None = None) -> Answer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from raybert import tables
-from raybert.bench import hardware
 from raybert.folders import write_whole
 from raybert.pages import render
 from raybert.recipe_file import dump_recipe
@@ -54,7 +53,7 @@ def page(answer: Answer) -> str:
         cell=_cell,
         recipe=dump_recipe(answer.best),
         space=answer.space.text,
-        machine=hardware(),
+        machine=answer.winner.reports[0].hardware,
     )
 
 

@@ -50,6 +50,13 @@ OWN = {
 FREE = ("resources", "measure", "export", "workers", "out", "name", "finetune", "teacher")
 """Recipe keys that a continued search may give other values, or that are compared otherwise."""
 
+GO_ON = {
+    "space": "; or go on with the space of before, which the folder's search.yaml has in words, as "
+    "a file for --space (a shipped space may change with raybert's version)",
+    "how": "; or go on with what is there: --algorithm, --scheduler, --objectives",
+}
+"""What may be done beside, where a part of a search's identity is another than in its folder."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -389,8 +396,9 @@ def check_place(search: Search) -> bool:
             held = _filled(held, here[key])
         if held != here[key]:
             raise UserError(
-                f"{folder} holds a search of another {what}; nothing in it is touched. Choose "
-                f"another out=. There: {_short(held, here[key])}; here: {_short(here[key], held)}."
+                f"{folder} holds a search of another {what}; nothing in it is touched. There: "
+                f"{_short(held, here[key])}; here: {_short(here[key], held)}. Choose another out="
+                f"{GO_ON.get(key, '')}."
             )
     return True
 

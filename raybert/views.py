@@ -102,7 +102,7 @@ def _row(group: Group, front: bool, batches: Sequence[int]) -> Row:
     size = [
         _against(group, lambda m: m.parameters.total, tables.count, "fewer"),
         _weights(group),
-        _against(group, lambda m: m.flops, tables.count, "fewer"),
+        _flops(group),
     ]
     if group.is_teacher:
         blank = Cell.of("–")
@@ -136,6 +136,16 @@ def _against(
     if not theirs or not theirs.mean or not own.mean:
         return Cell.of(shown(own))
     return Cell.of(shown(own), f"{theirs.mean / own.mean:.2f}× {word} than {shown(theirs)}")
+
+
+def _flops(group: Group) -> Cell:
+    """FLOPs of a row, and of how many tokens: a model may read no more than its own number."""
+    cell = _against(group, lambda m: m.flops, tables.count, "fewer")
+    ((value, compared),) = cell.lines
+    if value == tables.MISSING or not group.first.length:
+        return cell
+    tokens = f"{group.first.length}\u00a0tokens"
+    return Cell.of(value, f"{compared}; {tokens}" if compared else tokens)
 
 
 def _weights(group: Group) -> Cell:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import make_tokenizer
 
-from raybert.config import DataConfig, UserError
+from raybert.config import DataConfig, TransientError, UserError
 from raybert.data import TaskData, load_prepared, prepare
+from raybert.features import TokenInfo, token_info
 
 CSV = "text,label\nthe film was good,pos\na bad plot,neg\nvery fine,pos\nnot lovely,neg\n"
 
@@ -159,10 +160,12 @@ class Few:
     """A tokenizer that is given few texts at a time."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.given = most, make_tokenizer()
+        self.most, self.given, self.count = most, make_tokenizer(), 0
 
     def __call__(self, texts, *args, **kwargs):
-        assert isinstance(texts, str) or len(texts) <= self.most
+        if not isinstance(texts, str):
+            assert len(texts) <= self.most
+            self.count += len(texts)
         return self.given(texts, *args, **kwargs)
 
     def __len__(self) -> int:
@@ -185,9 +188,12 @@ def test_a_corpus_is_read_a_little_at_a_time(monkeypatch, write, cache: str, for
     for name in ("features", "data"):
         monkeypatch.setattr(f"raybert.{name}.CHUNK", 7)
     config = DataConfig.model_validate({**options, "cache": cache + "2"})
-    parts = prepare("mlm", config, Few(7))
+    few = Few(7)
+    parts = prepare("mlm", config, few)
     assert len(parts.rows["train"]) == 60
     assert len(parts.rows["dev"]) == round(0.05 * 90)
+    assert few.count == 60 + round(0.05 * 90), "each text once"
+    assert prepare("mlm", config, Few(0)).folder == parts.folder, "and then never again"
     for split, wanted in whole.splits.items():
         assert parts.rows[split]["text"][:] == whole.rows[split]["text"][:]
         assert parts.splits[split].to_dict() == wanted.to_dict()
@@ -202,6 +208,19 @@ def test_text_that_cannot_be_kept_is_pointed_at(monkeypatch, write, cache: str) 
     Path(path).write_bytes(b"good\n\xff\n")
     with pytest.raises(UserError, match="not UTF-8"):
         prepared("mlm", cache, train=path)
+
+
+def test_a_corpus_that_is_lost_on_the_way_is_named(monkeypatch, write, cache: str) -> None:
+    path = write("book.txt", "the film was good\n" * 30)
+
+    def lost(tokenizer) -> TokenInfo:
+        Path(path).unlink()
+        return token_info(tokenizer)
+
+    monkeypatch.setattr("raybert.data.token_info", lost)  # the last step before it is kept
+    with pytest.raises(TransientError, match=r"book\.txt cannot be read: No such file"):
+        prepared("mlm", cache, train=path)
+    assert not list(Path(cache).iterdir())
 
 
 def test_limit_keeps_the_same_few_training_rows(write, cache: str) -> None:

@@ -545,13 +545,38 @@ def test_a_front_compares_times_of_one_shape_as_shares_of_the_teachers(
     assert "since teachers are of several sizes" in note
 
 
+def exported(**changes: Any) -> dict[str, Any]:
+    """What an export's report says, as far as a run's takes it over."""
+    rows = [{**timed("model", 10, 1), "backend": "onnx"}]
+    found = {"latency": rows, "speedup": [], "bytes": 1, "int8": "fused", "metrics": None}
+    found |= {"parity": {"largest_difference": 0.0}, "hardware": a_report().hardware}
+    return {**found, **changes}
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_times_of_another_machine_are_said_to_be(tmp_path: Path, elsewhere: bool) -> None:
+    report = a_report()
+    changes = {"hardware": {"cpu": "A faster one"}} if elsewhere else {}
+    report = with_export(report, exported(**changes))
+    (tmp_path / "recipe.yaml").write_text("model: owner/encoder\n")
+    write_run_report(tmp_path, report)
+    card = model_card(report, "", plain=True)
+    assert ("ONNX Runtime was timed on:\n\n- cpu: A faster one" in card) == elsewhere
+    assert f"a median on the machine{'s' if elsewhere else ''} above" in card
+    for file in ("report.md", "report.html"):
+        page = (tmp_path / file).read_text(encoding="utf-8")
+        assert page.count("A CPU") == 1
+        assert ("A faster one" in page) == elsewhere
+        assert ("mrpc-theseus, times of ONNX Runtime" in page) == elsewhere
+    untimed = with_export(report, exported(**changes, latency=[]))
+    assert untimed.elsewhere is None
+
+
 def test_simulated_compression_is_on_a_front_once_its_graph_was_timed() -> None:
     rows = [timed("student", 50, 1), timed("teacher", 40, 1)]
     report = a_report(methods=[{"name": "q8bert"}], simulated=["q8bert"], latency=rows)
-    graph = {"latency": [{**timed("model", 10, 1), "backend": "onnx"}], "speedup": []}
-    graph |= {"bytes": 1, "int8": "fused", "parity": {"largest_difference": 0.0}, "metrics": None}
     for int8, there in ((None, False), ("fused", True)):
-        found = with_export(report, {**graph, "int8": int8})
+        found = with_export(report, exported(int8=int8))
         assert on_front([Group("q8bert", (Run(found, ""),))]) == [there]
     assert on_front([Group("q8bert", (Run(report, ""),))]) == [False]
 
@@ -564,7 +589,8 @@ def test_not_measurable_is_said_so() -> None:
 
 @pytest.mark.parametrize(("plain", "library"), [(True, "transformers"), (False, "raybert")])
 def test_model_card_is_read_by_the_hub(plain: bool, library: str) -> None:
-    card = model_card(a_report().model_dump(mode="json"), "model: owner/encoder\n", plain=plain)
+    report = a_report(length=64).model_dump(mode="json")
+    card = model_card(report, "model: owner/encoder\n", plain=plain)
     _, front, body = card.split("---\n", 2)
     data = yaml.safe_load(front)
     assert data["library_name"] == library
@@ -575,6 +601,7 @@ def test_model_card_is_read_by_the_hub(plain: bool, library: str) -> None:
     assert ("AutoModelForSequenceClassification" in body) is plain
     for said in ("40 %", "layers = 3", "A note.", "A CPU", "2.00×", "without embeddings"):
         assert said in body
+    assert "FLOPs a row of 64 tokens" in body
 
 
 def test_a_local_encoder_is_no_base_model(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from raybert.room import check_seen, wait_for_room
 from raybert.search import (
     _as_trials_read_it,
     _find_room,
+    _is_done,
     _measure,
     _nothing,
     _save_predictions,
@@ -48,7 +49,7 @@ from raybert.search import (
     write_answer,
 )
 from raybert.search_plan import Settings, check_place, describe, make_search, shares_of
-from raybert.search_results import answer_of, importance, summary
+from raybert.search_results import Answer, answer_of, importance, summary
 from raybert.shares import Shares, share_out
 from raybert.space import make_space
 from raybert.steering import make_scheduler, remember
@@ -902,6 +903,7 @@ def test_the_page_shows_recipes_under_the_mouse_and_loads_nothing(folder):
     write_answer(answer(folder, "score,bytes,latency"))
     page = (folder / "report.html").read_text()
     assert "the one with the least bytes wins" in page
+    assert "<dt>cpu</dt><dd>toy</dd>" in page, "the machine of the winner's report"
     assert "it saves &lt;nothing&gt;." in page
     titles = re.findall(r'<g id="(\w+)-trial-(\d+)"><title>(.*?)</title>', page, re.DOTALL)
     assert {(plot, number) for plot, number, _ in titles} >= {
@@ -947,6 +949,14 @@ def test_a_search_that_could_not_measure_all_says_so_at_the_end(
     toy, teacher, folder, monkeypatch, capsys
 ):
     """The answer is written, and the command's status is that of a failure."""
+    answers: list[Answer] = []
+
+    def counted(*args) -> Answer:
+        answers.append(answer_of(*args))
+        return answers[-1]
+
+    (folder / "ledger" / "spent.json").write_text("{}")
+    monkeypatch.setattr("raybert.search.answer_of", counted)
     failed = {folder / "trials" / "000": "the graph does not compute what the model does."}
     stopped = folder / "trials" / "003" / "checkpoints"
     stopped.mkdir(parents=True)
@@ -961,7 +971,10 @@ def test_a_search_that_could_not_measure_all_says_so_at_the_end(
         recipe=BASE.model_copy(update={"out": str(folder), "teacher": str(teacher / "model")}),
     )
     assert main(["tune", "method=lobert", f"teacher={teacher}"]) == 1
-    assert "trial 000 could not be measured: the graph does not" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "trial 000 could not be measured: the graph does not" in told
+    assert re.search(r"minutes in all \(.*measuring ", told), "with the time that measuring took"
+    assert len(answers) == 1, "worked out once"
     assert (folder / "best.yaml").is_file()
     assert not stopped.exists(), "an earlier version left them"
 
@@ -979,8 +992,27 @@ def test_who_wins_where_another_failed_is_measured_too(toy, teacher, folder, mon
         search_of(toy, teacher, folder.parent / "s", loss="10%", finalists=0),
         recipe=BASE.model_copy(update={"out": str(folder)}),
     )
-    assert _measure(search, Ledger(folder), print) == {"000": "why"}
+    found = _measure(search, Ledger(folder), print)
+    assert found.failures == {"000": "why"}
+    assert found.winner.trial.number == 1
     assert asked == [["000"], ["001"]]
+
+
+@pytest.mark.parametrize(("points", "done"), [(5, True), (6, False)])
+def test_a_grid_that_was_walked_to_its_end_needs_no_room(toy, teacher, folder, points, done):
+    """The folder has five trials, one of them skipped; sixteen were asked for."""
+    rates = [1e-4 * (n + 1) for n in range(points)]
+    axes = {"train.lr": ray_tune.grid_search(rates)}
+    search = replace(
+        search_of(toy, teacher, folder.parent / "s", axes, loss="0.05", finalists=1, seeds=2),
+        recipe=BASE.model_copy(update={"out": str(folder)}),
+    )
+    assert _is_done(search, Ledger(folder)) == done
+    # A finalist's seed, or a trial that was cut short, is left to be run.
+    ledger = Ledger(folder)
+    assert not _is_done(replace(search, settings=replace(search.settings, seeds=3)), ledger)
+    ledger.write(replace(ledger.trials[3], state="running"))
+    assert not _is_done(search, ledger)
 
 
 def test_what_a_trial_took_is_told_beside_the_objective_of_seconds(folder):
@@ -1276,9 +1308,15 @@ def test_a_space_in_which_nothing_runs_is_refused(toy, teacher, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"space": {"train.lr": "x"}}, "another space"),
+        (
+            {"space": {"train.lr": "x"}},
+            r"another space.*There: train\.lr: x; here: .*search\.yaml has .* a file for --space",
+        ),
         ({"teacher": "x"}, "another teacher"),
-        ({"how": {"algorithm": "random"}}, "another algorithm"),
+        (
+            {"how": {"algorithm": "random"}},
+            "another algorithm.*There: algorithm: random; here: .*go on with .* --algorithm",
+        ),
         ({"recipe": {}}, "another recipe"),
         ({"rows": "x"}, r"over other rows: `data` changed.*search\.yaml if that makes no"),
         ({}, None),
