@@ -12,7 +12,7 @@ from raybert.config import UserError
 from raybert.groups import Spread
 from raybert.ledger import Ledger, Trial, run_folder
 from raybert.objectives import LATENCY, Objective, front, in_trials
-from raybert.results import RunReport, read_run
+from raybert.results import RunReport, caveat, read_run
 
 RULE = (
     "Of {those}, {seeds}, the one with the least {cost} wins whose mean score over {over} is at "
@@ -52,13 +52,13 @@ class Loss:
         return teacher - lost - ROUNDING
 
 
-def parse_loss(text: str) -> Loss:
+def parse_loss(text: str | float) -> Loss:
     """``0.01`` (of the metric) or ``5%`` (of what the teacher has learned).
 
     Raises:
         UserError: it is neither.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *(%?)", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *(%?)", f"{text}".strip())
     if match is None:
         raise UserError(
             f"loss {text!r} is neither a number of the metric's points, such as 0.01, nor a share "
@@ -91,6 +91,11 @@ class Finished:
         found = Spread.of([report.student.score for report in self.reports])
         assert found is not None
         return found
+
+    @property
+    def caveat(self) -> str:
+        """What of its compression is simulated, if anything is."""
+        return caveat(self.reports)
 
     def number(self, objective: Objective) -> float | None:
         """An objective of its first run, which is the one that was measured."""

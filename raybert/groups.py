@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from raybert.results import Measured, Place, Run, RunReport
+from raybert.results import Measured, Place, Run, RunReport, caveat
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,8 @@ class Group:
 
     @property
     def caveat(self) -> str:
-        """What of the compression is simulated: all of it, or a chain's methods; or nothing."""
-        if self.simulated:
-            return "simulated"
-        names = dict.fromkeys(name for report in self.reports for name in report.simulated_methods)
-        return f"{' and '.join(names)} simulated" if names else ""
+        """What of the compression is simulated, if anything is."""
+        return caveat(self.reports)
 
     @property
     def ranked(self) -> bool:

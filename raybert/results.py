@@ -195,6 +195,15 @@ def retained(student: float, teacher: float, floor: float) -> float | None:
     return (student - floor) / (teacher - floor) if teacher > floor else None
 
 
+def caveat(reports: Sequence[RunReport]) -> str:
+    """What of the compression is simulated in any of these runs: all of it, or a chain's methods;
+    or nothing."""
+    if any(report.simulated for report in reports):
+        return "simulated"
+    names = dict.fromkeys(name for report in reports for name in report.simulated_methods)
+    return f"{' and '.join(names)} simulated" if names else ""
+
+
 def latency_ms(report: RunReport, model: str = "student") -> float | None:
     """Median milliseconds at the smallest batch that was timed, in the fastest backend.
 

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ import yaml
 from raybert import side_by_side
 from raybert.artifact import evaluate_model
 from raybert.cluster import ray_up
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe, TransientError, UserError
 from raybert.data import steps_per_epoch
 from raybert.draws import Plain, Source, different_points, is_walked, make_source
+from raybert.explain import nearest
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import owned, write_whole
 from raybert.job import phase_steps, phases_of
@@ -67,7 +68,7 @@ LOOKED = 64
 
 def tune(
     recipe: Recipe,
-    space: Space | Mapping[str, Any] | str | None = None,
+    space: Space | Mapping[str, Any] | str | Path | None = None,
     *,
     tell: Tell = print,
     **settings: Any,
@@ -79,7 +80,7 @@ def tune(
     Args:
         recipe: what all trials share; its ``out`` is the search folder.
         space: the name of a shipped space, a file, or a dictionary of dotted recipe keys and
-            ``ray.tune`` distributions; nothing: that of the recipe's method, or of chains.
+            ``ray.tune`` distributions; nothing: that of the recipe's methods, or of chains.
         tell: gets one line for each thing that happens.
         settings: see `Settings`.
 
@@ -91,13 +92,20 @@ def tune(
         UserError: a mistake in recipe, space, settings or folder, or no trial succeeded; what
             was found is kept.
     """
+    known = [field.name for field in fields(Settings)]
+    for name in settings:
+        if name not in known:
+            raise UserError(
+                f"a search has no setting {name!r}{nearest(name, known)}; it has "
+                f"{', '.join(known)}."
+            )
     return run_search(make_search(recipe, space, Settings(**settings)), tell=tell)
 
 
 def run_search(search: Search, *, tell: Tell = print) -> Answer:
     """Carry out a checked search; see `tune`."""
     settings = search.settings
-    loggers = make_loggers(settings.loggers, search.folder, settings.scheduler == "pbt")
+    loggers = make_loggers(settings.logs, search.folder, settings.scheduler == "pbt")
     goes_on = check_place(search)
     if "RAY_ADDRESS" in os.environ and not (goes_on or search.recipe.resources.wait):
         with ray_up():  # what does not fit the cluster is told before anything is trained
@@ -245,9 +253,15 @@ def _source(search: Search, ledger: Ledger) -> Source:
 
 
 def _why_not(recipe: Recipe, values: dict[str, Any]) -> str:
-    """Why a sample cannot be run, or saves nothing; nothing where it can."""
+    """Why a sample cannot be run, or saves nothing; nothing where it can.
+
+    Raises:
+        TransientError: storage or the network is in the way, which says nothing of the sample.
+    """
     try:
         plan_of(recipe, values)
+    except TransientError:
+        raise
     except UserError as error:
         return str(error)
     return ""

@@ -9,7 +9,7 @@ from raybert.folders import write_whole
 from raybert.pages import render
 from raybert.recipe_file import dump_recipe
 from raybert.search_plots import curves_plot, front_plots, importance_plot, parallel_plot
-from raybert.search_results import Answer, importance, table
+from raybert.search_results import SIMULATED, Answer, importance, table
 
 IMPORTANCE = (
     "How much of the scores' variance each parameter explains by itself: for numbers the square of "
@@ -47,6 +47,7 @@ def page(answer: Answer) -> str:
         importance=importance_plot(importance(ended, list(answer.space.axes))),
         importance_note=IMPORTANCE,
         latency_note=LATENCY,
+        simulated_note=SIMULATED,
         curves=curves_plot(answer),
         head=list(rows[0]),
         rows=rows,

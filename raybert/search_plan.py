@@ -33,6 +33,7 @@ from raybert.space import (
     make_space,
     read_space,
     sample_text,
+    space_of_methods,
 )
 from raybert.steering import SCHEDULERS, check_schedules, check_stopping
 from raybert.teacher import teacher_digest
@@ -85,7 +86,7 @@ class Settings:
     algorithm: str | None = None
     scheduler: str = "none"
     objectives: str | tuple[str, ...] = "score,bytes"
-    loss: str = "0.01"
+    loss: str | float = "0.01"
     finalists: int = 3
     seeds: int = 3
     concurrent: int | None = None
@@ -93,7 +94,12 @@ class Settings:
     minutes: float | None = None
     retries: int = 2
     retry_failed: bool = False
-    loggers: tuple[str, ...] = ()
+    loggers: str | tuple[str, ...] = ()
+
+    @property
+    def logs(self) -> tuple[str, ...]:
+        """The loggers, of which one may be given by its name alone."""
+        return (self.loggers,) if isinstance(self.loggers, str) else tuple(self.loggers)
 
     @property
     def at_once(self) -> int:
@@ -109,14 +115,18 @@ class Settings:
         for word, known, what in (
             *([(self.algorithm, ALGORITHMS, "algorithm")] if self.algorithm else []),
             (self.scheduler, SCHEDULERS, "scheduler"),
-            *((logger, LOGGERS, "logger") for logger in self.loggers),
+            *((logger, LOGGERS, "logger") for logger in self.logs),
         ):
             if word not in known:
                 raise UserError(f"no {what} {word!r}; there are {', '.join(known)}.")
         least = {"trials": 1, "seeds": 1, "concurrent": 1, "finalists": 0, "retries": 0}
         for name, fewest in least.items():
             number = getattr(self, name)
-            if number is not None and number < fewest:
+            if number is None and name == "concurrent":
+                continue
+            if type(number) is not int:
+                raise UserError(f"{name} is {number!r}; give a whole number.")
+            if number < fewest:
                 raise UserError(f"{name} is {number}; give {fewest} at least.")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"{self.minutes:g} minutes leave no time to train; give more.")
@@ -210,7 +220,7 @@ class Search:
 
 def make_search(
     recipe: Recipe,
-    space: Space | Mapping[str, Any] | str | None = None,
+    space: Space | Mapping[str, Any] | str | Path | None = None,
     settings: Settings | None = None,
     samples: int = 5,
 ) -> Search:
@@ -227,6 +237,7 @@ def make_search(
     """
     settings = settings or Settings()
     settings.check()
+    _check_address()
     loss = parse_loss(settings.loss)
     recipe = resolve_paths(recipe)
     _check_trials(recipe)
@@ -248,7 +259,7 @@ def make_search(
     )
     notes = cut_grid(source, recipe, settings.trials)
     notes += check_stopping(settings.scheduler, in_trials(objectives), plans)
-    make_loggers(settings.loggers, recipe.folder)
+    make_loggers(settings.logs, recipe.folder)
     teacher = None
     if recipe.teacher is None:
         teacher = shared_teacher(recipe)
@@ -259,6 +270,16 @@ def make_search(
         return search
     unused = unused_gpu(settings, shares_of(search), recipe.workers)
     return replace(search, notes=search.notes + unused)
+
+
+def _check_address() -> None:
+    """Refuse Ray's client, in which Tune's callbacks run in a process that keeps no ledger."""
+    if os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
+        raise UserError(
+            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, Ray's client, and a search has to run on "
+            "a machine of the cluster. Start it there with `ray job submit -- raybert tune …`, or "
+            "set RAY_ADDRESS=auto on one of its machines."
+        )
 
 
 def _check_trials(recipe: Recipe) -> None:
@@ -277,16 +298,16 @@ def _check_trials(recipe: Recipe) -> None:
 
 
 def _space(
-    given: Space | Mapping[str, Any] | str | None, recipe: Recipe, settings: Settings
+    given: Space | Mapping[str, Any] | str | Path | None, recipe: Recipe, settings: Settings
 ) -> Space:
-    """The space as `make_search` takes it; nothing stands for that of the recipe's method."""
+    """The space as `make_search` takes it; nothing stands for that of the recipe's methods."""
     if isinstance(given, Space):
         return given
     if isinstance(given, Mapping):
         return make_space(given, "given", recipe)
-    if given is None and settings.scheduler == "pbt" and len(recipe.method) == 1:
-        given = f"{recipe.method[0].name}:SCHEDULES"
-    return read_space(given, recipe)
+    if given is not None:
+        return read_space(str(given), recipe)
+    return space_of_methods(recipe, schedules=settings.scheduler == "pbt")
 
 
 def shares_of(search: Search) -> Shares:

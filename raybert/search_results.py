@@ -33,6 +33,9 @@ from raybert.objectives import Objective, in_trials
 from raybert.recipe_file import dump_recipe
 from raybert.space import Space, apply, sample_text
 
+SIMULATED = "in PyTorch on this processor it saves storage and no time"
+"""What it amounts to that a winner is simulated."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -172,6 +175,7 @@ def table(answer: Answer) -> list[dict[str, Any]]:
         row["mean_score"] = entry.score.mean if entry else None
         row["sd_score"] = entry.score.sd if entry else None
         row["seeds"] = len(entry.reports) if entry else 0
+        row["simulated"] = entry.caveat if entry else ""
         row["front"] = trial.number in answer.front
         row["winner"] = trial.number == answer.winner.trial.number
         row["trial_seconds"] = round(trial.seconds, 3)  # an objective may be called seconds
@@ -259,6 +263,8 @@ def summary(answer: Answer) -> str:
         f"winner   trial {answer.winner.trial.name}: {report.metric} {spread.mean:.4f} over "
         f"{spread.n} seed(s){teacher}; {report.student.bytes.weights / 1e6:.1f} MB"
     )
+    if answer.winner.caveat:
+        lines.append(f"         {answer.winner.caveat}: {SIMULATED}")
     if not answer.within:
         lines.append("         no finalist stayed within the loss: this is the best score")
     lines.append(f"         {sample_text(answer.winner.trial.values)}")

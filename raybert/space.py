@@ -105,20 +105,17 @@ def _number(value: float) -> str:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def read_space(name: str | None, recipe: Recipe) -> Space:
+def read_space(name: str, recipe: Recipe) -> Space:
     """A space by its name, checked.
 
     Args:
         name: ``FILE.py`` or ``FILE.yaml``, or the name of a shipped one such as ``lobert``;
-            ``:NAME`` behind it takes another dictionary of a module than ``SPACE``. Nothing: the
-            shipped one of the recipe's method, or of chains where it has none or several.
+            ``:NAME`` behind it takes another dictionary of a module than ``SPACE``.
         recipe: what all trials share.
 
     Raises:
         UserError: there is none, or a key of it is no recipe key.
     """
-    if name is None:
-        name = recipe.method[0].name if len(recipe.method) == 1 else "chains"
     place, _, variable = name.partition(":")
     path = Path(place).expanduser()
     if path.suffix in (".yaml", ".yml"):
@@ -134,6 +131,32 @@ def read_space(name: str | None, recipe: Recipe) -> Space:
                 "and ray.tune distributions."
             )
     return make_space(axes, name, recipe)
+
+
+def space_of_methods(recipe: Recipe, *, schedules: bool = False) -> Space:
+    """The shipped space of the recipe's methods: of several, what the space of chains has for
+    them, the chain itself being settled; of none, the space of chains.
+
+    Args:
+        recipe: what all trials share.
+        schedules: whether only what may change while a trial trains.
+
+    Raises:
+        UserError: schedules are asked for and there is no method.
+    """
+    chain = [method.name for method in recipe.method]
+    if not schedules and len(chain) < 2:
+        return read_space(chain[0] if chain else "chains", recipe)
+    if not chain:
+        raise UserError(
+            "population-based training changes what a chain learns from on the way, so it must be "
+            "settled: give method=, for example method=lobert, or a --space."
+        )
+    if schedules:
+        axes = {key: axis for name in chain for key, axis in _shipped(name).SCHEDULES.items()}
+        return make_space(axes, f"{','.join(chain)}:SCHEDULES", recipe)
+    axes = {key: axis for key, axis in _shipped("chains").SPACE.items() if key != "method"}
+    return make_space(used(recipe, axes), ",".join(chain), recipe)
 
 
 def make_space(axes: Mapping[str, Any], name: str, recipe: Recipe) -> Space:

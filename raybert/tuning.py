@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
+from ray.tune import TuneError
 from ray.tune.search import Searcher
 
 from raybert.cluster import last_line
@@ -335,6 +336,11 @@ class Runner:
         try:
             with _quiet(), ending.listening():
                 tuner.fit()
+        except TuneError as error:  # a callback's: the ledger's disk is full, a tracker is away
+            raise TransientError(
+                f"the search ended before its time: {last_line(error)}. What was found is "
+                "kept; mend that, and the same command goes on."
+            ) from error
         finally:
             shutil.rmtree(place, ignore_errors=True)
 

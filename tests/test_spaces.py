@@ -24,6 +24,7 @@ from raybert.space import (
     listed,
     make_space,
     read_space,
+    space_of_methods,
     used,
     values_of,
 )
@@ -221,9 +222,15 @@ def test_a_users_module_is_read(tmp_path):
     assert describe(read_space(f"{file}:WIDE", recipe).axes["train.lr"]) == "uniform 0.1 to 0.9"
 
 
-def test_without_a_name_the_method_decides():
-    assert read_space(None, recipe_of("q8bert")).name == "q8bert"
-    assert read_space(None, recipe_of()).name == "chains"
+def test_without_a_name_the_methods_decide():
+    assert space_of_methods(recipe_of("q8bert")).name == "q8bert"
+    assert "method" in space_of_methods(recipe_of()).axes
+    chain = space_of_methods(recipe_of("theseus", "q8bert"))
+    assert {key.split(".")[1] for key in chain.axes if key.startswith("method.")} == {
+        "theseus", "q8bert",
+    }  # fmt: skip
+    assert {"train.lr", "kd.alpha"} <= chain.axes.keys()
+    assert "method" not in chain.axes, "the chain that was asked for is the one that is searched"
     with pytest.raises(UserError, match="parameters of lobert, which no trial uses"):
         read_space("lobert", recipe_of("theseus"))
 

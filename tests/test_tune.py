@@ -27,7 +27,7 @@ from ray import tune as ray_tune
 from ray.tune.search import Searcher
 
 from raybert.cli import main
-from raybert.config import UserError
+from raybert.config import TransientError, UserError
 from raybert.draws import SKIPS, Draws, Optuna, Plain, as_grid, make_source
 from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished, rule
 from raybert.ledger import Ledger, Trial, run_folder
@@ -46,6 +46,7 @@ from raybert.search import (
     _save_predictions,
     _why_not,
     run_search,
+    tune,
     write_answer,
 )
 from raybert.search_plan import Settings, check_place, describe, make_search, shares_of
@@ -389,6 +390,19 @@ def test_a_grid_is_walked_to_its_end_past_its_mistakes(tmp_path):
     source = Plain(make_space(axes, "block", BASE), 0)
     found = drain(Draws(source, Ledger(tmp_path), BASE, Refuses(above=0.5), 1000, print))
     assert [config["values"]["train.lr"] for config in found] == lr
+
+
+def test_what_storage_ends_says_nothing_of_a_sample(tmp_path, monkeypatch):
+    """It would be skipped for ever, and a grid would lack that point."""
+
+    def away(*_):
+        raise TransientError("the bucket does not answer")
+
+    monkeypatch.setattr("raybert.search.plan_of", away)
+    draws = Draws(Plain(SPACE, 0), Ledger(tmp_path), BASE, partial(_why_not, BASE), 5, print)
+    with pytest.raises(TransientError, match="does not answer"):
+        draws.suggest("t")
+    assert Ledger(tmp_path).trials == []
 
 
 CHAINS = {
@@ -746,6 +760,10 @@ def test_a_loss_is_points_or_a_share_of_what_was_learned(text, least):
     assert parse_loss(text).least(0.9, 0.5) == pytest.approx(least)
 
 
+def test_a_loss_may_be_a_number():
+    assert parse_loss(0.05) == parse_loss("0.05")
+
+
 @pytest.mark.parametrize(("teacher", "student"), [(0.85, 0.84), (0.9, 0.89), (0.86, 0.85)])
 def test_a_student_at_the_edge_of_the_loss_is_within_it(teacher, student):
     """Metrics come in float32, in which a hundredth less is not always that."""
@@ -897,6 +915,24 @@ def test_the_answer_is_written_for_people_and_programs(folder):
     write_answer(spent)
     page = (folder / "report.html").read_text()
     assert "The search took 4 min 0 s in all: teacher 1 min 30 s, trials 2 min 30 s." in page
+
+
+def test_a_search_says_what_is_simulated(folder):
+    assert "simulated" not in summary(answer(folder))
+    for place, found in (
+        ("trials/000", {"simulated": True, "simulated_methods": ["lobert"]}),
+        ("trials/001", {"simulated_methods": ["q8bert"]}),
+    ):
+        report = json.loads((folder / place / "report.json").read_text())
+        (folder / place / "report.json").write_text(json.dumps({**report, **found}))
+    found = answer(folder)
+    write_answer(found)
+    assert "simulated: in PyTorch on this processor it saves storage and no time" in summary(found)
+    rows = list(csv.DictReader((folder / "trials.csv").open()))
+    assert [row["simulated"] for row in rows[:3]] == ["simulated", "q8bert simulated", ""]
+    page = (folder / "report.html").read_text()
+    assert "<strong>The winner is simulated:</strong> in PyTorch" in page
+    assert "<small>q8bert simulated</small>" in page
 
 
 def test_the_page_shows_recipes_under_the_mouse_and_loads_nothing(folder):
@@ -1149,6 +1185,8 @@ def test_a_share_of_a_gpu_that_nobody_has_is_noted(toy, teacher, tmp_path, monke
         ({"algorithm": "hyperband"}, "no algorithm 'hyperband'"),
         ({"scheduler": "bohb"}, "no scheduler 'bohb'"),
         ({"trials": 0}, "trials is 0; give 1 at least"),
+        ({"trials": "8"}, "trials is '8'; give a whole number"),
+        ({"seeds": None}, "seeds is None; give a whole number"),
         ({"concurrent": 0}, "concurrent is 0; give 1 at least"),
         ({"retries": -1}, "retries is -1; give 0 at least"),
         ({"loss": "much"}, "loss 'much'"),
@@ -1157,6 +1195,7 @@ def test_a_share_of_a_gpu_that_nobody_has_is_noted(toy, teacher, tmp_path, monke
         ({"minutes": float("nan")}, "nan minutes leave no time to train"),
         ({"minutes": 5.0, "scheduler": "pbt"}, "Leave --minutes out"),
         ({"loggers": ("tensorbored",)}, "no logger 'tensorbored'"),
+        ({"loggers": "tensorbored"}, "no logger 'tensorbored'"),
         ({"algorithm": "grid"}, "has no grid"),
         ({"objectives": "score,latency"}, r"measure\.batches is empty"),
         ({"objectives": "score,min:onnx.bytes"}, "tells no trial from another"),
@@ -1176,6 +1215,25 @@ def test_settings_that_make_no_sense_are_refused(toy, teacher, tmp_path, keys, m
     with pytest.raises(UserError, match=message):
         search_of(toy, teacher, tmp_path / "s", **keys)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_setting_that_there_is_not_is_refused(toy, teacher, tmp_path):
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"])
+    with pytest.raises(UserError, match="no setting 'trails' .*'trials'"):
+        tune(recipe, AXES, trails=3)
+
+
+def test_a_space_may_be_given_as_a_path(toy, teacher, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("train.lr: {uniform: [0.1, 0.2]}\n")
+    recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"])
+    assert list(make_search(recipe, file).space.axes) == ["train.lr"]
+
+
+def test_rays_client_is_refused(toy, teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(UserError, match="ray job submit"):
+        search_of(toy, teacher, tmp_path / "s")
 
 
 def test_logging_where_nobody_is_logged_in_is_refused(toy, teacher, tmp_path, monkeypatch):
@@ -1276,6 +1334,13 @@ def test_a_population_must_be_of_one_structure(toy, teacher, tmp_path):
     with pytest.raises(UserError, match="chooses the methods"):
         make_search(recipe, {"method": "theseus"}, Settings(scheduler="pbt"))
     assert make_search(recipe, None, Settings(scheduler="pbt")).space.name == "theseus:SCHEDULES"
+    chain = toy(tmp_path / "s", teacher=str(teacher), method=["theseus", "q8bert"])
+    found = make_search(chain, None, Settings(scheduler="pbt")).space
+    assert found.name == "theseus,q8bert:SCHEDULES"
+    assert not [key for key in found.axes if key.startswith("method.q8bert")]
+    bare = toy(tmp_path / "s", teacher=str(teacher))
+    with pytest.raises(UserError, match="give method="):
+        make_search(bare, None, Settings(scheduler="pbt"))
 
 
 @pytest.mark.parametrize(
