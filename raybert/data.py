@@ -149,6 +149,15 @@ def prepare(
         return load_prepared(folder)
 
 
+def find_prepared(config: DataConfig, name: str) -> TaskData | None:
+    """What ``prepare`` has kept in ``data.cache`` as a folder of that name, if it is there and
+    whole; no raw row is read."""
+    folder = config.cache_folder / name
+    with held(folder):
+        pull(folder, META)
+        return _load_kept(folder)
+
+
 def load_prepared(folder: Path) -> TaskData:
     """Open what ``prepare`` has kept, reading no raw row.
 

@@ -122,13 +122,15 @@ def demo_encoder() -> str:
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
-def make_plan(recipe: Recipe, *, alone: bool = True) -> Plan:
+def make_plan(recipe: Recipe, *, alone: bool = True, data: TaskData | None = None) -> Plan:
     """Check a recipe whose paths are resolved, and predict what it makes; prepares the data.
 
     Args:
         recipe: what to do.
         alone: whether it has the machine to itself, so that it must fit the free memory. What other
             trials of a search hold they give back: for one of them all the memory there is counts.
+        data: the recipe's rows, prepared before; nothing: they are prepared, or looked up by what
+            the raw rows are.
 
     Raises:
         UserError: anything that would stop the run later.
@@ -141,7 +143,8 @@ def make_plan(recipe: Recipe, *, alone: bool = True) -> Plan:
     if recipe.export:
         need_packages()
     source, config, tokenizer = _start(recipe)
-    data = _rows(recipe, tokenizer)
+    data = data or prepare(recipe.task, recipe.data, tokenizer)
+    _check_splits(recipe.task, data)
     set_labels(config, data.task)
     teacher = config
     if recipe.teacher:
@@ -232,15 +235,11 @@ def _head_notes(recipe: Recipe, config: Any, source: str) -> list[str]:
     return [f"{source} is {architecture}: its masked-language head is new, and learns from nothing"]
 
 
-def _rows(recipe: Recipe, tokenizer: Any) -> TaskData:
-    """The prepared data, which has all splits that a run needs."""
-    data = prepare(recipe.task, recipe.data, tokenizer)
+def _check_splits(task: str, data: TaskData) -> None:
+    """Refuse rows without a split that a run needs."""
     for split in ("train", "dev"):
         if split not in data.splits:
-            raise UserError(
-                f"task {recipe.task} has no {split} rows; name a file: data.{split}=FILE."
-            )
-    return data
+            raise UserError(f"task {task} has no {split} rows; name a file: data.{split}=FILE.")
 
 
 def _steps(recipe: Recipe, config: Any, rows: int) -> list[tuple[str, int]]:

@@ -31,6 +31,7 @@ from raybert.storage import path_of, pull, push
 from raybert.teacher import Request, check_out, check_room, find_shards, request_for, seal
 
 if TYPE_CHECKING:
+    from raybert.data import TaskData
     from raybert.job import Hooks, Job
 
 Fit = Callable[[Plan, "Job"], dict[str, Any]]
@@ -63,6 +64,7 @@ def compress(
     fit: Fit | None = None,
     timed: bool = True,
     alone: bool = True,
+    data: TaskData | None = None,
 ) -> Path:
     """Carry out a recipe: fine-tune a teacher when none is given, compress it, measure the result.
 
@@ -74,7 +76,7 @@ def compress(
         tell: gets one line for each thing that happens.
         fit: carries the training out; nothing: this process, or a Ray Train worker group.
         timed: False leaves latency, and exporting, to `raybert.side_by_side`.
-        alone: whether it has the machine to itself; see `raybert.plan.make_plan`.
+        alone, data: see `raybert.plan.make_plan`.
 
     Returns:
         The run folder, with model/, report.json, report.html and the recipe.
@@ -83,7 +85,7 @@ def compress(
         UserError: a mistake in the recipe, the data or the machine; nothing was lost.
     """
     check_command(recipe, "compress")
-    return _drive(resolve_paths(recipe), tell, fit, timed, alone)
+    return _drive(resolve_paths(recipe), tell, fit, timed, alone, data)
 
 
 def _drive(
@@ -92,11 +94,12 @@ def _drive(
     fit: Fit | None = None,
     timed: bool = True,
     alone: bool = True,
+    data: TaskData | None = None,
 ) -> Path:
     folder = recipe.folder
     if pull(folder / "recipe.yaml"):
         pull(folder, deep=False)
-    plan = make_plan(recipe, alone=alone)
+    plan = make_plan(recipe, alone=alone, data=data)
     if check_folder(plan.recipe if (folder / "recipe.yaml").is_file() else recipe):
         if (folder / "report.json").is_file():
             tell(f"{folder} is finished already")

@@ -24,7 +24,7 @@ from raybert import side_by_side
 from raybert.artifact import evaluate_model
 from raybert.cluster import ray_up
 from raybert.config import Recipe, TransientError, UserError
-from raybert.data import steps_per_epoch
+from raybert.data import TaskData, steps_per_epoch
 from raybert.draws import Plain, Source, different_points, is_walked, make_source
 from raybert.explain import nearest
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
@@ -220,6 +220,7 @@ def _train(
             tuple(search.space.axes),
             teacher,
             os.environ.get("RAY_ADDRESS"),
+            search.data.folder.name,
         )
         runner = Runner(
             work,
@@ -232,7 +233,7 @@ def _train(
             tell=tell,
         )
 
-        check = functools.partial(_why_not, recipe)
+        check = functools.partial(_why_not, recipe, search.data)
         runner.search(source, check, settings.trials, settings.scheduler, search.space)
         left = settings.trials - ledger.ended
         if left > 0 and time.time() >= runner.last_start:
@@ -252,14 +253,14 @@ def _source(search: Search, ledger: Ledger) -> Source:
     return make_source(settings.algorithm or "", search.space, recipe, objectives, seed)
 
 
-def _why_not(recipe: Recipe, values: dict[str, Any]) -> str:
+def _why_not(recipe: Recipe, data: TaskData | None, values: dict[str, Any]) -> str:
     """Why a sample cannot be run, or saves nothing; nothing where it can.
 
     Raises:
         TransientError: storage or the network is in the way, which says nothing of the sample.
     """
     try:
-        plan_of(recipe, values)
+        plan_of(recipe, values, data)
     except TransientError:
         raise
     except UserError as error:

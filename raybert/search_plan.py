@@ -14,6 +14,7 @@ import yaml
 
 from raybert.cluster import machines
 from raybert.config import Recipe, UserError
+from raybert.data import TaskData
 from raybert.draws import ALGORITHMS, Plain, cut_grid, has_optuna, make_source
 from raybert.finalists import Loss, parse_loss
 from raybert.inputs import rows_digest
@@ -194,6 +195,11 @@ class Search:
         """Those of the samples that can be run."""
         return [sample.plan for sample in self.samples if sample.plan is not None]
 
+    @property
+    def data(self) -> TaskData:
+        """The rows, which all trials share."""
+        return self.plans[0].data
+
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What makes a search this one: the space, the teacher, the rows, what trials share, and
@@ -212,7 +218,7 @@ class Search:
         return {
             "space": self.space.text,
             "teacher": teacher,
-            "rows": rows_digest(self.plans[0].data),
+            "rows": rows_digest(self.data),
             "recipe": recipe,
             "how": how,
         }
@@ -355,20 +361,23 @@ def _check_measured(objectives: tuple[Objective, ...], recipe: Recipe) -> None:
 
 def _look(recipe: Recipe, space: Space, count: int) -> tuple[Sample, ...]:
     """The first random samples, each with its plan or why it has none."""
-    source, looked = Plain(space, recipe.train.seed), []
+    source, data = Plain(space, recipe.train.seed), None
+    looked: list[Sample] = []
     for number in range(count):
         values = source.ask(number)
         if values is None:
             break
         try:
-            looked.append(Sample(values, plan_of(recipe, values), ""))
+            plan = plan_of(recipe, values, data)
+            data = plan.data
+            looked.append(Sample(values, plan, ""))
         except UserError as error:
             looked.append(Sample(values, None, str(error)))
     return tuple(looked)
 
 
-def plan_of(recipe: Recipe, values: Mapping[str, Any]) -> Plan:
-    """The plan of a sample.
+def plan_of(recipe: Recipe, values: Mapping[str, Any], data: TaskData | None = None) -> Plan:
+    """The plan of a sample; ``data``: its rows, where they were prepared before.
 
     Raises:
         UserError: it cannot be run.
@@ -378,7 +387,7 @@ def plan_of(recipe: Recipe, values: Mapping[str, Any]) -> Plan:
         raise UserError(
             "nothing to compress with: give method=lobert, or a space with a key `method`."
         )
-    return make_plan(trial, alone=False)
+    return make_plan(trial, alone=False, data=data)
 
 
 def check_place(search: Search) -> bool:

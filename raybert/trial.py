@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from raybert.cluster import run_group
 from raybert.config import Recipe, TransientError, UserError
+from raybert.data import find_prepared
 from raybert.job import Job
 from raybert.ledger import SEARCH, run_folder
 from raybert.metrics import floor
@@ -65,6 +66,8 @@ class Work:
         keys: of the space.
         teacher_metrics: the teacher's on the dev rows.
         address: of the cluster, if one was named; a machine's own cores are then no limit.
+        data: the folder in data.cache of the rows that all have; where it is not to be seen, trials
+            prepare them from the raw ones.
     """
 
     recipe: Recipe
@@ -76,6 +79,7 @@ class Work:
     keys: tuple[str, ...]
     teacher_metrics: dict[str, float]
     address: str | None
+    data: str
 
     def place(self, number: int, seed: int | None) -> Path:
         """A trial's run folder."""
@@ -124,7 +128,8 @@ def run_trial(config: dict[str, Any], work: Work) -> None:
             values = _take_over(work, number, values, folder)
         recipe = work.recipe_for(number, seed, values)
         carrier = _Carrier(work, number, values)
-        compress(recipe, tell=_silent, fit=carrier.fit, alone=False)
+        data = find_prepared(recipe.data, work.data)
+        compress(recipe, tell=_silent, fit=carrier.fit, alone=False, data=data)
         report = read_run(folder).report
     except TransientError:
         raise  # as a crash: Tune tries it again, and it goes on from its last checkpoint
@@ -365,7 +370,9 @@ def _take_over(work: Work, number: int, values: dict[str, Any], folder: Path) ->
         target = partial / "checkpoints" / origin["checkpoint"]
         shutil.copytree(place, target, ignore=shutil.ignore_patterns(LOG, ORIGIN))
         shutil.copyfile(Path(place) / LOG, partial / LOG)
-    recipe = make_plan(resolve_paths(work.recipe_for(number, None, values)), alone=False).recipe
+    recipe = resolve_paths(work.recipe_for(number, None, values))
+    data = find_prepared(recipe.data, work.data)
+    recipe = make_plan(recipe, alone=False, data=data).recipe
     (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

@@ -46,6 +46,7 @@ def work_of(recipe: Any, folder: Path, **keys: Any) -> Work:
         "keys": ("train.lr",),
         "teacher_metrics": {"accuracy": 0.9},
         "address": None,
+        "data": "none",
     }
     return Work(recipe, folder, **{**shared, **keys})
 
@@ -133,6 +134,28 @@ def test_a_trial_runs_beside_others_and_gives_gpu_memory_back(toy, tmp_path, tol
     run_trial(CONFIG, work_of(recipe, tmp_path))
     assert seen == [False, "emptied"]
     assert told == [{"failed": "it saves nothing.", "values": {"train.lr": 1e-3}}]
+
+
+def test_trials_read_the_rows_that_were_prepared(toy, teacher, tmp_path, told, monkeypatch):
+    """A machine that does not see the raw ones would fail one trial after the other."""
+    recipe = resolve_paths(toy(tmp_path / "r", teacher=str(teacher), method=["lobert"]))
+    data = make_plan(recipe).data
+    seen: list[str] = []
+
+    def no_rows(*_: Any) -> None:
+        raise UserError("no such file or folder.")
+
+    def compress(recipe: Any, **how: Any) -> None:
+        seen.append(make_plan(resolve_paths(recipe), data=how["data"]).data.key)
+        raise UserError("it saves nothing.")
+
+    monkeypatch.setattr("raybert.data._read", no_rows)
+    monkeypatch.setattr(trial, "compress", compress)
+    (tmp_path / "search.yaml").touch()
+    run_trial(CONFIG, work_of(recipe, tmp_path, data=data.folder.name))
+    assert seen == [data.key]
+    run_trial(CONFIG, work_of(recipe, tmp_path, data="elsewhere"))
+    assert [report["failed"] for report in told] == ["it saves nothing.", "no such file or folder."]
 
 
 def test_a_running_trial_reports_what_is_known_of_every_objective(toy, teacher, tmp_path, told):

@@ -292,7 +292,7 @@ def test_a_machine_that_does_not_see_the_search_is_named(tmp_path, monkeypatch):
 def test_a_trial_takes_its_own_share_and_no_more(tmp_path, keys, hands_over, wanted):
     """A population of three on ten machines of two CPUs: none has the CPUs of three."""
     recipe = recipe_from({"teacher": "t", **keys})
-    work = Work(recipe, tmp_path, SCORE_BYTES, 2, 0.5, hands_over, (), {}, None)
+    work = Work(recipe, tmp_path, SCORE_BYTES, 2, 0.5, hands_over, (), {}, None, "none")
     how = {"retries": 0, "deadline": 0.0, "last_start": 0.0, "loggers": [], "tell": print}
     taken = Runner(work, Shares(2, 0.5, 3), Ledger(tmp_path), **how).resources()
     assert (taken if isinstance(taken, dict) else taken.bundles) == wanted
@@ -369,7 +369,9 @@ def test_illegal_chains_are_skipped_before_they_start(toy, teacher, tmp_path):
     base = make_search(toy(tmp_path / "s", teacher=str(teacher)), {"method": "lobert"}).recipe
     chains = ["lobert", "q8bert,lobert", "lobert,ebert", "lobert,q8bert"]
     space = make_space({"method": {"grid_search": chains}}, "chains", base)
-    found = drain(Draws(Plain(space, 0), Ledger(tmp_path), base, partial(_why_not, base), 9, print))
+    found = drain(
+        Draws(Plain(space, 0), Ledger(tmp_path), base, partial(_why_not, base, None), 9, print)
+    )
     assert [config["values"]["method"] for config in found] == ["lobert", "lobert,q8bert"]
     reasons = {t.values["method"]: t.reason for t in Ledger(tmp_path).trials if t.reason}
     assert reasons["q8bert,lobert"].startswith("lobert cannot follow q8bert")
@@ -399,7 +401,7 @@ def test_what_storage_ends_says_nothing_of_a_sample(tmp_path, monkeypatch):
         raise TransientError("the bucket does not answer")
 
     monkeypatch.setattr("raybert.search.plan_of", away)
-    draws = Draws(Plain(SPACE, 0), Ledger(tmp_path), BASE, partial(_why_not, BASE), 5, print)
+    draws = Draws(Plain(SPACE, 0), Ledger(tmp_path), BASE, partial(_why_not, BASE, None), 5, print)
     with pytest.raises(TransientError, match="does not answer"):
         draws.suggest("t")
     assert Ledger(tmp_path).trials == []
@@ -481,7 +483,7 @@ def test_optuna_goes_on_in_a_space_of_tuples(tmp_path):
 def test_a_space_of_mistakes_leaves_an_answer_where_a_trial_has_finished(tmp_path, state):
     ledger, told = Ledger(tmp_path), []
     ledger.write(Trial(0, {"method.lobert.share": 0.5}, state, results={"score": 0.5}))
-    work = Work(BASE, tmp_path, SCORE_BYTES, 1, 0.0, False, (), {}, None)
+    work = Work(BASE, tmp_path, SCORE_BYTES, 1, 0.0, False, (), {}, None, "none")
     how = {"retries": 0, "deadline": float("inf"), "last_start": float("inf"), "loggers": []}
     runner = Runner(work, Shares(1, 0.0, 1), ledger, **how, tell=told.append)
 
@@ -1219,7 +1221,7 @@ def test_settings_that_make_no_sense_are_refused(toy, teacher, tmp_path, keys, m
 
 def test_a_setting_that_there_is_not_is_refused(toy, teacher, tmp_path):
     recipe = toy(tmp_path / "s", teacher=str(teacher), method=["lobert"])
-    with pytest.raises(UserError, match="no setting 'trails' .*'trials'"):
+    with pytest.raises(UserError, match=r"no setting 'trails' .*'trials'"):
         tune(recipe, AXES, trails=3)
 
 

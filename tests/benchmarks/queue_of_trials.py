@@ -76,7 +76,8 @@ def measure(args: Any, folder: Path) -> dict[str, Any]:
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         tuning.run_trial = trial
         slots = args.nodes * args.slots
-        work = Work(recipe, folder, objectives, 1, 0.0, False, tuple(space.axes), {}, None)
+        keys = tuple(space.axes)
+        work = Work(recipe, folder, objectives, 1, 0.0, False, keys, {}, None, "")
         ledger = Ledger(folder)
         runner = tuning.Runner(
             work,
