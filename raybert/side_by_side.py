@@ -8,6 +8,7 @@ they run in turns, so that a comparison's speed-ups are comparable with each oth
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -63,7 +64,9 @@ def measure(
 
     All are timed with rows of one length, the longest that every model reads. Where one of them
     lacks a shape, or they were not timed in turns with each other, all are timed again: times of
-    several sessions are of several moods of the machine, or of several machines.
+    several sessions are of several moods of the machine, or of several machines. Those that keep
+    the others waiting are tried first, so that one that can never be timed does not have all timed
+    anew each time.
 
     Args:
         folders: run folders that are to be compared; those without a teacher are left alone.
@@ -91,10 +94,12 @@ def measure(
     backends: tuple[tuple[Backend, Time], ...] = ("torch", _time_torch), ("onnx", _time_onnx)
     for backend, time in backends if recipe.measure.batches else ():
         able = [s for s in students if backend == "torch" or s.report.onnx is not None]
-        groups = list(_groups(able))
-        if all(_in_turns(group, backend, recipe.measure) for group in groups):
+        behind = [s for group in _groups(able) for s in _behind(group, backend, recipe.measure)]
+        faults = _faults(behind, backend, recipe.measure) if len(behind) < len(able) else {}
+        failed = {**faults, **failed}
+        if len(faults) == len(behind):
             continue
-        for group in groups:
+        for group in _groups([s for s in able if s.folder not in faults]):
             names = ", ".join(student.folder.name for student in group)
             tell(f"timing in turns, {backend}, rows of {length} tokens: the teacher, {names}")
             failed = {**_try(time, group, recipe.measure), **failed}
@@ -140,17 +145,38 @@ def _student(folder: Path) -> Student | None:
     return Student(folder, teacher, min(map(longest_input, configs)))
 
 
-def _in_turns(group: Sequence[Student], backend: Backend, measured: MeasureConfig) -> bool:
-    """Whether all of a group were timed at every shape, and in turns with each other: sessions are
+def _behind(group: Sequence[Student], backend: Backend, measured: MeasureConfig) -> list[Student]:
+    """Those of a group that were not timed at every shape in turns with most of it: sessions are
     told apart by the times of the teacher, which are those of no other session."""
     places: list[Place] = [(backend, batch, group[0].length) for batch in measured.batches]
-    sessions = []
-    for report in (student.report for student in group):
+    sessions: dict[Student, tuple[float, ...]] = {}
+    for student in group:
+        report = student.report
         own, taught = report.clock("student"), report.clock(TEACHER)
-        if not all(place in own and place in taught for place in places):
-            return False
-        sessions.append([taught[place] for place in places])
-    return all(session == sessions[0] for session in sessions)
+        if all(place in own and place in taught for place in places):
+            sessions[student] = tuple(taught[place] for place in places)
+    if not sessions:
+        return list(group)
+    ((most, _),) = Counter(sessions.values()).most_common(1)
+    return [student for student in group if sessions.get(student) != most]
+
+
+def _faults(
+    students: Sequence[Student], backend: Backend, measured: MeasureConfig
+) -> dict[Path, str]:
+    """The folders of models that no pass at each shape can be timed of, and why, up to the first
+    that can be timed."""
+    found: dict[Path, str] = {}
+    for student in students:
+        model = student.folder / ("model" if backend == "torch" else "onnx")
+        shapes = [(batch, student.length) for batch in measured.batches]
+        try:
+            latency({student.name: model}, shapes, backend=backend, repeats=1)
+        except UserError as error:
+            found[student.folder] = str(error)
+        else:
+            break
+    return found
 
 
 def _groups(students: Sequence[Student]) -> Iterator[list[Student]]:

@@ -21,11 +21,12 @@ from raybert.side_by_side import Student
 @pytest.fixture
 def clock(monkeypatch):
     """Stands in for the clock: the n-th model of the k-th call takes (11 + k) / n milliseconds a
-    row."""
+    row. Calls that only try whether a model can be timed do not count."""
     calls = []
 
-    def latency(models, shapes, *, backend, seconds):
-        calls.append((backend, [Path(path).parent.name for path in models.values()], shapes))
+    def latency(models, shapes, *, backend, seconds=0.0, repeats=None):
+        if repeats is None:
+            calls.append((backend, [Path(path).parent.name for path in models.values()], shapes))
         shared = {"backend": backend, "device": "cpu", "threads": 1, "peak_memory_mb": 1.0}
         own = 11.0 + len(calls)
         return [
@@ -107,6 +108,36 @@ def test_failing_exports_end_no_comparison_and_are_made_up_for_in_turns(
         assert {row.backend for row in report.latency} == {"torch", "onnx"}
 
 
+def test_a_model_that_cannot_be_timed_has_no_other_timed_again(
+    toy, teacher, tmp_path, clock, monkeypatch
+):
+    measure = {"batches": [1], "length": 16}
+    keys = {"teacher": str(teacher), "train": {"max_steps": 1}, "measure": measure}
+    recipe = toy(tmp_path / "out", **keys, export="onnx")
+    names = ["theseus", "ebert", "lobert"]
+    comparison, works = make_comparison(recipe, names), side_by_side.latency
+
+    def fails(models, shapes, *, backend, **how):
+        if backend == "onnx" and any(Path(path).parent.name == "ebert" for path in models.values()):
+            raise UserError("the process timing it ended.")
+        return works(models, shapes, backend=backend, **how)
+
+    def compared() -> list[tuple[str, list[str]]]:
+        count = len(clock)
+        with pytest.raises(UserError, match="not measured: ebert: the process timing it ended"):
+            compare(comparison, tell=print)
+        return [(backend, timed[1:]) for backend, timed, _ in clock[count:]]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(side_by_side, "latency", fails)
+        others = [["theseus"], ["lobert"], ["theseus", "lobert"]]
+        assert compared() == [("torch", names), *(("onnx", timed) for timed in others)]
+        assert compared() == []
+    count = len(clock)
+    compare(comparison, tell=print)
+    assert [(backend, timed[1:]) for backend, timed, _ in clock[count:]] == [("onnx", names)]
+
+
 def test_what_is_compared_was_timed_at_one_shape_and_in_turns(toy, teacher, tmp_path, clock):
     def compared(chains, **measure):
         matrix = {"name": "ma_bert", "length": 12, "warm_start": False}
@@ -171,7 +202,7 @@ def test_one_model_that_cannot_be_timed_leaves_the_others_theirs(tmp_path, monke
 
     monkeypatch.setattr(side_by_side, "_time_torch", time)
     monkeypatch.setattr(side_by_side, "_student", lambda folder: students.pop(0))
-    monkeypatch.setattr(side_by_side, "_in_turns", lambda group, backend, measured: False)
+    monkeypatch.setattr(side_by_side, "_behind", lambda group, backend, measured: list(group))
     monkeypatch.setattr(Student, "report", property(lambda self: SimpleNamespace(onnx=None)))
     monkeypatch.setattr(side_by_side, "_memory", lambda model: 1)
     failed = side_by_side.measure([tmp_path] * 3, recipe, print)
