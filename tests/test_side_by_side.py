@@ -114,7 +114,7 @@ def test_a_model_that_cannot_be_timed_has_no_other_timed_again(
     measure = {"batches": [1], "length": 16}
     keys = {"teacher": str(teacher), "train": {"max_steps": 1}, "measure": measure}
     recipe = toy(tmp_path / "out", **keys, export="onnx")
-    names = ["theseus", "ebert", "q8bert"]
+    names = ["theseus", "ebert", "lobert"]
     comparison, works = make_comparison(recipe, names), side_by_side.latency
 
     def fails(models, shapes, *, backend, **how):
@@ -130,7 +130,7 @@ def test_a_model_that_cannot_be_timed_has_no_other_timed_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(side_by_side, "latency", fails)
-        others = [["theseus"], ["q8bert"], ["theseus", "q8bert"]]
+        others = [["theseus"], ["lobert"], ["theseus", "lobert"]]
         assert compared() == [("torch", names), *(("onnx", timed) for timed in others)]
         assert compared() == []
     count = len(clock)
