@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "compress", "finetune", "load", "load_recipe", "tune"]
 
 if TYPE_CHECKING:
-    from raybert.config import UserError
+    from raybert.errors import UserError
     from raybert.models import load
     from raybert.recipe_file import load_recipe
     from raybert.run import compress, finetune
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: torch, transformers and ray take seconds, and `raybert --help` needs none.
 _HOMES = {
-    "UserError": "raybert.config",
+    "UserError": "raybert.errors",
     "load_recipe": "raybert.recipe_file",
     "load": "raybert.models",
     "compress": "raybert.run",

@@ -56,7 +56,7 @@ def resolve_places(args: argparse.Namespace) -> None:
 
 
 def _place(command: str, key: str, text: str) -> str:
-    from raybert.config import UserError
+    from raybert.errors import UserError
     from raybert.places import is_uri
     from raybert.storage import path_of
 

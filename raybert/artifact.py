@@ -17,8 +17,9 @@ import torch
 from raybert.bench import bench, count, hardware
 from raybert.checkpoint import World
 from raybert.compressed import finished, longest_input
-from raybert.config import Recipe, TransientError, UserError
+from raybert.config import Recipe
 from raybert.data import prepare
+from raybert.errors import TransientError, UserError
 from raybert.evaluate import predict
 from raybert.export import export, read_export
 from raybert.folders import write_whole

@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.features import TokenInfo
 from raybert.tasks import IGNORED, Task
 

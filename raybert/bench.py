@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raybert.compressed import longest_input
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.int8 import Int8Embedding, Quantised
 from raybert.latency import Backend, latency, speedups
 from raybert.tables import escape_markdown, markdown_table

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pyarrow import ArrowException, fs
 
-from raybert.config import TransientError, UserError
+from raybert.errors import TransientError, UserError
 
 PAUSES = (1.0, 5.0)
 """Seconds before an operation that failed is tried again, beside the libraries' own patience."""

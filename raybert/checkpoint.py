@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from raybert.config import TransientError, UserError
 from raybert.engine import load_whole_state, scaler_of, whole_state
+from raybert.errors import TransientError, UserError
 from raybert.storage import entries, pull, push, remove
 
 logger = logging.getLogger("raybert")

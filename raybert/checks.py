@@ -10,8 +10,9 @@ import psutil
 import torch
 import yaml
 
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe
 from raybert.engine import precision_for
+from raybert.errors import UserError
 from raybert.explain import short
 from raybert.models import load_tokenizer, read_config
 from raybert.places import HIDDEN, uri_of

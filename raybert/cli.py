@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that has no ± shows an escape
             stream.reconfigure(errors="backslashreplace")
     args = parse(argv)
-    from raybert.config import UserError
+    from raybert.errors import UserError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -90,7 +90,7 @@ def _sigterm_interrupts() -> Iterator[threading.Event]:
 
 
 def _recipe(words: Sequence[str]) -> Recipe:
-    from raybert.config import UserError
+    from raybert.errors import UserError
     from raybert.recipe_file import load_recipe
 
     names = [word for word in words if "=" not in word]
@@ -148,7 +148,7 @@ def _show(args: argparse.Namespace, recipe: Recipe) -> int:
 
 def _remove_run(recipe: Recipe) -> None:
     """Remove the run in the way of a new one, but only for a recipe that could run without it."""
-    from raybert.config import UserError
+    from raybert.errors import UserError
     from raybert.folders import owned
     from raybert.places import local
     from raybert.plan import make_plan, resolve_paths
@@ -244,7 +244,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _numbers(text: str, flag: str, least: int = 1) -> list[int]:
-    from raybert.config import UserError
+    from raybert.errors import UserError
 
     try:
         values = [int(part) for part in text.split(",")]

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from raybert import side_by_side
 from raybert.checks import check_folder
-from raybert.config import MethodConfig, Recipe, UserError
+from raybert.config import Recipe
+from raybert.errors import UserError
 from raybert.explain import nearest
+from raybert.method import MethodConfig
 from raybert.methods import METHODS
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
 from raybert.recipe_file import load_recipe, recipe_from

@@ -33,8 +33,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from raybert.config import MethodConfig
 from raybert.int8 import check_trainable
+from raybert.method import MethodConfig
 from raybert.methods import METHODS
 from raybert.surgery import COMPRESSED_PREFIX, compressed_by, family
 

@@ -29,7 +29,8 @@ from raybert.batches import (
     steps_per_epoch,
     train_steps,
 )
-from raybert.config import DataConfig, TransientError, UserError
+from raybert.config import DataConfig
+from raybert.errors import TransientError, UserError
 from raybert.features import (
     CHUNK,
     TokenInfo,

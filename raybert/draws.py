@@ -14,7 +14,8 @@ import numpy as np
 from ray.tune.search import Searcher
 from ray.tune.search.sample import Domain
 
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe
+from raybert.errors import UserError
 from raybert.ledger import DONE, Ledger, Trial
 from raybert.objectives import Objective
 from raybert.space import Space, Values, chain_of, is_grid, listed, used

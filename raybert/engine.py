@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d
 
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe
+from raybert.errors import UserError
 from raybert.workers import workers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -20,8 +20,9 @@ from typing import Any, Literal
 from raybert import __version__
 from raybert.bench import hardware, parameters
 from raybert.compressed import finished, longest_input
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe
 from raybert.data import TaskData, prepare
+from raybert.errors import UserError
 from raybert.folders import whole
 from raybert.grid import may_saturate
 from raybert.int8 import Int8Linear

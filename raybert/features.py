@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from raybert.config import DataConfig, Section, UserError
+from raybert.config import DataConfig
+from raybert.errors import UserError
+from raybert.method import Section
 from raybert.rows import Rows
 from raybert.tasks import Task
 

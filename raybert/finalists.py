@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.groups import Spread
 from raybert.ledger import Ledger, Trial, run_folder
 from raybert.objectives import LATENCY, Objective, front, in_trials

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from raybert.config import TransientError, UserError
+from raybert.errors import TransientError, UserError
 from raybert.places import HIDDEN
 
 PATIENCE = 15

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from raybert.compressed import longest_input, mark_compressed
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.folders import whole
 from raybert.methods.ma_bert import MABERT
 from raybert.models import FAMILIES, HEADS, load_tokenizer, read_config, write_probe

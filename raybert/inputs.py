@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from raybert.config import TransientError, UserError
 from raybert.data import TaskData
+from raybert.errors import TransientError, UserError
 from raybert.folders import write_whole
 from raybert.storage import push
 from raybert.teacher import teacher_digest

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.grid import (
     Grid,
     bias_levels,

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from raybert.config import MethodConfig, Recipe
+from raybert.config import Recipe
 from raybert.data import META, steps_per_epoch
+from raybert.method import MethodConfig
 from raybert.phase import Phase
 from raybert.places import uri_of
 from raybert.predictions import META as SEALED

@@ -28,7 +28,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, get_args
 
-from raybert.config import UserError
+from raybert.errors import UserError
 
 Backend = Literal["torch", "onnx"]
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.folders import write_whole
 
 SEARCH = "search.yaml"

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from raybert.config import UserError
+from raybert.errors import UserError
 
 LOGGERS = ("mlflow", "wandb")
 """Loggers by name, which is that of the package and of the extra that each needs."""

@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from raybert.compressed import COMPRESSED, STOCK, finished, longest_input, replay
-from raybert.config import ROUNDING, DataConfig, MethodConfig, UserError
+from raybert.config import DataConfig
+from raybert.errors import UserError
+from raybert.method import ROUNDING, MethodConfig
 from raybert.places import uri_of
 from raybert.storage import nothing_at, path_of, pull
 from raybert.surgery import COMPRESSED_PREFIX, FAMILIES, family, model_inputs

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.explain import nearest
 from raybert.results import RunReport, latency_ms
 

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raybert import __version__
 from raybert.compressed import longest_input
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.fold import folded
 from raybert.kept_operators import blocks_as_operators
 from raybert.onnx_first import keep_first

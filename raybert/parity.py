@@ -17,8 +17,8 @@ from transformers.modeling_outputs import (
 
 from raybert.checkpoint import World
 from raybert.compressed import finished
-from raybert.config import UserError
 from raybert.data import TaskData
+from raybert.errors import UserError
 from raybert.evaluate import predict
 from raybert.metrics import score
 from raybert.surgery import model_inputs

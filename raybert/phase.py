@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from raybert import losses
-from raybert.config import KDConfig, UserError
+from raybert.config import KDConfig
+from raybert.errors import UserError
 from raybert.surgery import encoder_layers, self_attention
 
 

@@ -22,8 +22,9 @@ from raybert.checks import (
     memory_needed,
 )
 from raybert.compressed import longest_input
-from raybert.config import MEASURED, KDConfig, Recipe, UserError
+from raybert.config import MEASURED, KDConfig, Recipe
 from raybert.data import TaskData, prepare, steps_per_epoch
+from raybert.errors import UserError
 from raybert.export import need_packages
 from raybert.job import phase_steps, phases_of, resolve_chain
 from raybert.models import (

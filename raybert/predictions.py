@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
 
-from raybert.config import KDConfig, UserError
+from raybert.config import KDConfig
+from raybert.errors import UserError
 from raybert.phase import Outputs
 from raybert.storage import pull
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raybert.config import DataConfig, UserError
+from raybert.config import DataConfig
+from raybert.errors import UserError
 from raybert.features import int_lists, token_columns, token_info
 from raybert.rows import Rows
 from raybert.tasks import NEVER

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.surgery import sizes
 
 Rank = int | tuple[int, ...]

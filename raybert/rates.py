@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from raybert.config import TrainConfig, UserError
+from raybert.config import TrainConfig
+from raybert.errors import UserError
 from raybert.gates import Gate
 from raybert.phase import Phase
 from raybert.power_norm import AffineNorm

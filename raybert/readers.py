@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.explain import nearest
 
 # A whole document in one cell is ordinary here; the module's own bound is 128 KiB. A C long holds

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from raybert.config import Recipe, UserError, as_list
+from raybert.config import Recipe, as_list
+from raybert.errors import UserError
 from raybert.explain import explain, nearest
 from raybert.places import is_uri, named
 from raybert.storage import fetch

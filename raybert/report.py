@@ -14,7 +14,7 @@ from typing import Any
 
 from raybert import __version__, tables
 from raybert.card import model_card
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.folders import write_whole
 from raybert.groups import Group, Spread, clock_note, counted_at, group_runs, on_front
 from raybert.pages import render

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raybert import __version__
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe
+from raybert.errors import UserError
 from raybert.latency import Backend
 from raybert.yaml_file import read_yaml
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from raybert.cluster import machines, wants_gpu
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe
+from raybert.errors import UserError
 
 TURN = 5.0
 """Seconds that are waited for room at a time."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from raybert.config import DataConfig, TransientError, UserError
+from raybert.config import DataConfig
+from raybert.errors import TransientError, UserError
 from raybert.explain import nearest
 from raybert.readers import Raw
 from raybert.tasks import Task, own_order

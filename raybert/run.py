@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from raybert.checks import check_command, check_folder
 from raybert.cluster import predict_on_ray, ray_for, run_group, takes_gpu
-from raybert.config import Recipe, TransientError, UserError
+from raybert.config import Recipe
+from raybert.errors import TransientError, UserError
 from raybert.folders import owned, write_whole
 from raybert.inputs import changed, inputs_of, keep_inputs
 from raybert.plan import (

@@ -23,9 +23,10 @@ import yaml
 from raybert import side_by_side
 from raybert.artifact import evaluate_model
 from raybert.cluster import ray_up
-from raybert.config import Recipe, TransientError, UserError
+from raybert.config import Recipe
 from raybert.data import TaskData, steps_per_epoch
 from raybert.draws import Plain, Source, different_points, is_walked, make_source
+from raybert.errors import TransientError, UserError
 from raybert.explain import nearest
 from raybert.finalists import Finished, finalists_of, on_front, read_finished
 from raybert.folders import owned, write_whole

@@ -13,9 +13,10 @@ import psutil
 import yaml
 
 from raybert.cluster import machines
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe
 from raybert.data import TaskData
 from raybert.draws import ALGORITHMS, Plain, cut_grid, has_optuna, make_source
+from raybert.errors import UserError
 from raybert.finalists import Loss, parse_loss
 from raybert.inputs import rows_digest
 from raybert.ledger import SEARCH

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raybert.config import Recipe, UserError
+from raybert.config import Recipe
+from raybert.errors import UserError
 
 LIBRARIES = 700_000_000
 """Bytes that a process takes before it has loaded a model, about."""

@@ -20,7 +20,8 @@ import psutil
 from raybert.artifact import add_export, publish
 from raybert.bench import disk_bytes, hardware
 from raybert.compressed import longest_input
-from raybert.config import MeasureConfig, Recipe, UserError
+from raybert.config import MeasureConfig, Recipe
+from raybert.errors import UserError
 from raybert.export import add_latency, export, export_graph
 from raybert.latency import Backend, latency, speedups
 from raybert.models import brought_here, read_config

@@ -29,7 +29,7 @@ from raybert.attention import (
     ProjectedDistilBertAttention,
     ProjectedRobertaAttention,
 )
-from raybert.config import UserError
+from raybert.errors import UserError
 
 if TYPE_CHECKING:
     from typing_extensions import Self

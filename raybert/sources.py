@@ -9,8 +9,9 @@ from pathlib import Path
 
 import datasets
 
-from raybert.config import DataConfig, UserError
+from raybert.config import DataConfig
 from raybert.demo_task import LABELS, demo_rows
+from raybert.errors import UserError
 from raybert.explain import nearest
 from raybert.readers import GLUE_COLUMNS, Raw, read_acl_imdb, read_file, read_glue
 from raybert.storage import fetch

@@ -20,7 +20,8 @@ import numpy as np
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer, Normal
 
-from raybert.config import KDConfig, Recipe, TrainConfig, UserError
+from raybert.config import KDConfig, Recipe, TrainConfig
+from raybert.errors import UserError
 from raybert.explain import nearest
 from raybert.methods import METHODS
 from raybert.recipe_file import recipe_from

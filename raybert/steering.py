@@ -14,9 +14,10 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search.sample import Domain
 
-from raybert.config import MethodConfig, UserError
 from raybert.data import steps_per_epoch
+from raybert.errors import UserError
 from raybert.ledger import Trial
+from raybert.method import MethodConfig
 from raybert.methods import METHODS
 from raybert.objectives import Objective, front
 from raybert.plan import Plan

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from raybert.checkpoint import World
-from raybert.config import KDConfig, UserError
+from raybert.config import KDConfig
 from raybert.data import MODEL_INPUTS
 from raybert.engine import autocast, fill_gradients
+from raybert.errors import UserError
 from raybert.first_token import first_token_only
 from raybert.models import PROBLEMS
 from raybert.phase import Distillation, Outputs, Phase, Taps, check_layer_map, even_layer_map

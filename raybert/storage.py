@@ -23,7 +23,7 @@ from filelock import FileLock
 from pyarrow import fs
 
 from raybert.buckets import settings, tried
-from raybert.config import TransientError, UserError
+from raybert.errors import TransientError, UserError
 from raybert.places import HIDDEN, local, mirrors, uri_of
 
 BLOCK = 1 << 24

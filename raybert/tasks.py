@@ -12,9 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raybert.config import DataConfig, Section, UserError
+from raybert.config import DataConfig
+from raybert.errors import UserError
 from raybert.explain import nearest
 from raybert.folders import write_whole
+from raybert.method import Section
 
 Kind = Literal["classification", "multilabel", "regression", "qa", "mlm"]
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from raybert.compressed import longest_input
-from raybert.config import TransientError, UserError
 from raybert.data import META as PREPARED
 from raybert.data import MODEL_INPUTS, TaskData, load_prepared
+from raybert.errors import TransientError, UserError
 from raybert.first_token import first_token_only
 from raybert.folders import write_whole
 from raybert.models import PROBLEMS, check_head, load_for_task, read_config, revision_of

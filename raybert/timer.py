@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raybert.config import UserError
+from raybert.errors import UserError
 
 LONGEST = "longest_input"
 """Metadata of an exported graph: tokens that a row may have."""

@@ -40,7 +40,6 @@ from raybert.checkpoint import (
     send,
 )
 from raybert.compressed import mark_compressed
-from raybert.config import TransientError, UserError
 from raybert.data import (
     TaskData,
     load_prepared,
@@ -55,6 +54,7 @@ from raybert.engine import (
     seed_everything,
     set_rate,
 )
+from raybert.errors import TransientError, UserError
 from raybert.evaluate import evaluate
 from raybert.features import batched
 from raybert.job import Hooks, Job, PhaseOf, phase_steps, phases_of

@@ -26,8 +26,9 @@ from ray import tune
 from transformers.utils.logging import disable_progress_bar
 
 from raybert.cluster import run_group
-from raybert.config import Recipe, TransientError, UserError
+from raybert.config import Recipe
 from raybert.data import find_prepared
+from raybert.errors import TransientError, UserError
 from raybert.job import Job
 from raybert.ledger import SEARCH, run_folder
 from raybert.metrics import floor

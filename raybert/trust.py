@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.activations import ACT2FN
 
 from raybert.compressed import finished
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.surgery import family, sizes
 
 SHARD = re.compile(r"model[\w.-]*\.safetensors")

@@ -22,8 +22,8 @@ from ray.tune import TuneError
 from ray.tune.search import Searcher
 
 from raybert.cluster import last_line
-from raybert.config import TransientError, UserError
 from raybert.draws import SKIPS, Check, Draws, Source, config_of
+from raybert.errors import TransientError, UserError
 from raybert.ledger import DONE, Ledger, Trial
 from raybert.shares import Shares
 from raybert.space import Space

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from raybert.config import UserError
+from raybert.errors import UserError
 
 NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 """What PyYAML raises: a date of month 13 is a ValueError, a wrong `!!timestamp` an AttributeError,

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raybert.batches import Batcher, eval_batches, prefetch, steps_per_epoch, train_steps
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.features import TokenInfo
 from raybert.tasks import IGNORED, TASKS
 

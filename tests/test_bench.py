@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from raybert import latency as latency_module
 from raybert import timer
 from raybert.bench import bench, disk_bytes, flops, format_bench, hardware, parameters
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.latency import ROUNDS, Child, ForkServer, alternate, latency, speedups
 from raybert.timer import token_ids
 

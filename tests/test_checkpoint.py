@@ -26,7 +26,7 @@ from raybert.checkpoint import (
     save,
     save_weights,
 )
-from raybert.config import UserError
+from raybert.errors import UserError
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -8,7 +8,7 @@ import pytest
 
 from raybert.cli import main
 from raybert.compare import compare, make_comparison
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.methods import METHODS
 
 

@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 import yaml
 
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.methods import METHODS
 from raybert.recipe_file import RECIPES, dump_recipe, load_recipe, recipe_from, recipe_schema
 

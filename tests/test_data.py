@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import make_tokenizer
 
-from raybert.config import DataConfig, TransientError, UserError
+from raybert.config import DataConfig
 from raybert.data import TaskData, load_prepared, prepare
+from raybert.errors import TransientError, UserError
 from raybert.features import TokenInfo, token_info
 
 CSV = "text,label\nthe film was good,pos\na bad plot,neg\nvery fine,pos\nnot lovely,neg\n"

@@ -22,7 +22,7 @@ from torch import nn
 import raybert.export as export_module
 from raybert import parity
 from raybert.cli import main
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.export import export
 from raybert.grid import may_saturate
 from raybert.int8 import Int8Linear, Scheme, backend

@@ -19,7 +19,8 @@ from conftest import one_and_two
 from raybert import cluster as cluster_room
 from raybert import progress, run
 from raybert.cli import main
-from raybert.config import Recipe, TransientError, UserError
+from raybert.config import Recipe
+from raybert.errors import TransientError, UserError
 from raybert.recipe_file import dump_recipe, recipe_from
 
 # Its name in `ray.util` is the function's.
@@ -27,7 +28,7 @@ groups = importlib.import_module("ray.util.placement_group")
 
 ONE_IS_BAD = """
 from raybert.checkpoint import World
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.step import Recent
 
 world = World(rank, workers, torch.device("cpu"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from raybert import folders
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.folders import owned, write_whole
 
 

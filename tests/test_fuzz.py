@@ -22,16 +22,9 @@ from hypothesis import strategies as st
 from raybert.checkpoint import find_last_good
 from raybert.cli import main
 from raybert.compressed import longest_input
-from raybert.config import (
-    DataConfig,
-    KDConfig,
-    MeasureConfig,
-    Recipe,
-    ResourcesConfig,
-    TrainConfig,
-    UserError,
-)
+from raybert.config import DataConfig, KDConfig, MeasureConfig, Recipe, ResourcesConfig, TrainConfig
 from raybert.data import prepare
+from raybert.errors import UserError
 from raybert.models import blank, load_tokenizer, read_config
 from raybert.predictions import fault, key_of
 from raybert.readers import read_file

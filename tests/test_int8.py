@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from raybert import grid, int8
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.int8 import Int8Embedding, Int8Linear, Scheme, TiedInt8Linear, linear_int8
 from raybert.integer import product_int8
 

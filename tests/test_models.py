@@ -22,7 +22,8 @@ from transformers import (
 import raybert
 from raybert.bench import parameters
 from raybert.compressed import COMPRESSED, mark_compressed
-from raybert.config import MethodConfig, UserError
+from raybert.errors import UserError
+from raybert.method import MethodConfig
 from raybert.methods import METHODS
 from raybert.models import HEADS, PROBE, blank, load_for_task, read_config, write_probe
 from raybert.phase import Phase

@@ -11,7 +11,8 @@ from conftest import VOCAB, toy_encoder
 from torch import Tensor, nn
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
 
-from raybert.config import KDConfig, UserError
+from raybert.config import KDConfig
+from raybert.errors import UserError
 from raybert.methods.theseus import Theseus, TheseusModule
 from raybert.models import HEADS
 from raybert.phase import (

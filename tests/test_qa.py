@@ -14,8 +14,9 @@ from conftest import make_tokenizer
 from tokenizers import ByteLevelBPETokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from raybert.config import DataConfig, UserError
+from raybert.config import DataConfig
 from raybert.data import TaskData, eval_batches, prepare
+from raybert.errors import UserError
 from raybert.metrics import floor, predictions, score
 from raybert.tasks import row_outputs
 

@@ -15,7 +15,8 @@ import yaml
 
 from raybert import views
 from raybert.cli import main
-from raybert.config import KEPT_SHARE, UserError
+from raybert.config import KEPT_SHARE
+from raybert.errors import UserError
 from raybert.groups import Group, Spread, group_runs, on_front
 from raybert.plots import BINS, curve, kept_plot, pareto
 from raybert.report import (

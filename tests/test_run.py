@@ -20,7 +20,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 import raybert
 from raybert.artifact import evaluate_model
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.plan import make_plan, resolve_paths
 from raybert.recipe_file import dump_recipe, load_recipe, recipe_from
 from raybert.results import read_run

@@ -12,7 +12,7 @@ import pytest
 import raybert.export as export_module
 from raybert import side_by_side
 from raybert.compare import compare, make_comparison
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.recipe_file import recipe_from
 from raybert.results import read_run
 from raybert.side_by_side import Student

@@ -12,8 +12,8 @@ from ray import tune
 from ray.tune.search.sample import Domain
 from transformers import BertConfig
 
-from raybert.config import UserError
 from raybert.draws import Plain, make_source
+from raybert.errors import UserError
 from raybert.job import resolve_chain
 from raybert.methods import METHODS
 from raybert.objectives import parse_objectives

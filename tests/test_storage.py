@@ -27,7 +27,7 @@ from raybert.checkpoint import find_last_good
 from raybert.checks import check_folder
 from raybert.cli import main
 from raybert.compare import compare, make_comparison
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.places import HIDDEN, checked_uri, local, mirrors, shown, uri_of
 from raybert.plan import resolve_paths
 from raybert.recipe_file import dump_recipe, load_recipe, recipe_from

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from raybert.config import DataConfig, UserError
+from raybert.config import DataConfig
+from raybert.errors import UserError
 from raybert.tasks import IGNORED, KIND_METRICS, TASKS, get_task, row_outputs, write_submission
 
 

@@ -22,8 +22,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raybert import teacher as teacher_room
 from raybert.artifact import evaluate_model
-from raybert.config import KDConfig, Recipe, UserError
+from raybert.config import KDConfig, Recipe
 from raybert.data import MODEL_INPUTS, load_prepared, prepare
+from raybert.errors import UserError
 from raybert.models import load_for_task
 from raybert.phase import Distillation, Taps
 from raybert.plan import make_plan

@@ -20,7 +20,7 @@ from test_run import task_files
 
 from raybert.artifact import evaluate_model
 from raybert.checkpoint import Position, find_last_good
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.evaluate import evaluate
 from raybert.plan import resolve_paths
 from raybert.recipe_file import dump_recipe

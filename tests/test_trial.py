@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from raybert import checks, trial
-from raybert.config import TransientError, UserError
+from raybert.errors import TransientError, UserError
 from raybert.objectives import parse_objectives
 from raybert.plan import make_plan, resolve_paths
 from raybert.predictions import Predictions

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import raybert
 from raybert.artifact import evaluate_model
 from raybert.bench import bench
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.import_ma_bert import read_state
 from raybert.models import load_for_task, load_tokenizer, read_config
 from raybert.recipe_file import load_recipe, recipe_from

@@ -27,8 +27,8 @@ from ray import tune as ray_tune
 from ray.tune.search import Searcher
 
 from raybert.cli import main
-from raybert.config import TransientError, UserError
 from raybert.draws import SKIPS, Draws, Optuna, Plain, as_grid, make_source
+from raybert.errors import TransientError, UserError
 from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished, rule
 from raybert.ledger import Ledger, Trial, run_folder
 from raybert.loggers import make_loggers

@@ -17,8 +17,8 @@ from ray import tune as ray_tune
 
 from raybert.checks import own_cores
 from raybert.cli import main
-from raybert.config import TransientError, UserError
 from raybert.draws import Plain
+from raybert.errors import TransientError, UserError
 from raybert.ledger import Ledger
 from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.run import compress

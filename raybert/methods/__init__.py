@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raybert.config import MethodConfig
+from raybert.method import MethodConfig
 from raybert.methods.ebert import EBERT
 from raybert.methods.lobert import LoBERT
 from raybert.methods.ma_bert import MABERT

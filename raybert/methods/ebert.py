@@ -27,10 +27,12 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from raybert.config import KEPT_SHARE, MethodConfig, UserError
+from raybert.config import KEPT_SHARE
+from raybert.errors import UserError
 from raybert.gates import Gate, Shape, flops_loss
 from raybert.kept import kept_units, layer_flops, spread_rows
 from raybert.kept_operators import ACTIVATIONS
+from raybert.method import MethodConfig
 from raybert.phase import At, Distillation, Outputs, Phase
 from raybert.skipping import GATED, Gated, GatedFeedForward
 from raybert.surgery import (

@@ -20,10 +20,11 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from raybert.config import MethodConfig, UserError
+from raybert.errors import UserError
 from raybert.factorise import spectrum
 from raybert.factors import Key, Layout, Values, build, dense_matrices, factorise
 from raybert.lowrank import PARTS
+from raybert.method import MethodConfig
 from raybert.moments import second_moments
 from raybert.phase import Phase
 from raybert.ranks import (

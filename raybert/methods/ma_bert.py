@@ -21,7 +21,9 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from raybert.config import MethodConfig, Share, UserError
+from raybert.config import Share
+from raybert.errors import UserError
+from raybert.method import MethodConfig
 from raybert.phase import At, Phase
 from raybert.power_norm import PowerNorm, RealTokens
 from raybert.softmax_net import MatrixAttention, SoftmaxNet, matrix

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
-from raybert.config import MethodConfig, UserError
+from raybert.errors import UserError
 from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, Range
 from raybert.grid import largest, reach_of
 from raybert.int8 import Inputs, Int8Embedding, Scheme, backend
@@ -36,6 +36,7 @@ from raybert.integer import (
     roles,
     set_units,
 )
+from raybert.method import MethodConfig
 from raybert.phase import At, Distillation, Outputs, Phase
 from raybert.power_norm import PowerNorm
 from raybert.softmax_net import Product

@@ -21,7 +21,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
-from raybert.config import MethodConfig, Share, UserError
+from raybert.config import Share
+from raybert.errors import UserError
+from raybert.method import MethodConfig
 from raybert.phase import At, Phase
 from raybert.surgery import (
     attention_block,

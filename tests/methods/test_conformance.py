@@ -25,7 +25,9 @@ import raybert
 import raybert.train
 from raybert.bench import parameters
 from raybert.compressed import mark_compressed
-from raybert.config import KDConfig, MethodConfig, UserError
+from raybert.config import KDConfig
+from raybert.errors import UserError
+from raybert.method import MethodConfig
 from raybert.methods import METHODS
 from raybert.models import COMPRESSED_PREFIX, HEADS, PROBLEMS, blank
 from raybert.phase import At, Distillation, Outputs, Phase

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import raybert
 from raybert import skipping
 from raybert.compressed import mark_compressed
-from raybert.config import KEPT_SHARE, KDConfig, UserError
+from raybert.config import KEPT_SHARE, KDConfig
+from raybert.errors import UserError
 from raybert.gates import Gate, Shape, WorkersBatchNorm, flops_loss, summary, uniform
 from raybert.kept import layer_flops
 from raybert.methods.ebert import EBERT, FrozenGates, TrainGates, gated

@@ -16,7 +16,7 @@ from onnx import TensorProto
 from test_export import difference, operators, padded
 
 from raybert.compressed import mark_compressed
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.fake_quant import FakeQuantLinear
 from raybert.integer import (
     FakeQuantNorm,

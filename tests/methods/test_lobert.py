@@ -19,10 +19,11 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 import raybert
 from raybert.bench import flops, parameters
 from raybert.compressed import mark_compressed
-from raybert.config import MethodConfig, UserError
+from raybert.errors import UserError
 from raybert.factorise import error, error_on_data, low_rank
 from raybert.factors import Layout, build, dense_matrices, factorise
 from raybert.lowrank import LowRankLinear, LowRankProjection, SharedLinear, SharedProjection
+from raybert.method import MethodConfig
 from raybert.methods.lobert import LoBERT, LowRank
 from raybert.methods.theseus import Theseus
 from raybert.models import blank

@@ -18,7 +18,8 @@ from torch import nn
 import raybert
 from raybert.cli import main
 from raybert.compressed import longest_input
-from raybert.config import KDConfig, UserError
+from raybert.config import KDConfig
+from raybert.errors import UserError
 from raybert.fold import Affine, Within, folded
 from raybert.import_ma_bert import import_ma_bert
 from raybert.int8 import check_trainable

@@ -20,7 +20,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 import raybert
 from raybert.bench import flops, parameters
-from raybert.config import KDConfig, UserError
+from raybert.config import KDConfig
+from raybert.errors import UserError
 from raybert.fake_quant import FakeQuantEmbedding, FakeQuantLinear, product
 from raybert.int8 import Int8Embedding, Int8Linear, Scheme
 from raybert.methods.q8bert import Q8BERT, Quantise, calibrate, learned_ranges, selected

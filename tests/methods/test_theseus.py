@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from raybert.config import UserError
+from raybert.errors import UserError
 from raybert.methods.theseus import Replace, SuccessorFinetune, Theseus, TheseusModule
 from raybert.models import load_for_task
 from raybert.phase import At
