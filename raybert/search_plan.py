@@ -20,7 +20,7 @@ from raybert.errors import UserError
 from raybert.finalists import Loss, parse_loss
 from raybert.inputs import rows_digest
 from raybert.ledger import SEARCH
-from raybert.loggers import LOGGERS, make_loggers
+from raybert.loggers import LOGGERS, WANDB, make_loggers
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
 from raybert.places import HIDDEN, uri_of
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
@@ -46,7 +46,7 @@ TEACHER = "teacher.json"
 
 OWN = {
     *(SEARCH, TEACHER, "ledger", "trials", "finalists", "teacher", "ray"),
-    *("best", "best.yaml", "front", "trials.csv", "trials.parquet", "report.html"),
+    *("best", "best.yaml", "front", "trials.csv", "trials.parquet", "report.html", WANDB),
 }
 """What a search folder may hold."""
 

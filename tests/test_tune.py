@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -74,6 +74,17 @@ class SimpleTrial:
     """As much of Tune's trial as schedulers look at."""
 
     trial_id: str
+
+
+@dataclass(frozen=True)
+class RunningTrial:
+    """As much of Tune's trial as loggers look at."""
+
+    name: str
+    config = MappingProxyType({"values": {}})
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def report_of(score: float, size: int, *, seed: int = 42, milliseconds: float | None = None):
@@ -1257,6 +1268,28 @@ def test_parameters_that_change_are_logged_at_the_end(tmp_path, monkeypatch, cha
     monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
     (callback,) = make_loggers(("mlflow",), tmp_path, changing)
     assert callback.log_params_on_trial_end == changing
+
+
+def test_a_search_that_stops_ends_the_runs_of_its_loggers(tmp_path, monkeypatch):
+    """Ray tells loggers of no trial that is stopped: MLflow's went on for ever, and Weights &
+    Biases was waited for half an hour."""
+    monkeypatch.setattr("raybert.loggers.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
+    (callback,) = make_loggers(("mlflow",), tmp_path)
+    ended: list[tuple[str, str]] = []
+    callback.tags, callback._trial_runs = {}, {}
+    callback.mlflow_util = SimpleNamespace(
+        start_run=lambda tags, run_name: SimpleNamespace(info=SimpleNamespace(run_id=run_name)),
+        log_params=lambda **_: None,
+        end_run=lambda run_id, status: ended.append((run_id, status)),
+    )
+    trials = [RunningTrial(name) for name in ("done", "cut short")]
+    for trial in trials:
+        callback.log_trial_start(trial)
+    callback.log_trial_end(trials[0])
+    callback.on_experiment_end(trials)
+    callback.on_experiment_end(trials)
+    assert ended == [("done", "FINISHED"), ("cut short", "FAILED")]
 
 
 def test_what_does_not_fit_a_cluster_is_told_before_the_teacher_is_trained(
