@@ -4,7 +4,8 @@
 
 The teacher is there before the clock starts; what counts is everything from the start of `tune` to
 its answer: the teacher's predictions, starting Ray, importing torch, planning, loading, evaluating,
-saving and measuring models, drawing the page.
+saving and measuring models, drawing the page; and that places for trials stay empty while the last
+ones run, which is told beside it. With ``--concurrent 1`` there are none such.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,18 @@ def measure(args: Any, folder: Path, epochs: float) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     finished = read_finished(Ledger(folder / "search"), folder / "search")
     steps = [entry.reports[0].training.seconds for entry in finished]
-    outside = 1 - sum(steps) / (seconds * min(args.concurrent, trials))
+    places = min(args.concurrent, trials)
+    outside = 1 - sum(steps) / (seconds * places)
+    created = [entry.reports[0].created.replace("Z", "+00:00") for entry in finished]
+    last = sorted(map(datetime.fromisoformat, created))[-places:]
+    empty = sum((last[-1] - end).total_seconds() for end in last) / (seconds * places)
     return {
         "epochs": epochs,
         "trials": trials,
         "seconds": round(seconds, 2),
         "steps": [round(s, 2) for s in steps],
         "outside": round(100 * outside, 2),
+        "empty": round(100 * empty, 2),
     }
 
 
@@ -94,6 +101,7 @@ def main() -> None:
         limit = 15.0 if number == 0 else None
         figures += [
             Figure(f"{what}: time outside training steps", found["outside"], "%", limit),
+            Figure(f"{what}: of it, places empty at the end", found["empty"], "%"),
             Figure(f"{what}: the whole search", found["seconds"], "s"),
         ]
     trials = searches[0]["trials"]
