@@ -581,7 +581,10 @@ def test_integers_alone_learn_no_attention():
     ],
 )
 def test_cores_that_layers_share_stay_floats_and_that_is_said(tmp_path, modes, left):
-    done = finished([{"name": "lobert", **modes}, {"name": "q8bert"}], "bert", "classification")
+    # 7 bits are exact on every processor. For 8 on one without VNNI instructions ONNX Runtime would
+    # have to turn weights unsigned, which it fails at where two products share one.
+    last = {"name": "q8bert", "weight_bits": 7}
+    done = finished([{"name": "lobert", **modes}, last], "bert", "classification")
     last = done.chain[-1]
     assert isinstance(last, Q8BERT)
     assert last.floats == left
