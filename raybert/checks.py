@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from typing import Any
 
-import psutil
 import torch
 import yaml
 
@@ -14,6 +12,7 @@ from raybert.config import Recipe
 from raybert.engine import precision_for
 from raybert.errors import UserError
 from raybert.explain import short
+from raybert.machine import cluster_address, own_cores, own_memory
 from raybert.models import load_tokenizer, read_config
 from raybert.places import HIDDEN, uri_of
 from raybert.recipe_file import dump_recipe, load_recipe
@@ -95,13 +94,6 @@ def _differences(there: Any, here: Any, path: str = "") -> list[str]:
     return [] if there == here else [f"{path} is {short(there)} there and {short(here)} here"]
 
 
-def own_cores() -> int:
-    """CPU cores that this process may use, which in a container are fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def check_resources(recipe: Recipe) -> None:
     """Refuse more workers than this machine has cores or GPUs, unless a cluster is named."""
     train = recipe.train
@@ -115,7 +107,7 @@ def check_resources(recipe: Recipe) -> None:
             "train.zero 3 is for fine-tuning alone: methods change weights that stage 3 keeps in "
             "parts. Use train.zero 0, 1 or 2 to compress."
         )
-    if train.zero == 3 and uri_of(recipe.folder) and "RAY_ADDRESS" in os.environ:
+    if train.zero == 3 and uri_of(recipe.folder) and cluster_address():
         raise UserError(
             "train.zero 3 keeps parts of a checkpoint on every machine, and object storage gets "
             f"its files from one. Use train.zero 0, 1 or 2 for out={recipe.out}, or an `out` on "
@@ -127,7 +119,7 @@ def check_resources(recipe: Recipe) -> None:
             f"train.batch_size {train.batch_size} cannot be split over {recipe.workers} workers "
             f"and {train.accumulation} forward passes; use at least {chunks}."
         )
-    if "RAY_ADDRESS" in os.environ:
+    if cluster_address():
         return
     cores = own_cores()
     needed = recipe.fewest * (recipe.resources.cpus or 1)
@@ -219,11 +211,10 @@ def memory_needed(recipe: Recipe, config: Any, before: dict, after: dict) -> int
 def check_memory(memory: int, recipe: Recipe, alone: bool) -> None:
     """Refuse a run of so many bytes a worker that this machine has no room for; ``alone``: among
     what else runs on it."""
-    if "RAY_ADDRESS" in os.environ:
+    if cluster_address():
         return
     workers, gpus = recipe.fewest, torch.cuda.device_count()
-    machine = psutil.virtual_memory()
-    free, total = machine.available, machine.total
+    free, total = own_memory()
     if gpus >= workers and recipe.resources.gpu is not False:
         free, total = (gpus * size for size in torch.cuda.mem_get_info())
     room, there = (free, "are free") if alone else (total, "are all there is")

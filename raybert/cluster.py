@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybert.checks import own_cores
 from raybert.config import Recipe
 from raybert.errors import TransientError, UserError
+from raybert.machine import own_cores
 from raybert.places import mirrors
 from raybert.progress import Lines, NoBar, bar, on_terminal
 from raybert.shares import most_cpus, slots

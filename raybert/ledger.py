@@ -46,6 +46,7 @@ class Trial:
         cores: CPU cores that it holds.
         core_seconds: seconds times the cores that it held then: a search that goes on may share a
             machine out otherwise.
+        gpu_seconds: the same of GPUs.
         seed: of a finalist's run; None for the search's own trials.
     """
 
@@ -59,6 +60,7 @@ class Trial:
     seconds: float = 0.0
     cores: float = 0.0
     core_seconds: float = 0.0
+    gpu_seconds: float = 0.0
     seed: int | None = None
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 from raybert.cluster import machines, wants_gpu
 from raybert.config import Recipe
 from raybert.errors import UserError
+from raybert.shares import Shares
 
 TURN = 5.0
 """Seconds that are waited for room at a time."""
@@ -70,6 +71,27 @@ def check_seen(file: Path) -> None:
                 f"{file.parent} cannot be seen from {', '.join(blind)}, where trials would run: "
                 "`out` must be on storage that all machines share, and data.cache too."
             )
+
+
+def held_by_others(shares: Shares, workers: int) -> str:
+    """That trials will wait, where others hold what they need; nothing where there is room.
+
+    Args:
+        shares: what trials get.
+        workers: of each trial.
+    """
+    import ray
+
+    there, free = ray.cluster_resources(), ray.available_resources()
+    at_once = shares.concurrent * workers
+    for what, needed in (("CPU", at_once * shares.cpus), ("GPU", at_once * shares.gpu)):
+        held = there.get(what, 0) - free.get(what, 0)
+        if needed > free.get(what, 0):
+            return (
+                f"others hold {held:g} of the cluster's {there.get(what, 0):g} {what}s, and all "
+                f"trials at once take {needed:g}: some wait until there is room"
+            )
+    return ""
 
 
 def _unless_seen(file: Path) -> str:

@@ -8,7 +8,6 @@ nothing to start.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from raybert.config import Recipe
 from raybert.errors import TransientError, UserError
 from raybert.folders import owned, write_whole
 from raybert.inputs import changed, inputs_of, keep_inputs
+from raybert.machine import cluster_address, own_cores
 from raybert.plan import (
     Plan,
     make_plan,
@@ -272,7 +272,7 @@ def _fit(plan: Plan, teacher: str | None, predictions: Path | None, fit: Fit | N
 
 def _is_local(recipe: Recipe) -> bool:
     """Whether this process does it all, without Ray."""
-    return recipe.workers == 1 and "RAY_ADDRESS" not in os.environ
+    return recipe.workers == 1 and cluster_address() is None
 
 
 def _device_here(recipe: Recipe) -> Any:
@@ -287,6 +287,8 @@ def _run_here(plan: Plan, job: Job) -> dict[str, Any]:
 
 def run_here(job: Job, hooks: Hooks) -> dict[str, Any]:
     """The loop in this process, as a group of one worker; returns what `raybert.train.run` does."""
+    import torch
+
     from raybert.checkpoint import World
     from raybert.engine import alone, init_distributed
     from raybert.train import run
@@ -294,7 +296,9 @@ def run_here(job: Job, hooks: Hooks) -> dict[str, Any]:
     device = _device_here(job.recipe)
     with alone():
         init_distributed(device, job.recipe.resources.timeout)
-        return run(job, World(0, 1, device), hooks, job.recipe.resources.cpus)
+        # A container's limit is none that torch knows of.
+        threads = job.recipe.resources.cpus or min(torch.get_num_threads(), own_cores())
+        return run(job, World(0, 1, device), hooks, threads)
 
 
 def _run_on_ray(plan: Plan, job: Job) -> dict[str, Any]:

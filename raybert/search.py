@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
@@ -33,12 +32,13 @@ from raybert.folders import owned, write_whole
 from raybert.job import phase_steps, phases_of
 from raybert.ledger import DONE, SEARCH, Ledger, Trial, run_folder
 from raybert.loggers import make_loggers
+from raybert.machine import cluster_address
 from raybert.models import read_config
 from raybert.objectives import LATENCY, in_trials
 from raybert.places import named
 from raybert.predictions import takes_saved
 from raybert.recipe_file import portable
-from raybert.room import check_seen, wait_for_room
+from raybert.room import check_seen, held_by_others, wait_for_room
 from raybert.run import finetune, predict_teacher
 from raybert.search_page import write_page
 from raybert.search_plan import (
@@ -108,7 +108,7 @@ def run_search(search: Search, *, tell: Tell = print) -> Answer:
     settings = search.settings
     loggers = make_loggers(settings.logs, search.folder, settings.scheduler == "pbt")
     goes_on = check_place(search)
-    if "RAY_ADDRESS" in os.environ and not (goes_on or search.recipe.resources.wait):
+    if cluster_address() and not (goes_on or search.recipe.resources.wait):
         with ray_up():  # what does not fit the cluster is told before anything is trained
             shares = shares_of(search)
         unused = unused_gpu(settings, shares, search.recipe.workers)
@@ -220,7 +220,7 @@ def _train(
             settings.scheduler == "pbt",
             tuple(search.space.axes),
             teacher,
-            os.environ.get("RAY_ADDRESS"),
+            cluster_address(),
             search.data.folder.name,
         )
         runner = Runner(
@@ -272,7 +272,7 @@ def _why_not(recipe: Recipe, data: TaskData | None, values: dict[str, Any]) -> s
 def _find_room(search: Search, source: Source, ledger: Ledger, tell: Tell) -> Shares:
     """What each trial gets; a cluster first starts its machines, and all must see the search."""
     settings, minutes = search.settings, search.recipe.resources.wait
-    if "RAY_ADDRESS" in os.environ:
+    if cluster_address():
         if minutes:
             points = different_points(source, search.recipe)  # a grid may have fewer
             trials = settings.trials if points is None else min(settings.trials, points)
@@ -284,7 +284,10 @@ def _find_room(search: Search, source: Source, ledger: Ledger, tell: Tell) -> Sh
             )
             wait_for_room(search.recipe, count, settings.gpu)
         check_seen(search.folder / SEARCH)
-    return shares_of(search)
+    shares = shares_of(search)
+    if cluster_address() and (held := held_by_others(shares, search.recipe.workers)):
+        tell(f"note: {held}")
+    return shares
 
 
 def _as_trials_read_it(recipe: Recipe) -> Recipe:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
+import torch
 import yaml
 
 from raybert.cluster import machines
@@ -21,6 +20,7 @@ from raybert.finalists import Loss, parse_loss
 from raybert.inputs import rows_digest
 from raybert.ledger import SEARCH
 from raybert.loggers import LOGGERS, WANDB, make_loggers
+from raybert.machine import cluster_address, own_memory
 from raybert.objectives import LATENCY, Objective, in_trials, parse_objectives
 from raybert.places import HIDDEN, uri_of
 from raybert.plan import Plan, make_plan, resolve_paths, shared_teacher
@@ -130,6 +130,8 @@ class Settings:
                 raise UserError(f"{name} is {number!r}; give a whole number.")
             if number < fewest:
                 raise UserError(f"{name} is {number}; give {fewest} at least.")
+        if self.minutes is not None and type(self.minutes) not in (int, float):
+            raise UserError(f"minutes is {self.minutes!r}; give a number.")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"{self.minutes:g} minutes leave no time to train; give more.")
         if self.minutes is not None and self.scheduler == "pbt":
@@ -273,7 +275,7 @@ def make_search(
         place = str(teacher.folder / "model")
         recipe = recipe.model_copy(update={"model": None, "teacher": place})
     search = Search(recipe, space, settings, objectives, loss, teacher, looked, tuple(notes))
-    if "RAY_ADDRESS" in os.environ:  # what a cluster has is known when it is connected to
+    if cluster_address():  # what a cluster has is known when it is connected to
         return search
     unused = unused_gpu(settings, shares_of(search), recipe.workers)
     return replace(search, notes=search.notes + unused)
@@ -281,9 +283,10 @@ def make_search(
 
 def _check_address() -> None:
     """Refuse Ray's client, in which Tune's callbacks run in a process that keeps no ledger."""
-    if os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
+    address = cluster_address() or ""
+    if address.startswith("ray://"):
         raise UserError(
-            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, Ray's client, and a search has to run on "
+            f"the cluster is reached by Ray's client ({address}), and a search has to run on "
             "a machine of the cluster. Start it there with `ray job submit -- raybert tune …`, or "
             "set RAY_ADDRESS=auto on one of its machines."
         )
@@ -324,8 +327,10 @@ def shares_of(search: Search) -> Shares:
         UserError: not one fits, or not as many at once as were asked for; a cluster that was waited
             for may do with fewer.
     """
-    on_cluster, settings = "RAY_ADDRESS" in os.environ, search.settings
+    on_cluster, settings = cluster_address() is not None, search.settings
     waited = on_cluster and search.recipe.resources.wait > 0
+    here = range(torch.cuda.device_count())
+    gpus = [torch.cuda.get_device_properties(number).total_memory for number in here]
     return share_out(
         search.recipe,
         machines(),
@@ -333,7 +338,8 @@ def shares_of(search: Search) -> Shares:
         concurrent=None if waited else settings.concurrent,
         gpu=settings.gpu,
         memory=max(plan.memory for plan in search.plans),
-        free=None if on_cluster else psutil.virtual_memory().available,
+        free=None if on_cluster else own_memory()[0],
+        gpu_memory=None if on_cluster or not gpus else min(gpus),
     )
 
 
@@ -466,7 +472,7 @@ def describe(search: Search) -> str:
     )
     again = f"{settings.finalists} finalists with {settings.seeds} seeds"
     lines.append(f"          {again if settings.finalists else 'no finalists'}")
-    if "RAY_ADDRESS" in os.environ:
+    if cluster_address():
         lines.append("shares    of the cluster, told when the search connects to it")
     else:
         lines.append(f"shares    {shares_of(search).text(search.recipe.workers)}")

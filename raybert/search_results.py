@@ -49,6 +49,7 @@ class Answer:
         trials: all of them, skipped ones too.
         seconds: wall-clock, of all trials added up, the finalists' runs too.
         core_seconds: the same times the cores that each held.
+        gpu_seconds: the same times the GPUs.
         spent: wall-clock seconds of the search over all its starts, by what it did in them; see
             `raybert.ledger.Ledger`.
         finished: those with a model.
@@ -70,6 +71,7 @@ class Answer:
     trials: tuple[Trial, ...]
     seconds: float
     core_seconds: float
+    gpu_seconds: float
     spent: Mapping[str, float]
     finished: tuple[Finished, ...]
     finalists: tuple[Finished, ...]
@@ -90,6 +92,12 @@ class Answer:
     def model(self) -> Path:
         """The winner's model folder, as the search trained it."""
         return run_folder(self.folder, self.winner.trial.number) / "model"
+
+    @property
+    def hours(self) -> str:
+        """What trials held of machines, in words."""
+        found = {"core": self.core_seconds, "GPU": self.gpu_seconds}
+        return ", ".join(f"{s / 3600:.2f} {what}-hours" for what, s in found.items() if s)
 
     def recipe_of(self, trial: Trial, out: Path) -> Recipe:
         """A trial's recipe with the measurements, the export and the resources of the search's."""
@@ -124,6 +132,7 @@ def answer_of(
         tuple(ledger.trials),
         sum(trial.seconds for trial in ledger.all),
         sum(trial.core_seconds for trial in ledger.all),
+        sum(trial.gpu_seconds for trial in ledger.all),
         ledger.spent,
         tuple(finished),
         tuple(chosen),
@@ -270,10 +279,7 @@ def summary(answer: Answer) -> str:
     lines.append(f"         {sample_text(answer.winner.trial.values)}")
     for name, reason in answer.failures.items():
         lines.append(f"failed   trial {name} could not be measured: {reason}")
-    lines.append(
-        f"spent    {answer.core_seconds / 3600:.2f} core-hours, "
-        f"{answer.seconds / 60:.1f} minutes of trials"
-    )
+    lines.append(f"spent    {answer.hours}, {answer.seconds / 60:.1f} minutes of trials")
     if answer.spent:
         parts = ", ".join(f"{what} {seconds / 60:.1f}" for what, seconds in answer.spent.items())
         lines.append(f"         {sum(answer.spent.values()) / 60:.1f} minutes in all ({parts})")

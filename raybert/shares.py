@@ -43,6 +43,7 @@ def share_out(
     gpu: float = 1.0,
     memory: int = 0,
     free: int | None = None,
+    gpu_memory: int | None = None,
 ) -> Shares:
     """Share nodes out among trials, so that all that are started can run: none waits for another.
 
@@ -57,6 +58,7 @@ def share_out(
         gpu: GPUs of a trial of one worker; a worker among several has a whole one.
         memory: bytes that a worker needs beside its libraries; 0: not known.
         free: bytes that there are; None: not known.
+        gpu_memory: bytes that a GPU has; None: not known.
 
     Raises:
         UserError: not one trial fits, or not as many at once as were asked for; it says what fits.
@@ -68,6 +70,12 @@ def share_out(
     if on_gpu is None:
         on_gpu = slots(nodes, 1, each) >= workers
     share = each if on_gpu else 0.0
+    if 0 < share < 1 and gpu_memory and memory > share * gpu_memory:
+        raise UserError(
+            f"a trial needs about {memory / 2**30:.1f} GiB, and --gpu {share:g} is "
+            f"{share * gpu_memory / 2**30:.1f} GiB of a GPU's {gpu_memory / 2**30:.1f}. Use a "
+            "larger --gpu, 1 at most, or a smaller train.batch_size."
+        )
     cpus = recipe.resources.cpus or 1
     fits = slots(nodes, cpus, share) // workers
     what = f"{workers} worker{'s' if workers > 1 else ''} of {cpus} CPU{'s' if cpus > 1 else ''}"

@@ -15,8 +15,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from raybert.artifact import add_export, publish
 from raybert.bench import disk_bytes, hardware
 from raybert.compressed import longest_input
@@ -24,6 +22,7 @@ from raybert.config import MeasureConfig, Recipe
 from raybert.errors import UserError
 from raybert.export import add_latency, export, export_graph
 from raybert.latency import Backend, latency, speedups
+from raybert.machine import own_memory
 from raybert.models import brought_here, read_config
 from raybert.recipe_file import load_recipe
 from raybert.results import Place, RunReport, read_run, validated
@@ -195,7 +194,7 @@ def _groups(students: Sequence[Student]) -> Iterator[list[Student]]:
                 yield group
                 group = []
             if not group:
-                free = psutil.virtual_memory().available / 2 - _memory(teacher)
+                free = own_memory()[0] / 2 - _memory(teacher)
             free -= needed
             group.append(student)
         yield group

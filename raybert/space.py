@@ -180,6 +180,11 @@ def make_space(axes: Mapping[str, Any], name: str, recipe: Recipe) -> Space:
     chains = [entry.name for entry in recipe.method]
     own = {key.split(".")[1] for key in axes if key.startswith("method.")}
     used = _methods_in(axes.get("method"), chains)
+    for unknown in sorted(used - {*METHODS, ""}):
+        raise UserError(
+            f"space {name}: `method` names an unknown method {unknown!r}"
+            f"{nearest(unknown, METHODS)}; known: {', '.join(METHODS)}."
+        )
     if idle := sorted(own - used):
         raise UserError(
             f"space {name} has parameters of {' and '.join(idle)}, which no trial uses: the recipe "

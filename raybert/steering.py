@@ -12,7 +12,7 @@ from ray.tune.schedulers import (
     MedianStoppingRule,
     PopulationBasedTraining,
 )
-from ray.tune.search.sample import Domain
+from ray.tune.search.sample import Domain, Integer
 
 from raybert.data import steps_per_epoch
 from raybert.errors import UserError
@@ -155,7 +155,7 @@ class _Inside:
 
     def __init__(self, space: Space) -> None:
         self.bounds = {
-            key: (axis.lower, axis.upper)  # pyright: ignore[reportAttributeAccessIssue]
+            key: _bounds(axis)
             for key, axis in space.axes.items()
             if isinstance(axis, Domain) and listed(axis) is None
         }
@@ -165,6 +165,13 @@ class _Inside:
         for key, (low, high) in self.bounds.items():
             values[key] = min(max(values[key], low), high)
         return {**config, "values": values}
+
+
+def _bounds(axis: Any) -> tuple[float, float]:
+    """The least and the greatest value of a distribution of numbers: Ray leaves the upper bound of
+    integers out, unless they go in steps."""
+    without = isinstance(axis, Integer) and getattr(axis.get_sampler(), "q", 1) == 1
+    return axis.lower, axis.upper - without
 
 
 def check_schedules(space: Space, plans: Sequence[Plan]) -> None:

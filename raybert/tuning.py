@@ -45,6 +45,7 @@ class Scribe(tune.Callback):
         ledger: what is kept.
         total: trials in all, for what is told.
         cores: CPU cores that a trial holds.
+        gpus: GPUs that a trial holds.
         told: hears of each trial that has ended.
         tell: gets a line for it.
         deadline: of the search; what it cuts short is not stopped, but goes on another time.
@@ -55,11 +56,13 @@ class Scribe(tune.Callback):
         ledger: Ledger,
         total: int,
         cores: float,
+        gpus: float,
         told: Callable[[Trial], None],
         tell: Tell,
         deadline: float,
     ) -> None:
-        self.ledger, self.total, self.cores = ledger, total, cores
+        self.ledger, self.total = ledger, total
+        self.cores, self.gpus = cores, gpus
         self.told, self.tell, self.deadline = told, tell, deadline
         self.stamps: dict[str, float] = {}
 
@@ -72,6 +75,17 @@ class Scribe(tune.Callback):
         known = self.ledger.get(number, seed)
         return known or Trial(number, dict(trial.config["values"]), seed=seed)
 
+    def _counted(self, trial: Any) -> Trial:
+        """A trial with the time that it has taken since it was last counted."""
+        own, now = self._of(trial), time.time()
+        seconds = now - self.stamps.get(trial.trial_id, now)
+        own.seconds += seconds
+        own.cores = self.cores
+        own.core_seconds += seconds * self.cores
+        own.gpu_seconds += seconds * self.gpus
+        self.stamps[trial.trial_id] = now
+        return own
+
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """A trial starts, or goes on after a pause or a crash."""
         self.stamps[trial.trial_id] = time.time()
@@ -80,14 +94,8 @@ class Scribe(tune.Callback):
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
     ) -> None:
         """An evaluation, or the end."""
-        own = self._of(trial)
-        now = time.time()
-        seconds = now - self.stamps.get(trial.trial_id, now)
-        own.seconds += seconds
-        own.cores = self.cores
-        own.core_seconds += seconds * self.cores
+        own = self._counted(trial)
         self.ledger.spend("trials")  # a search that is killed has counted so far
-        self.stamps[trial.trial_id] = now
         own.values = dict(result.get("values", own.values))
         if "failed" in result:
             own.state, own.reason = "failed", result["failed"]
@@ -114,9 +122,13 @@ class Scribe(tune.Callback):
             own.state = "stopped"
         self._ended(own)
 
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial crashed and will be tried again."""
+        self.ledger.write(self._counted(trial))
+
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """A trial crashed as often as it may."""
-        own = self._of(trial)
+        own = self._counted(trial)
         error = trial.get_error()
         reason = last_line(error) if error else "it crashed"
         own.state, own.reason = "failed", reason.removeprefix(_AS_A_CRASH)
@@ -300,8 +312,9 @@ class Runner:
         self._fit(space_of_numbers, self._scribe(limit, _nobody), 1, scheduler=scheduler)
 
     def _scribe(self, total: int, told: Callable[[Trial], None]) -> Scribe:
-        cores = self.shares.cpus * self.work.recipe.workers
-        return Scribe(self.ledger, total, cores, told, self.tell, self.deadline)
+        shares, workers = self.shares, self.work.recipe.workers
+        cores, gpus = shares.cpus * workers, shares.gpu * workers
+        return Scribe(self.ledger, total, cores, gpus, told, self.tell, self.deadline)
 
     def _fit(self, axes: dict[str, Any], scribe: Scribe, samples: int, **how: Any) -> None:
         alone = self.work.recipe.workers == 1

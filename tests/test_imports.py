@@ -20,6 +20,7 @@ ONLY_HERE = {"ray": {"cluster.py", "network.py", "room.py", *SEARCH}, "deepspeed
 LAYERS = [
     {
         "templates",
+        "machine",
         "onnx_graph",
         "onnx_first",
         "kept_operators",

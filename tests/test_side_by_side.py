@@ -172,8 +172,7 @@ def test_what_is_compared_was_timed_at_one_shape_and_in_turns(toy, teacher, tmp_
 
 
 def test_models_that_do_not_fit_together_take_turns_in_groups(monkeypatch):
-    memory = type("Memory", (), {"available": 2 * 3.5})
-    monkeypatch.setattr(side_by_side.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(side_by_side, "own_memory", lambda: (2 * 3.5, 100.0))
     monkeypatch.setattr(side_by_side, "_memory", lambda model: 1.0)
     a, b = Path("a"), Path("b")
     students = [Student(Path(str(n)), a, 128) for n in range(5)]
@@ -183,8 +182,7 @@ def test_models_that_do_not_fit_together_take_turns_in_groups(monkeypatch):
 
 
 def test_one_that_fits_nowhere_is_timed_all_the_same(monkeypatch):
-    memory = type("Memory", (), {"available": 1.0})
-    monkeypatch.setattr(side_by_side.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(side_by_side, "own_memory", lambda: (1.0, 100.0))
     monkeypatch.setattr(side_by_side, "_memory", lambda model: 1.0)
     students = [Student(Path(str(n)), Path("a"), 128) for n in range(2)]
     assert list(side_by_side._groups(students)) == [students[:1], students[1:]]

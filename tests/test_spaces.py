@@ -123,6 +123,8 @@ def test_the_released_grid_of_lobert_has_24_points():
         ({"train.lrr": 1}, r"unknown key `train\.lrr` \(did you mean 'lr'"),
         ({"method.lobert.shore": 1}, "did you mean 'share'"),
         ({"method.lobart.share": 1}, "unknown method .*did you mean 'lobert'"),
+        ({"method": tune.choice(["lobert", "lobert,q8bart"])}, "'q8bart' .*did you mean 'q8bert'"),
+        ({"method": "theseus,q8bart"}, "names an unknown method 'q8bart'"),
         ({"method.theseus.layers": 2}, "parameters of theseus, which no trial uses"),
         ({"method.lobert.name": "x"}, "unknown key"),
         ({"data.max_length": 64}, "the same for all trials"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from raybert import checks, trial
+from raybert import machine, trial
 from raybert.errors import TransientError, UserError
 from raybert.objectives import parse_objectives
 from raybert.plan import make_plan, resolve_paths
@@ -110,11 +110,11 @@ def memory_of(available: float, total: float):
 
 def test_a_trial_needs_the_memory_that_others_give_back(toy, teacher, tmp_path, monkeypatch):
     recipe = toy(tmp_path / "r", teacher=str(teacher), method=["lobert"])
-    monkeypatch.setattr(checks.psutil, "virtual_memory", memory_of(1, 1e12))
+    monkeypatch.setattr(machine.psutil, "virtual_memory", memory_of(1, 1e12))
     with pytest.raises(UserError, match=r"0\.0 GiB are free"):
         make_plan(resolve_paths(recipe))
     assert plan_of(resolve_paths(recipe), {"train.lr": 1e-3}).memory > 1
-    monkeypatch.setattr(checks.psutil, "virtual_memory", memory_of(1, 1))
+    monkeypatch.setattr(machine.psutil, "virtual_memory", memory_of(1, 1))
     with pytest.raises(UserError, match=r"0\.0 GiB are all there is"):
         plan_of(resolve_paths(recipe), {"train.lr": 1e-3})
 

@@ -36,7 +36,7 @@ from raybert.objectives import front, in_trials, parse_objectives
 from raybert.recipe_file import load_recipe, recipe_from
 from raybert.report import write_run_report
 from raybert.results import build, latency_ms
-from raybert.room import check_seen, wait_for_room
+from raybert.room import check_seen, held_by_others, wait_for_room
 from raybert.search import (
     _as_trials_read_it,
     _find_room,
@@ -52,7 +52,7 @@ from raybert.search import (
 from raybert.search_plan import Settings, check_place, describe, make_search, shares_of
 from raybert.search_results import Answer, answer_of, importance, summary
 from raybert.shares import Shares, share_out
-from raybert.space import make_space
+from raybert.space import Space, make_space
 from raybert.steering import make_scheduler, remember
 from raybert.trial import Work
 from raybert.tuning import HEAD, Ending, Runner, Scribe, part_of_head
@@ -156,6 +156,8 @@ def test_the_front_is_what_no_other_beats():
         ({}, [(8, 1)], {"trials": 9, "gpu": 0.25}, Shares(2, 0.25, 4)),
         ({"resources": {"cpus": 1}}, [(8, 1)], {"trials": 9, "gpu": 0.5}, Shares(1, 0.5, 2)),
         ({"workers": 2}, [(8, 4)], {"trials": 9, "gpu": 0.25}, Shares(2, 1, 2)),
+        ({}, [(8, 1)], {"trials": 9, "gpu": 0.5, "memory": GB, "gpu_memory": 3 * GB},
+         Shares(4, 0.5, 2)),
         ({"resources": {"gpu": False}}, [(8, 1)], {"trials": 8}, Shares(1, 0, 8)),
         ({}, [(8, 0)], {"trials": 8, "memory": 4 * GB, "free": 15 * GB}, Shares(2, 0, 3)),
         ({}, [(8, 0)], {"trials": 8, "memory": 4 * GB, "free": 10 * GB}, Shares(4, 0, 2)),
@@ -179,6 +181,12 @@ def test_all_trials_that_start_find_room(keys, nodes, asked, wanted):
         ({"resources": {"wait": 5}}, [(0, 0)], {}, r"use a larger resources\.wait than 5 where"),
         ({"workers": 2}, [(8, 0)], {"concurrent": 5}, "5 trials at once.*at most --concurrent 4"),
         ({}, [(8, 1)], {"gpu": 2.0}, "share of a GPU is 2"),
+        (
+            {},
+            [(8, 1)],
+            {"gpu": 0.25, "memory": 9 * GB, "gpu_memory": 24 * GB},
+            r"needs about 8\.4 GiB, and --gpu 0\.25 is 5\.6 GiB of a GPU's 22\.4\. Use a larger",
+        ),
         (
             {},
             [(8, 0)],
@@ -250,15 +258,38 @@ def test_a_cluster_that_was_waited_for_does_with_fewer_trials_at_once(
     # All of it: asked for, looked at from its machines, and shared out.
     told: list[str] = []
     monkeypatch.setattr("raybert.search.check_seen", lambda file: told.append(str(file)))
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "memory": 1.0})
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
     ledger, drawn = Ledger(tmp_path), Plain(search.space, 0)
     assert _find_room(search, drawn, ledger, told.append) == Shares(1, 0, 4)
     assert len(cluster.asked) == 6
-    assert told[1:] == [str(search.folder / "search.yaml")]
+    seen, held = told[1:]
+    assert seen == str(search.folder / "search.yaml")
+    assert held.startswith(
+        "note: others hold 3 of the cluster's 4 CPUs, and all trials at once take 4"
+    )
     assert "up to 9 minutes for room for 6 trials" in told[0]
     # No more than a grid has, but for the finalists' seeds.
     grid = Plain(make_space({"train.lr": ray_tune.grid_search([1e-4, 1e-3])}, "two", BASE), 0)
     _find_room(search, grid, ledger, told.append)
     assert len(cluster.asked) == 6 + max(2, search.settings.finalists) < 12
+
+
+@pytest.mark.parametrize(
+    ("there", "free", "said"),
+    [
+        ({"CPU": 8.0}, {"CPU": 8.0}, ""),
+        ({"CPU": 16.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}, ""),
+        ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 2.0}, "others hold 6 of the cluster's 8 CPUs"),
+        ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0}, "others hold 2 of the cluster's 2 GPUs"),
+    ],
+)
+def test_what_others_hold_is_told(monkeypatch, there, free, said):
+    monkeypatch.setattr("ray.cluster_resources", lambda: there)
+    monkeypatch.setattr("ray.available_resources", lambda: free)
+    held = held_by_others(Shares(2, 0.5, 2), 1)
+    assert bool(held) == bool(said)
+    assert held.startswith(said)
 
 
 def test_a_machine_that_does_not_see_the_search_is_named(tmp_path, monkeypatch):
@@ -719,7 +750,7 @@ def test_a_stopped_trial_leaves_no_checkpoints(tmp_path, deadline, left):
     for number, state in enumerate(("running", "stopped", "failed")):
         ledger.write(Trial(number, {}, state))
         (run_folder(tmp_path, number) / "checkpoints" / "phase0-step0000008").mkdir(parents=True)
-    scribe = Scribe(ledger, 3, 1.0, lambda trial: None, lambda text: None, deadline)
+    scribe = Scribe(ledger, 3, 1.0, 0.0, lambda trial: None, lambda text: None, deadline)
     scribe.on_trial_complete(0, [], tunes(0))
     ledger.remove_checkpoints()  # as every start does
     assert sorted(p.parent.name for p in tmp_path.glob("trials/*/checkpoints")) == left
@@ -734,7 +765,7 @@ def test_core_seconds_are_of_the_cores_that_a_trial_held_then(tmp_path, monkeypa
     del held["core_seconds"]  # as an earlier version wrote it
     file.write_text(json.dumps(held))
     ledger = Ledger(tmp_path)
-    scribe = Scribe(ledger, 1, 1.0, lambda trial: None, lambda text: None, float("inf"))
+    scribe = Scribe(ledger, 1, 1.0, 0.0, lambda trial: None, lambda text: None, float("inf"))
     now = [100.0]
     monkeypatch.setattr("raybert.tuning.time.time", lambda: now[0])
     scribe.on_trial_start(0, [], tunes(0))
@@ -742,6 +773,21 @@ def test_core_seconds_are_of_the_cores_that_a_trial_held_then(tmp_path, monkeypa
     scribe.on_trial_result(0, [], tunes(0), {"percent": 50.0, "score": 0.5})
     (trial,) = Ledger(tmp_path).trials
     assert (trial.seconds, trial.cores, trial.core_seconds) == (15.0, 1.0, 45.0)
+
+
+def test_the_time_of_what_crashed_is_counted(tmp_path, monkeypatch):
+    nobody, silent = (lambda trial: None), (lambda text: None)
+    scribe = Scribe(Ledger(tmp_path), 1, 2.0, 0.5, nobody, silent, float("inf"))
+    now = [100.0]
+    monkeypatch.setattr("raybert.tuning.time.time", lambda: now[0])
+    for again in (scribe.on_trial_recover, scribe.on_trial_error):
+        scribe.on_trial_start(0, [], tunes(0))
+        now[0] += 5
+        again(0, [], tunes(0, get_error=lambda: None))
+        now[0] += 60  # it waits for its turn
+    (trial,) = Ledger(tmp_path).trials
+    assert (trial.state, trial.seconds, trial.core_seconds) == ("failed", 10.0, 20.0)
+    assert trial.gpu_seconds == 5.0
 
 
 def test_the_time_of_a_search_is_counted_over_its_starts(tmp_path, monkeypatch):
@@ -761,6 +807,22 @@ def test_the_time_of_a_search_is_counted_over_its_starts(tmp_path, monkeypatch):
     (tmp_path / "ledger" / "spent.json").unlink()
     Ledger(tmp_path).write(Trial(0, {}))
     assert start(("trials", 20.0)) == {}, "one that an earlier version began is not told in part"
+
+
+@pytest.mark.parametrize(
+    ("axis", "least", "most"),
+    [
+        (ray_tune.uniform(0.5, 2.5), 0.5, 2.5),
+        (ray_tune.randint(2, 9), 2, 8),
+        (ray_tune.lograndint(2, 9), 2, 8),
+        (ray_tune.qrandint(2, 8, 2), 2, 8),
+    ],
+)
+def test_a_population_stays_inside_its_space(axis, least, most):
+    explored = make_scheduler("pbt", Space("mine", {"kd.x": axis}), SCORE_BYTES[:1])
+    inside = explored._custom_explore_fn
+    found = [inside({"values": {"kd.x": value}})["values"]["kd.x"] for value in (-100, 100)]
+    assert found == [least, most]
 
 
 # -- choosing --------------------------------------------------------------------------------------
@@ -905,6 +967,8 @@ def test_the_answer_is_written_for_people_and_programs(folder):
     assert found.winner.trial.number == 0
     assert found.front == (0, 1)
     assert (found.seconds, found.core_seconds) == (30.0, 60.0)
+    assert found.hours == "0.02 core-hours"
+    assert replace(found, gpu_seconds=900.0).hours == "0.02 core-hours, 0.25 GPU-hours"
     best = load_recipe(str(folder / "best.yaml"))
     assert best.method[0].model_dump()["share"] == 0.3
     assert best.measure == BASE.measure
@@ -1205,6 +1269,7 @@ def test_a_share_of_a_gpu_that_nobody_has_is_noted(toy, teacher, tmp_path, monke
         ({"loss": "much"}, "loss 'much'"),
         ({"objectives": "speed"}, "no report has an objective 'speed'"),
         ({"minutes": -1.0}, "no time to train"),
+        ({"minutes": "5"}, "minutes is '5'; give a number"),
         ({"minutes": float("nan")}, "nan minutes leave no time to train"),
         ({"minutes": 5.0, "scheduler": "pbt"}, "Leave --minutes out"),
         ({"loggers": ("tensorbored",)}, "no logger 'tensorbored'"),

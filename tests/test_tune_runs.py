@@ -15,11 +15,11 @@ import pytest
 import yaml
 from ray import tune as ray_tune
 
-from raybert.checks import own_cores
 from raybert.cli import main
 from raybert.draws import Plain
 from raybert.errors import TransientError, UserError
 from raybert.ledger import Ledger
+from raybert.machine import own_cores
 from raybert.recipe_file import dump_recipe, load_recipe
 from raybert.run import compress
 from raybert.search import tune
@@ -289,6 +289,21 @@ def test_trials_of_two_workers_come_to_the_same_as_of_one(toy, teacher, tmp_path
         assert answer.trials[0].cores == workers * (own_cores() // workers)
         assert len(answer.trials[0].curve) > 1, "evaluations reached Tune"
     assert results[1].student.metrics == pytest.approx(results[2].student.metrics, abs=0.03)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(own_cores() < 2, reason="needs two cores")
+def test_trials_of_two_workers_are_stopped_early(toy, teacher, tmp_path):
+    train = {"epochs": 4, "eval_every": 3, "clip": 0.0}
+    keys = {"method": ["lobert"], "workers": 2, "resources": {"cpus": 1}}
+    recipe = toy(tmp_path / "s", teacher=str(teacher), train=train, **keys)
+    axes = {"train.lr": ray_tune.grid_search([6e-3, 0.3, 5e-3])}
+    settings: dict[str, Any] = {"scheduler": "asha", "objectives": "score", "finalists": 0}
+    answer = tune(recipe, axes, concurrent=1, **settings, **QUIET)
+    good, bad, _ = answer.trials
+    assert (good.state, bad.state) == ("finished", "stopped")
+    assert bad.curve[-1][0] < 100
+    assert not list(answer.folder.glob("trials/001/checkpoints/*"))
 
 
 @pytest.mark.long

@@ -175,15 +175,17 @@ def publish(
     figures: Sequence[Figure],
     details: Mapping[str, Any],
     speedups: Sequence[Speedup] = (),
+    variant: str = "",
 ) -> None:
     """Print the figures as a table and write them, with all they depend on, to the results.
 
-    Speed-ups depend on the processor: results with some are kept for each kind of it.
+    Speed-ups depend on the processor: results with some are kept for each kind of it; and each
+    variant of a benchmark has results of its own.
     """
     from raybert.bench import hardware
     from raybert.tables import markdown_table
 
-    machine, name = hardware(), Path(sys.argv[0]).stem
+    machine, name = hardware(), Path(sys.argv[0]).stem + variant
     rows = [
         [f.what, f"{f.measured:.4g} {f.unit}", f.target, {None: "", True: "yes"}.get(f.met, "NO")]
         for f in [*(one.figure for one in speedups), *figures]

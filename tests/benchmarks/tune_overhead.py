@@ -94,20 +94,24 @@ def main() -> None:
     for epochs in args.epochs:
         with tempfile.TemporaryDirectory(prefix="raybert-benchmark-") as folder:
             searches.append(measure(args, Path(folder), epochs))
+    trials = searches[0]["trials"]
+    side_by_side = min(args.concurrent, trials)
     figures = []
     for number, found in enumerate(searches):
         long = statistics.median(found["steps"])
-        what = f"trials of {found['epochs']:g} epoch(s), {long:.0f} s of steps each"
+        what = (
+            f"trials of {found['epochs']:g} epoch(s), {long:.0f} s of steps each, "
+            f"{side_by_side} at once"
+        )
         limit = 15.0 if number == 0 else None
         figures += [
             Figure(f"{what}: time outside training steps", found["outside"], "%", limit),
             Figure(f"{what}: of it, places empty at the end", found["empty"], "%"),
             Figure(f"{what}: the whole search", found["seconds"], "s"),
         ]
-    trials = searches[0]["trials"]
-    side_by_side = min(args.concurrent, trials)
     title = f"A search of {trials} trials, {side_by_side} at once"
-    publish(args, title, figures, {"searches": searches, "concurrent": side_by_side})
+    details = {"searches": searches, "concurrent": side_by_side}
+    publish(args, title, figures, details, variant=f"_{side_by_side}")
 
 
 if __name__ == "__main__":
