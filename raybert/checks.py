@@ -157,6 +157,25 @@ def check_vocabulary(tokenizer: Any, config: Any, source: str) -> None:
         )
 
 
+def _check_layers(recipe: Recipe, config: Any, student: Any) -> None:
+    """Refuse to compare layers with what compression has made incomparable."""
+    kd, made = recipe.kd, [compressed_by(one) for one in (student, config)]
+    if kd.attention:
+        left = [next((e.get("heads") for e in one if e["name"] == "ebert"), None) for one in made]
+        if left[0] != left[1]:
+            raise UserError(
+                "kd.attention compares heads one by one, and ebert has removed some of "
+                f"{recipe.model if left[0] else recipe.teacher}'s. Use kd.attention=0."
+            )
+    asked = [name for name in ("cls", "hidden", "attention") if getattr(kd, name)]
+    if asked and any(entry.get("integer_only") for entry in made[1]):
+        raise UserError(
+            f"kd.{asked[0]} compares layers, and those of teacher {recipe.teacher} compute "
+            "integers, each channel in a unit of its own. Use kd.alpha alone, or the model that it "
+            "was made of as the teacher."
+        )
+
+
 def check_teacher(recipe: Recipe, tokenizer: Any) -> None:
     """Check the teacher beside its student, and let rows have what the teacher reads of them."""
     assert recipe.teacher is not None
@@ -187,6 +206,7 @@ def check_teacher(recipe: Recipe, tokenizer: Any) -> None:
                 f"{student.num_attention_heads} "
                 f"and the teacher {config.num_attention_heads}. Use kd.alpha alone."
             )
+        _check_layers(recipe, config, student)
 
 
 def memory_needed(recipe: Recipe, config: Any, before: dict, after: dict) -> int:

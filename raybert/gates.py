@@ -125,7 +125,8 @@ def uniform(seed: int, step: int, gate: int, rows: Tensor, count: int) -> Tensor
     key = _mix(torch.tensor(seed * 1_000_003 + step, device=rows.device) * 8191 + gate)
     units = torch.arange(count, device=rows.device)
     mixed = _mix(_mix(rows.long() + key)[:, None] + units)
-    return (((mixed >> 40) & 0xFFFFFF).float() + 0.5) / 2**24
+    drawn = (((mixed >> 40) & 0xFFFFFF).float() + 0.5) / 2**24
+    return drawn.clamp(max=1 - 2**-24)  # the largest is rounded up to 1
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -183,6 +183,8 @@ def fill(network: Any, state: dict[str, Tensor], file: str | Path) -> None:
 def _write(network: Any, tokenizer: Any, target: Path) -> None:
     with whole(target) as partial:
         network.save_pretrained(partial)
+        longest = longest_input(network.config)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         tokenizer.save_pretrained(partial)
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(network.config.vocab_size, (2, 16), generator=draw)

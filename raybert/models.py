@@ -232,6 +232,28 @@ def load_for_task(
     return model.eval(), new
 
 
+def take_head(model: PreTrainedModel, new: list[str], teacher: str, task: Any) -> list[str]:
+    """Give a student that has no pooler, as a language model has none, its teacher's, and with it
+    the head that was trained on it.
+
+    Args:
+        model: the student.
+        new: its weights that are new.
+        teacher: hub name or folder of a model with the task's head.
+        task: see `load_for_task`.
+
+    Returns:
+        The names of the weights that were taken over.
+    """
+    if not any(".pooler." in name for name in new):
+        return []
+    known = load_for_task(teacher, task, seed=0, new_head=False)[0].state_dict()
+    own = model.state_dict()
+    lent = [name for name in new if name in known and known[name].shape == own[name].shape]
+    model.load_state_dict({name: known[name] for name in lent}, strict=False)
+    return lent
+
+
 def set_labels(config: Any, task: Any) -> None:
     """Give a config as many labels as the task's head has: of another task it may have others."""
     if task.kind in PROBLEMS:

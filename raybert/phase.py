@@ -105,6 +105,11 @@ class Phase:
         """
         return step > 0
 
+    def unreached(self) -> str:
+        """What the last step's weights have not come to, for the report, where `may_end` does not
+        take them and they stay all the same."""
+        return ""
+
     def warnings(self, total: int) -> list[str]:
         """Sentences for the user, before training, when ``total`` steps do not suit the phase."""
         return []
@@ -210,6 +215,10 @@ def check_layer_map(layer_map: tuple[int, ...], student: int, teacher: int) -> N
             f"kd.layer_map names teacher layer {outside[0]}; the teacher's layers are 1 to "
             f"{teacher}."
         )
+
+
+PREDICTED = ("task", "kd_logits")
+"""The terms that are means over predictions: of a language model, over masked tokens."""
 
 
 class Distillation:

@@ -115,7 +115,7 @@ class PowerNorm(AffineNorm):
     With ``bounded`` each channel has a bound, infinite until it is set.
 
     Buffers: ``running_phi`` [H], the running second moment psi^2; ``nu`` [H], the running statistic
-    of the gradients; ``updates``, how often both were moved.
+    of the gradients; ``updates``, how often both were moved in the phase that trained them last.
     """
 
     nu: Tensor

@@ -279,11 +279,13 @@ class Gated(nn.Module):
             rows = torch.from_numpy(group.rows).to(hidden.device)
             masked = None if mask is None else mask[rows]
             part = self._group(group, hidden[rows], masked, keep[rows], **kwargs)
-            out[rows] = part[0]
+            out[rows] = part[0].to(out.dtype)  # under autocast it is of another type
         return out, None
 
     def _skipping(self) -> bool:
-        if not self.skips or self.training or torch.compiler.is_exporting():
+        if not self.skips or self.training:
+            return False
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # for other samples too
             return False
         # Gathered weights are overwritten before gradients could be taken.
         return not torch.is_grad_enabled()

@@ -16,7 +16,15 @@ from raybert.engine import autocast, fill_gradients
 from raybert.errors import UserError
 from raybert.first_token import first_token_only
 from raybert.models import PROBLEMS
-from raybert.phase import Distillation, Outputs, Phase, Taps, check_layer_map, even_layer_map
+from raybert.phase import (
+    PREDICTED,
+    Distillation,
+    Outputs,
+    Phase,
+    Taps,
+    check_layer_map,
+    even_layer_map,
+)
 from raybert.predictions import Predictions
 from raybert.surgery import encoder_layers, model_inputs
 
@@ -61,30 +69,36 @@ class Distiller:
         self.anchor = next(p for p in engine.module.parameters() if p.requires_grad)
 
     def forward_backward(
-        self, batch: dict[str, torch.Tensor], share: float
+        self, batch: dict[str, torch.Tensor], share: float, of_rows: float
     ) -> dict[str, torch.Tensor]:
         """Run one chunk.
 
         Args:
             batch: this worker's chunk.
-            share: this chunk's weight in the mean over all workers' chunks.
+            share: this chunk's weight in the mean over all workers' chunks, in losses of what is
+                predicted.
+            of_rows: the same in others, which are means over rows in every task.
 
         Returns:
-            The loss terms, detached, each times ``share``.
+            The loss terms, detached, each times its weight.
         """
         batch = {k: v.to(self.place.device, non_blocking=True) for k, v in batch.items()}
         # The teacher first: what the student's forward leaves in the caches, its backward reads.
         taught = self._taught(batch)
         out = self._outputs(self.engine(**model_inputs(self.engine.module, batch, MODEL_INPUTS)), 0)
         terms = self.phase.losses(self.engine.module, out, taught, batch, self.distillation)
-        loss = torch.stack([term.float() for term in terms.values()]).sum() * share
+        terms = {
+            name: term.float() * (share if name in PREDICTED else of_rows)
+            for name, term in terms.items()
+        }
+        loss = torch.stack(list(terms.values())).sum()
         if not loss.requires_grad:
             # A draw that runs only frozen modules; every worker draws the same, so none waits.
             loss = loss + 0.0 * self.anchor.sum()
         self.engine.backward(loss)
         if not self.engine.enable_backward_allreduce:
             fill_gradients(self.engine.module)
-        return {name: term.detach().float() * share for name, term in terms.items()}
+        return {name: term.detach() for name, term in terms.items()}
 
     def _taught(self, batch: dict[str, torch.Tensor]) -> Outputs | None:
         if self.teacher is None:

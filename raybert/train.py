@@ -39,7 +39,7 @@ from raybert.checkpoint import (
     save_weights,
     send,
 )
-from raybert.compressed import mark_compressed
+from raybert.compressed import longest_input, mark_compressed
 from raybert.data import (
     TaskData,
     load_prepared,
@@ -60,7 +60,7 @@ from raybert.features import batched
 from raybert.job import Hooks, Job, PhaseOf, phase_steps, phases_of
 from raybert.metrics import floor
 from raybert.metrics_log import MetricsLog
-from raybert.models import load_for_task, load_tokenizer, write_probe
+from raybert.models import load_for_task, load_tokenizer, take_head, write_probe
 from raybert.phase import At, Phase
 from raybert.places import uri_of
 from raybert.predictions import Predictions
@@ -201,6 +201,10 @@ class Trainer:
             dropout=self.recipe.train.dropout,
             new_head=not self.job.keep_head,
         )
+        if self.job.teacher and (lent := take_head(model, new, self.job.teacher, self.data.task)):
+            new = [name for name in new if name not in lent]
+            if upto == 0:
+                logger.info("from the teacher, not in %s: %s", self.job.start, ", ".join(lent))
         self.start_config = copy.deepcopy(model.config)
         phases = phases_of(self.recipe, self.start_config, self.position.settled)
         if new and upto == 0:
@@ -293,6 +297,9 @@ class Trainer:
         # Each phase draws its own random numbers, whatever came before it.
         seed_everything(train.seed + 7919 * index, self.world.rank)
         model.to(self.world.device)
+        if phase.calibration and checkpoint is None:
+            # Sums of floats differ between kinds of processors; the engine sees to parameters.
+            self.world.share(model.buffers())
         for pattern, known in unmatched(model, train):
             self._note(
                 f"train.rates names {pattern!r}, which no parameter of phase {phase.name} is "
@@ -405,31 +412,34 @@ class Trainer:
         position, train = self.position, self.recipe.train
         engine, phase = distil.engine, distil.phase
         set_rate(engine, rate_share(train, position.step, total))
-        for chunk, (batch, share) in enumerate(self._shares(micro, rows)):
+        for chunk, (batch, share, of_rows) in enumerate(self._shares(micro, rows)):
             forward = position.step * train.accumulation + chunk
             at = At(position.step, total, forward, train.seed, batch["index"])
             phase.on_step(engine.module, at)
-            recent.add(distil.forward_backward(batch, share), batch["input_ids"].numel())
+            terms = distil.forward_backward(batch, share, of_rows)
+            recent.add(terms, batch["input_ids"].numel())
             engine.step()  # DeepSpeed counts: only a step's last chunk changes weights
         position.step += 1
         position.steps += 1
 
     def _shares(
         self, micro: list[dict[str, torch.Tensor]], rows: int
-    ) -> list[tuple[dict[str, torch.Tensor], float]]:
-        """Each chunk with the factor that makes averaging over chunks and workers exact.
+    ) -> list[tuple[dict[str, torch.Tensor], float, float]]:
+        """Each chunk with the factors that make averaging over chunks and workers exact: of losses
+        of what is predicted, and of others.
 
-        Losses are means over a chunk's rows (masked language modelling: masked tokens), and chunks
-        are not quite of one size.
+        Losses are means over a chunk's rows (what masked language modelling predicts: over masked
+        tokens), and chunks are not quite of one size.
         """
         chunks = self.world.size * len(micro)
+        of_rows = [len(batch["index"]) * chunks / rows for batch in micro]
+        shares = of_rows
         if self.kind == "mlm":
             own = [int((batch["labels"] != IGNORED).sum()) for batch in micro]
             total = torch.tensor(float(sum(own)), device=self.world.device)
             whole = self.world.mean(total).item() * self.world.size
-        else:
-            own, whole = [len(batch["index"]) for batch in micro], rows
-        return [(batch, n * chunks / whole) for batch, n in zip(micro, own, strict=True)]
+            shares = [n * chunks / whole for n in own]
+        return list(zip(micro, shares, of_rows, strict=True))
 
     def _check_weights(self, engine: Any, phase: Phase) -> None:
         """Refuse to keep weights that are no numbers: a gradient can be bad where no loss is."""
@@ -503,7 +513,10 @@ class Trainer:
                 "everything to learn, so give it steps enough"
             )
         first = position.best is None
-        counts = phase.may_end(position.step) or (first and position.step == total)
+        may_end, ends = phase.may_end(position.step), position.step == total
+        if ends and not may_end and (first or train.keep == "last") and phase.unreached():
+            self._note(phase.unreached())
+        counts = may_end or (first and ends)
         if counts and (position.best is None or score > position.best):
             position.best, position.best_step = score, position.step
             self.kept = metrics
@@ -565,7 +578,10 @@ class Trainer:
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
             model.save_pretrained(partial)
-            load_tokenizer(self.job.start).save_pretrained(partial)
+            tokenizer = load_tokenizer(self.job.start)
+            longest = longest_input(model.config)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+            tokenizer.save_pretrained(partial)
             rows = np.arange(min(4, len(self.data.splits["dev"])))
             write_probe(model, partial, self.data.batcher("dev")(rows))
             (partial / RESULT).write_text(json.dumps(result))

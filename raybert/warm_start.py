@@ -10,7 +10,8 @@ inputs, so that errors which nothing normalises away would grow from layer to la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -102,9 +103,14 @@ class Sample:
     def scores(self, attention: MatrixAttention, hidden: Tensor) -> Queries:
         """A layer's sampled queries, given what enters its attention [B, T, H]."""
         query, key, _ = attention.heads(hidden, self.real[:, None, None])
-        whole = query @ key.transpose(2, 3)
         row, token, head = self.queries.T
-        picked, keys = whole[row, head, token], self.real[row]  # [n, T]
+        # Not of all queries, of which the sample is a small part.
+        asked = query[row, head, token]  # [n, D]
+        parts = [
+            torch.einsum("nd,ntd->nt", asked[part], key[row[part], head[part]])
+            for part in torch.arange(len(row), device=row.device).split(BATCH)
+        ]
+        picked, keys = torch.cat(parts), self.real[row]  # [n, T]
         softmax = picked.masked_fill(~keys, -torch.inf).softmax(-1)
         room = (0, self.length - keys.shape[-1])
         return Queries(*(F.pad(part, room) for part in (picked, softmax, keys)))
@@ -199,7 +205,7 @@ class Fit:
             whole = self._layer(index, parts)
             handles += [*parts, layer.register_forward_hook(whole, with_kwargs=True)]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), in_slices([self_attention(layer) for layer in layers]):
                 self.sample.through(model)
         finally:
             for handle in handles:
@@ -255,6 +261,38 @@ class Fit:
         return hook
 
 
+@contextmanager
+def in_slices(attentions: Sequence[nn.Module]) -> Iterator[None]:
+    """Attention takes a few rows at a time: of all calibration rows at once its scores alone
+    [B, A, T, T] would fill the memory. Hooks see all rows all the same."""
+
+    def sliced(forward: Callable) -> Callable:
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            count, parts = len(hidden_states), []
+            for start in range(0, count, ROWS):
+                rows = slice(start, start + ROWS)
+                own = [_rows_of(value, rows, count) for value in (hidden_states, *args)]
+                named = {key: _rows_of(value, rows, count) for key, value in kwargs.items()}
+                parts.append(_hidden(forward(*own, **named)))
+            return torch.cat(parts), None
+
+        return run
+
+    for attention in attentions:
+        attention.forward = sliced(attention.forward)
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            del attention.forward
+
+
+def _rows_of(value: Any, rows: Any, count: int) -> Any:
+    """Some rows of what has ``count``; anything else as it is."""
+    own = torch.is_tensor(value) and value.dim() > 1 and len(value) == count
+    return value[rows] if own else value
+
+
 def _hidden(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
@@ -300,12 +338,10 @@ class LayerFit:
         return out, (before, self._error(slice(0, held_out)))
 
     def _through(self, rows: Any) -> Tensor:
-        def part(value: Any) -> Any:
-            of_rows = torch.is_tensor(value) and value.dim() > 1 and len(value) == len(self.real)
-            return value[rows] if of_rows else value
-
-        kwargs = {name: part(value) for name, value in self.kwargs.items()}
-        return _hidden(self.layer.forward(*map(part, self.args), **kwargs))
+        count = len(self.real)
+        args = [_rows_of(value, rows, count) for value in self.args]
+        kwargs = {name: _rows_of(value, rows, count) for name, value in self.kwargs.items()}
+        return _hidden(self.layer.forward(*args, **kwargs))
 
     def _distance(self, rows: Any) -> Tensor:
         """[b, T, H], 0 for padding."""

@@ -184,6 +184,19 @@ def test_accumulation_gives_the_losses_of_one_pass(toy, teacher, tmp_path, kind)
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
 
+def test_layers_of_rows_with_few_masked_words_count_as_much_as_others(toy, tmp_path):
+    """However a batch is cut into passes."""
+    keys = {"task": "mlm", "data": {**task_files("mlm", tmp_path), "text": None, "label": None}}
+    taught = finetune(toy(tmp_path / "teacher", train={"epochs": 1}, **keys), **QUIET)
+    keys |= {"teacher": str(taught), "method": ["lobert"], "kd": {"hidden": 1.0}}
+    logs = []
+    for accumulation in (1, 3):
+        train = {"dropout": 0.0, "accumulation": accumulation, "precision": "fp32"}
+        run = compress(toy(tmp_path / str(accumulation), train=train, **keys), **QUIET)
+        logs.append([line["loss/kd_hidden"] for line in lines(run, "train")])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_two_workers_train_like_one(toy, teacher, tmp_path, zero):

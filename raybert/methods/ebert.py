@@ -127,9 +127,14 @@ class EBERT(MethodConfig):
         """Refuse to learn what there is no place for.
 
         Raises:
-            UserError: attention is to be learned by fewer heads than the teacher has, or forward
-                passes have too few rows for gates to learn from.
+            UserError: what is settled is given, attention is to be learned by fewer heads than the
+                teacher has, or forward passes have too few rows for gates to learn from.
         """
+        if self.heads is not None:
+            raise UserError(
+                "ebert.heads and ebert.neurons are settled by ebert.remove while a run trains, and "
+                "cannot be asked for. Leave them out, and say method.ebert.remove=true."
+            )
         train = recipe.train
         rows = train.batch_size // train.accumulation
         if rows < LEAST_ROWS:
@@ -307,6 +312,20 @@ class TrainGates(Phase):
         reached = self.share.item() <= method.target_flops_ratio + REACHED
         return step > 0 and (reached or method.masks == "topk")
 
+    def unreached(self) -> str:
+        """That the target was not."""
+        return (
+            f"ebert: the last step's rows kept {self.share.item():.0%} of the layers' FLOPs, which "
+            f"is more than the target of {self.method.target_flops_ratio:.0%}: train longer, or "
+            "with a larger flops_weight or gate_lr"
+        )
+
+    def warnings(self, total: int) -> list[str]:
+        """That untrained gates keep about everything."""
+        if total or self.method.masks == "topk" or not self.method.gate_start:
+            return []
+        return ["ebert: gates that are not trained keep about everything, whatever the target is"]
+
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """The share of the layers' FLOPs that the last step's rows kept."""
         return {"flops_share": self.share.item()}
@@ -364,7 +383,10 @@ class FrozenGates(Phase):
             return
         counts = [n for pair in zip(method.heads, method.neurons, strict=True) for n in pair]
         used = self.used or [None] * len(counts)
-        for (_, block), units, count in zip(gated(model), used, counts, strict=True):
+        for (_, block), found, count in zip(gated(model), used, counts, strict=True):
+            # The first worker's units are everybody's, and its weights are sent to all: where sums
+            # of floats differ, another may have found more or fewer.
+            units = found if found is not None and len(found) == count else None
             block.units.narrow(units, count)
             block.gate.narrow(units, count)
         self.used = None

@@ -172,6 +172,12 @@ class MABERT(MethodConfig):
                 f"{', one for all layers' if own['shared'] else ''}. Say data.max_length="
                 f"{own['length']} or less, and leave method.ma_bert.length and shared out."
             )
+        if self.bounded not in (None, bool(own.get("bounded"))):
+            raise UserError(
+                f"ma_bert.bounded={str(self.bounded).lower()} is not what this model was made "
+                "with: bounds are found where norms take the LayerNorms' place. Leave "
+                "method.ma_bert.bounded out."
+            )
         same = {key: own.get(key) for key in ("length", "shared", "bounded")}
         return self.model_copy(update={**same, "continues": True})
 
@@ -186,12 +192,13 @@ class MABERT(MethodConfig):
 
     def remarks(self) -> list[str]:
         """What the structure is worth by itself."""
+        cut = ", and cuts its norms off at their bounds" if self.bounded else ""
         return [
             "ma_bert: up to its head, which keeps its own functions (a classifier tanh, a language "
             "model GELU and LayerNorm), the model computes matrix products, additions and ReLU "
-            "alone; on processors with fused float kernels that is about as fast as its teacher, "
-            "and its use is hardware without other functions, and integer arithmetic (q8bert after "
-            "it)"
+            f"alone{cut}; on processors with fused float kernels that is about as fast as its "
+            "teacher, and its use is hardware without other functions, and integer arithmetic "
+            "(q8bert after it)"
         ]
 
 
@@ -224,6 +231,8 @@ class Transfer(Phase):
         """Fit the new parts to the model's own, or draw them; tells how well they fit."""
         method = self.method
         if method.continues:
+            for norm in power_norms(model):
+                norm.updates.zero_()  # a warm-up is of this phase's
             return {}
         new = copy.deepcopy(model)
         self._exchange(new)

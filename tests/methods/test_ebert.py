@@ -333,6 +333,24 @@ def test_skipping_gives_what_masking_gives(eager_to_skip, family, keys):
             assert flops < 0.9 * dense
 
 
+def test_groups_are_computed_under_autocast(eager_to_skip):
+    model, _ = finished()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = model(**inputs(5)).logits
+    assert half.float() == pytest.approx(logits(model, inputs(5)), abs=0.1)
+
+
+def test_a_trace_is_of_whole_products(eager_to_skip):
+    """For it serves other samples than the one that it was made with."""
+    model, _ = finished()
+    model.config.return_dict = False
+    rows = inputs(3)
+    first, other = ([rows[key][[row]] for key in ("input_ids", "attention_mask")] for row in (0, 2))
+    with torch.no_grad():
+        traced = torch.jit.trace(model, first)
+        assert torch.allclose(traced(*other)[0], model(*other)[0], atol=1e-5)
+
+
 def test_the_room_for_gathers_serves_in_and_outside_inference_mode(eager_to_skip):
     model, _ = finished()
     _scratch.buffers.clear()
@@ -598,6 +616,8 @@ def test_a_run_whose_target_is_never_reached_keeps_its_last_weights(toy, teacher
     run = compress(recipe, tell=lambda text: None)
     held = json.loads((run / "checkpoints" / "final" / "result.json").read_text())["position"]
     assert held["best_step"] == held["steps"] > 3
+    (note,) = [text for text in held["notes"] if text.startswith("ebert: the last step's rows")]
+    assert "more than the target of 30%: train longer" in note
     # And who trains it on leaves the gates, which are frozen, as they are.
     more = finetune(toy(tmp_path / "more", model=str(run), train={"epochs": 1}), tell=print)
     before, after = (load_file(place / "model" / "model.safetensors") for place in (run, more))
@@ -615,6 +635,31 @@ def test_passes_of_too_few_rows_are_refused():
         recipe = recipe_from({"method": ["ebert"], "train": train})
         with pytest.raises(UserError, match=advice):
             recipe.method[0].bind(recipe)
+
+
+def test_what_removal_settles_cannot_be_asked_for():
+    counts = {"heads": [1, 1, 1, 1], "neurons": [9, 9, 9, 9]}
+    recipe = recipe_from({"method": [{"name": "ebert", **counts}]})
+    with pytest.raises(UserError, match=r"Leave them out, and say method\.ebert\.remove=true"):
+        recipe.method[0].bind(recipe)
+
+
+def test_gates_that_are_not_trained_are_warned_of():
+    phase = TrainGates(EBERT())
+    assert phase.warnings(100) == []
+    assert "whatever the target is" in phase.warnings(0)[0]
+    assert TrainGates(EBERT(masks="topk")).warnings(0) == []
+
+
+def test_a_worker_that_found_other_units_has_the_first_ones_sizes():
+    """Its weights come from there."""
+    model, method = finished(remove=True, frozen_epochs=1.0)
+    shape = {"heads": [1, 2, 1, 2], "neurons": [7, 8, 9, 10]}
+    phase = FrozenGates(method.model_copy(update=shape))
+    phase.used = [torch.arange(2), torch.arange(8)] * 4
+    phase.prepare(model)
+    counts = [block.units.count for _, block in gated(model)]
+    assert counts == [1, 7, 2, 8, 1, 9, 2, 10]
 
 
 def test_heads_that_are_gone_have_no_attention_to_learn():

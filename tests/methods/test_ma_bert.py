@@ -16,6 +16,7 @@ from test_export import difference, operators, padded
 from torch import nn
 
 import raybert
+from raybert import warm_start
 from raybert.cli import main
 from raybert.compressed import longest_input
 from raybert.config import KDConfig
@@ -374,13 +375,27 @@ def test_bounds_are_what_the_calibration_rows_reach_and_stay_with_the_model(tmp_
     entry = run.model.config.compression[0]
     assert entry["bounded"] is True
     config = copy.deepcopy(run.model.config)
-    assert MABERT(bounded=False).resolve(config).bounded is True, "training on, they are there"
+    assert MABERT().resolve(config).bounded is True, "training on, they are there"
+    with pytest.raises(UserError, match=r"bounded=false is not what this model was made with"):
+        MABERT(bounded=False).resolve(config)
     alone = finished([{**CASE, "warm_start": False}], "bert", "classification").model
     assert all(norm.bound is None for norm in power_norms(alone))
     with pytest.raises(UserError, match=r"ma_bert\.bounded needs ma_bert\.warm_start"):
         MABERT(bounded=True, warm_start=False).resolve(predecessor("bert").config)
     del config.compression[0]["bounded"]  # a model of an earlier version
     assert not MABERT().resolve(config).bounded
+
+
+def test_calibration_rows_go_through_attention_a_few_at_a_time(monkeypatch):
+    """And the fit is the same."""
+    model, batch = predecessor("bert"), padded(predecessor("bert"), 12, 24)
+    found = []
+    for count in (1000, 5):
+        monkeypatch.setattr(warm_start, "ROWS", count)
+        phase = MABERT(length=24, fit_steps=20, layer_steps=0).phases()[0]
+        facts = phase.initialise(model, [batch])
+        found.append([value for part in facts.values() for value in part.values()])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_moments_that_are_known_need_no_warm_up():
@@ -391,6 +406,27 @@ def test_moments_that_are_known_need_no_warm_up():
         phase.prepare(model)
         phase.on_step(model, At(0, 50, 0, 0))
         assert {norm.warmup for norm in power_norms(model)} == {wanted}
+
+
+def test_a_warm_up_is_of_the_phase_that_it_is_asked_for_in():
+    model = finished([CASE], "bert", "classification").model
+    for norm in power_norms(model):
+        norm.updates.fill_(1000)
+    phase = MABERT(warmup=2).resolve(model.config).phases()[0]
+    assert phase.initialise(model, []) == {}
+    phase.prepare(model)
+    model.train()
+    phase.on_step(model, At(0, 50, 0, 0))
+    norm = power_norms(model)[0]
+    norm.real.mask = None
+    sizes = []
+    for step in (1, 2, 3):
+        norm(torch.full((2, 5, 32), float(step)))
+        phase.on_step(model, At(step, 50, step, 0))
+        sizes.append(norm.running_phi.mean().item())
+    # A plain average of what was seen, then the running one.
+    assert sizes == pytest.approx([1.0, 2.5, 0.9 * 2.5 + 0.1 * 9.0])
+    assert norm.updates == 3
 
 
 def test_a_norm_that_would_stretch_the_basis_too_far_is_kept():
@@ -427,18 +463,18 @@ def test_factors_of_lobert_are_left_as_they_are():
     assert folded(model) is model
 
 
-@pytest.mark.parametrize("warm_start", [True, False])
+@pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize(
     ("family", "shared"), [("bert", False), ("roberta", True), ("distilbert", False)]
 )
-def test_graph_is_matrix_arithmetic_alone(family, shared, warm_start):
-    case = {**CASE, "shared": shared, "warm_start": warm_start}
+def test_graph_is_matrix_arithmetic_alone(family, shared, start):
+    case = {**CASE, "shared": shared, "warm_start": start}
     model = shaken(finished([case], family, "classification").model)
     program = trace(folded(model))
     graph = translate(program)
     kinds = set(operators(graph))
     assert not kinds & FORBIDDEN
-    assert ("Min" in kinds) == warm_start  # the norms' bounds
+    assert ("Min" in kinds) == start  # the norms' bounds
     assert kinds <= {
         "Min",
         *("MatMul", "Gemm", "Add", "Mul", "Relu", "Max"),  # arithmetic; Max is ReLU with a bias
@@ -580,7 +616,12 @@ def test_what_transfer_on_text_leaves_is_a_start_for_a_task(text, toy, teacher, 
     trained = compress(toy(tmp_path / "c", train={"epochs": 1}, **keys), tell=lambda _: None)
     assert longest_input(raybert.load(trained).config) == 32
     norms = power_norms(raybert.load(trained))
-    assert all(n.updates > o.updates > 0 for n, o in zip(norms, power_norms(start), strict=True))
+    assert all(norm.updates > 0 for norm in norms)
+    # A language model has no pooler: the task's is the teacher's, and the head that knows it.
+    knows = raybert.load(teacher).state_dict()
+    lent = [name for name in found if ".pooler." in name or name.startswith("classifier.")]
+    assert len(lent) == 4
+    assert all(torch.equal(found[name], knows[name]) for name in lent)
 
 
 def test_text_without_a_masked_language_head_is_refused(text, encoder, tmp_path):
