@@ -206,8 +206,8 @@ def test_what_is_trained_on_is_still_called_compressed(toy, teacher, tmp_path):
         card = (folder / "model" / "README.md").read_text()
         assert "library_name: raybert" in card
         assert "raybert.load(folder)" in card
-        (said,) = json.loads((folder / "report.json").read_text())["notes"]
-        assert "what is computed depends on the sample" in said
+        said = json.loads((folder / "report.json").read_text())["notes"]
+        assert sum("what is computed depends on the sample" in text for text in said) == 1
 
 
 def test_a_report_that_was_lost_is_written_anew_and_nothing_trained(toy, tmp_path):

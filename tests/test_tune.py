@@ -278,7 +278,7 @@ def test_a_cluster_that_was_waited_for_does_with_fewer_trials_at_once(
 @pytest.mark.parametrize(
     ("there", "free", "said"),
     [
-        ({"CPU": 8.0}, {"CPU": 8.0}, ""),
+        ({"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}, ""),
         ({"CPU": 16.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}, ""),
         ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 2.0}, "others hold 6 of the cluster's 8 CPUs"),
         ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0}, "others hold 2 of the cluster's 2 GPUs"),

@@ -609,7 +609,8 @@ def test_what_transfer_on_text_leaves_is_a_start_for_a_task(text, toy, teacher, 
     body = {name: t for name, t in start.state_dict().items() if name.startswith("bert.")}
     assert len(body) > 100
     for name, tensor in body.items():
-        assert torch.equal(found[name], tensor), name
+        if not name.endswith(".updates"):  # they are of the phase
+            assert torch.equal(found[name], tensor), name
     kd = {"alpha": 0.9, "form": "soft_ce", "hidden": 1.0, "attention": 100.0, "embeddings": True}
     # Its rows are shorter than those of stage (a).
     keys |= {"data": {"max_length": 12}, "method": ["ma_bert"], "kd": kd}
