@@ -102,6 +102,12 @@ def check_resources(recipe: Recipe) -> None:
             f"{recipe.folder} is in the copy of a working folder that Ray removes after the job; "
             "give out= a place on storage that stays, for example out=/mnt/raybert/runs/NAME."
         )
+    if train.precision == "fp16" and train.zero:
+        # DeepSpeed's stages clip gradients before they are unscaled, and never lower the scale.
+        raise UserError(
+            f"train.precision fp16 does not go with train.zero {train.zero}; use train.zero=0, or "
+            "train.precision=bf16 (fp32 on GPUs without it)."
+        )
     if train.zero == 3 and (recipe.method or recipe.kd.active):
         raise UserError(
             "train.zero 3 is for fine-tuning alone: methods change weights that stage 3 keeps in "

@@ -19,6 +19,7 @@ from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 
 from raybert.attention import PROJECTED, attend
+from raybert.int8 import Int8Linear
 from raybert.surgery import after_attention, encoder_layers, ffn_block, self_attention
 
 LAYERS = (BertLayer, RobertaLayer, TransformerBlock)
@@ -30,7 +31,7 @@ def first_token_only(model: nn.Module) -> Iterator[None]:
     """Inside the context, the encoder's last layer gives [B, 1, H]: the first token's output.
 
     A last layer that is not stock, or whose attention a method has made its own (but for other
-    projections), stays as it is.
+    projections), stays as it is; so does one whose inputs are scaled by all tokens together.
 
     Args:
         model: with a head that reads the first token.
@@ -39,7 +40,9 @@ def first_token_only(model: nn.Module) -> Iterator[None]:
     chosen: list[Any] = [
         layer
         for layer in _stock_layers(encoder_layers(model)[-1])
-        if type(self_attention(layer)) in known and "forward" not in vars(layer)
+        if type(self_attention(layer)) in known
+        and "forward" not in vars(layer)
+        and not any(_of_all_tokens(module) for module in layer.modules())
     ]
     for layer in chosen:
         layer.forward = functools.partial(_forward, layer)
@@ -48,6 +51,11 @@ def first_token_only(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in chosen:
             del layer.forward
+
+
+def _of_all_tokens(module: nn.Module) -> bool:
+    """Whether a linear layer scales its inputs by the largest of all tokens."""
+    return isinstance(module, Int8Linear) and module.scheme.inputs == "dynamic"
 
 
 def _stock_layers(module: nn.Module) -> list[nn.Module]:

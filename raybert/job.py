@@ -102,9 +102,11 @@ def phases_of(recipe: Recipe, model_config: Any, settled: Settled | None = None)
     """
     if not recipe.method:
         return [PhaseOf(Phase())]
-    chain = []
+    chain, layer_map = [], None
     for place, method in enumerate(resolve_chain(recipe, model_config, settled)):
         phases = method.phases()
+        for phase in phases:  # what layers stand for, they stand for in later phases too
+            layer_map = phase.layer_map = phase.layer_map or layer_map
         chain += [PhaseOf(p, method, place, p is phases[-1]) for p in phases]
     return chain
 

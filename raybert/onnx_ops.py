@@ -435,6 +435,7 @@ HANDLERS: dict[str, Handler] = {
     "aten.add.Tensor": _binary("Add"),
     "aten.add.Scalar": _binary("Add"),
     "aten.sub.Tensor": _binary("Sub"),
+    "aten.pow.Tensor_Scalar": _binary("Pow"),
     "aten.mul.Tensor": _binary("Mul"),
     "aten.mul.Scalar": _binary("Mul"),
     "aten.div.Tensor": _binary("Div"),

@@ -125,8 +125,9 @@ def logit_parity(
         scale = max(scale, largest)
         shapes.append(list(inputs["input_ids"].shape))
     size = max(1.0, scale)
-    allowed = (INTEGER if integer else FLOAT) * size
-    most = size * max([FLOAT, *(method.rounding for method in finished(model.config))])
+    rounding = max([0.0, *(method.rounding for method in finished(model.config))])
+    allowed = size * (max(INTEGER, rounding) if integer else FLOAT)
+    most = size * max(FLOAT, rounding)
     tipped = sum(apart > allowed for apart in rows)
     if tipped and (integer or tipped > TIPPED * len(rows) or max(rows) > most):
         raise UserError(

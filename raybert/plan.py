@@ -146,6 +146,7 @@ def make_plan(recipe: Recipe, *, alone: bool = True, data: TaskData | None = Non
     source, config, tokenizer = _start(recipe)
     data = data or prepare(recipe.task, recipe.data, tokenizer)
     _check_splits(recipe.task, data)
+    _check_start(recipe, config, source, data)
     set_labels(config, data.task)
     teacher = config
     if recipe.teacher:
@@ -202,6 +203,22 @@ def _start(recipe: Recipe) -> tuple[str, Any, Any]:
     if recipe.teacher:
         check_teacher(recipe, tokenizer)
     return source, config, tokenizer
+
+
+def _check_start(recipe: Recipe, config: Any, source: str, data: TaskData) -> None:
+    """Refuse module replacing in a model whose head is new, for the head is frozen."""
+    if not (recipe.method and recipe.method[0].name == "theseus" and recipe.model):
+        return
+    if recipe.teacher is None:  # it is fine-tuned first
+        return
+    try:
+        check_head(source, config, data.task)
+    except UserError:
+        raise UserError(
+            f"theseus replaces layers of a model that was fine-tuned on the task, and {source} was "
+            f"not fine-tuned for {data.task.name}. Leave `model` out to start from the teacher, or "
+            f"fine-tune it first: raybert finetune model={source}."
+        ) from None
 
 
 def _check_own_teacher(chain: list[Any], config: Any, source: str) -> None:

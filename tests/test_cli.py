@@ -327,6 +327,16 @@ def half_precision_on_a_cpu(t: Bench) -> BadInput:
     return "finetune", words, ["fp16 needs a GPU"]
 
 
+def half_precision_at_a_zero_stage(t: Bench) -> BadInput:
+    words = t.words("train.precision=fp16", "train.zero=1")
+    return "finetune", words, ["fp16 does not go with train.zero 1", "train.zero=0"]
+
+
+def replacing_in_a_model_without_the_head(t: Bench) -> BadInput:
+    words = t.words(f"teacher={t.teacher}", "method=theseus")
+    return "compress", words, ["was not fine-tuned for", "Leave `model` out"]
+
+
 def saved_predictions_of_every_token(t: Bench) -> BadInput:
     kd = ["kd.alpha=0.5", "kd.hidden=1", "kd.predictions=saved"]
     words = t.words(f"teacher={t.teacher}", "method=theseus", *kd, model=False)
@@ -421,6 +431,8 @@ BAD_INPUT: list[Callable[[Bench], BadInput]] = [
     a_method_to_fine_tune_with,
     no_steps,
     half_precision_on_a_cpu,
+    half_precision_at_a_zero_stage,
+    replacing_in_a_model_without_the_head,
     saved_predictions_of_every_token,
     saved_predictions_of_masked_words,
     predictions_that_are_nowhere,

@@ -18,6 +18,7 @@ import torch
 from conftest import GOOD, VOCAB, make_tokenizer, toy_encoder
 from methods.test_conformance import CASES, finished
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 import raybert.export as export_module
 from raybert import parity
@@ -113,6 +114,14 @@ def test_logits_are_the_models_for_any_shape(family: str, kind: str) -> None:
     for shape in SHAPES:
         assert difference(model, graph, padded(model, *shape)) < 1e-5
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_accurate", "quick_gelu"])
+def test_activations_of_other_models(name: str) -> None:
+    config = toy("bert", "classification").config
+    config.hidden_act = name
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert difference(model, to_onnx(model), padded(model, 2, 9)) < 1e-5
 
 
 def test_graph_holds_what_it_needs_and_no_more() -> None:

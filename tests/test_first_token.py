@@ -106,6 +106,19 @@ def test_layers_that_are_replaced_too(modules):
                 torch.testing.assert_close(narrow[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_inputs_that_all_tokens_scale_together_are_left_alone():
+    model, inputs = classifier("bert", "sdpa").eval(), batch()
+    method = METHODS["q8bert"].model_validate({"mode": "dynamic", "epochs": 0})
+    for phase in method.resolve(model.config).phases():
+        phase.initialise(model, [inputs])
+        phase.prepare(model)
+        phase.finish(model)
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        with first_token_only(model):
+            assert torch.equal(model(**inputs).logits, wanted)
+
+
 def test_low_rank_projections_too():
     model, inputs = classifier("bert", "sdpa"), batch()
     method = METHODS["lobert"].model_validate({"share": 0.8}).resolve(model.config)

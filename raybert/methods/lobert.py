@@ -1,6 +1,7 @@
 """LoBERT: low-rank factors in place of weight matrices, then training with knowledge distillation.
 
-    raybert compress method=lobert task=mrpc data=GLUE/MRPC teacher=runs/mrpc-finetuned
+    raybert compress method=lobert task=mrpc data=GLUE/MRPC teacher=runs/mrpc-finetuned \\
+        kd.alpha=0.5 kd.cls=100
 
 Queries, keys and values are factorised in one of seven ways, the feed-forward matrices in one of
 two, any one with any one: by truncated SVD, by Tucker or by FALCON (one shared matrix, scaled row
@@ -163,12 +164,22 @@ class LoBERT(MethodConfig):
             settles = bool(ways) and (ways[0] == "share" or isinstance(mode, Svd))
             text = f"{part}_rank and lobert.{''.join(ways)} both give ranks; leave one out"
             found[text] = given and settles
+            text = f"{''.join(ways)} gives ranks of SVD modes alone; give lobert.{part}_rank too"
+            found[text] = bool(ways) and not settles and isinstance(mode, Tucker) and not given
             text = f"{part}_rank is not FALCON's; give lobert.falcon_rank"
             found[text] = given and isinstance(mode, Falcon)
         for part in {"attention", "ffn"} - set(self.modes):
             text = f"{part}_rank is given and lobert.{part} is null"
             found[text] = vars(self)[f"{part}_rank"] is not None
         return found
+
+    def advice(self, recipe: Any, model_config: Any) -> list[str]:
+        if recipe.kd.active:
+            return []
+        return [
+            "lobert was published with distillation, and here its student learns from labels "
+            "alone: kd.alpha=0.5 kd.cls=100 is a start"
+        ]
 
     # -- modes and their ranks -----------------------------------------------------------------
 
@@ -367,11 +378,9 @@ class LoBERT(MethodConfig):
                 "lobert.data_aware found no calibration rows; give the task training rows."
             )
         # Not ffn_tucker's outputs: the moment [I, I] of their inputs would cost more than all else.
-        names = {
-            *self.svd,
-            *(PARTS if self.attention else ()),
-            *(("intermediate",) if self.ffn else ()),
-        }
+        names = {*self.svd, *(PARTS if self.attention else ())}
+        if self.ffn and self.shape is not None and self.shape.inner >= self.shape.hidden:
+            names.add("intermediate")  # where it is narrower, the moment is of its outputs
         seen = {key: dense for key, dense in dense_matrices(model).items() if key[1] in names}
         # Queries, keys and values have one input, whose moment is taken once.
         twins = {key for key in seen if key[1] in PARTS[1:]}

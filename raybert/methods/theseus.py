@@ -82,7 +82,17 @@ class Theseus(MethodConfig):
     )
 
     @model_validator(mode="after")
-    def _layers_agree_with_groups(self) -> Theseus:
+    def _consistent(self) -> Theseus:
+        idle = {
+            "steps_for_replacing": (self.steps_for_replacing, "schedule=constant"),
+            "k": (self.k, "schedule=linear"),
+            "finetune_lr": (self.finetune_lr, "finetune_epochs above 0"),
+            "finetune_all": (self.finetune_all or None, "finetune_epochs above 0"),
+        }
+        used = {f"schedule={self.schedule}", "finetune_epochs above 0" * bool(self.finetune_epochs)}
+        for key, (value, wants) in idle.items():
+            if value is not None and wants not in used:
+                raise ValueError(f"theseus.{key} does nothing without {wants}; leave one out")
         if self.groups and self.layers and len(self.groups) != self.layers:
             raise ValueError(
                 f"theseus.groups names {len(self.groups)} groups and theseus.layers is "
@@ -229,6 +239,8 @@ class Replace(Phase):
 
     def warnings(self, total: int) -> list[str]:
         """Says so when the replacing rate does not reach 1."""
+        if not total:
+            return []
         last = self.method.rate(total - 1, total)
         if last == 1.0:
             return []

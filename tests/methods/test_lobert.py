@@ -42,7 +42,7 @@ from raybert.ranks import (
     saving_rank,
     spend,
 )
-from raybert.recipe_file import RECIPES, load_recipe
+from raybert.recipe_file import RECIPES, load_recipe, recipe_from
 from raybert.run import _fit
 from raybert.surgery import (
     MATRICES,
@@ -711,6 +711,23 @@ def test_what_saves_no_time_is_said():
     assert told(attention="self_tucker_vertical", attention_rank=(8, 200, 200)) == []
 
 
+@pytest.mark.parametrize(("kd", "said"), [({}, 1), ({"alpha": 0.5}, 0), ({"cls": 10.0}, 0)])
+def test_a_student_that_learns_from_labels_alone_is_told_of(kd, said):
+    recipe = recipe_from({"method": ["lobert"], "kd": kd})
+    assert len(recipe.method[0].advice(recipe, None)) == said
+
+
+def test_a_narrow_feed_forward_needs_no_moment_that_tucker_cannot_use():
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = BertConfig(**sizes, num_attention_heads=2, vocab_size=30, max_position_embeddings=16)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    batch = {"input_ids": torch.arange(5, 25).view(2, 10)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    keys = {"attention": None, "ffn": "ffn_tucker", "ffn_rank": (2, 6, 6), "data_aware": True}
+    (phase,) = lobert(**keys).resolve(config).phases()
+    assert phase.initialise(model, [batch])
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -729,6 +746,11 @@ def test_what_saves_no_time_is_said():
         ({"falcon_rank": 2}, "falcon_rank is the rank of FALCON modes"),
         ({"attention": "self_falcon_4d", "ffn": None, "share": 0.8}, "no rank to find"),
         ({"attention": "self_tucker_4d", "ffn": None, "energy": 0.5}, "there is none"),
+        (
+            {"attention": "self_tucker_layer", "energy": 0.5},
+            "energy gives ranks of SVD modes alone; give lobert.attention_rank too",
+        ),
+        ({"ffn": "ffn_tucker", "ranks": [[4] * 3] * 4}, "give lobert.ffn_rank too"),
         ({"allocate": "energy"}, "give lobert.share"),
         ({"allocate": "energy", "energy": 0.5}, "give lobert.share"),
         (

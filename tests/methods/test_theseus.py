@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, toy_encoder
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -117,6 +118,25 @@ def test_the_rate_never_falls_and_ends_at_one(schedule):
     assert rates == sorted(rates)
     assert rates[0] == 0.3
     assert rates[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("keys", "wants"),
+    [
+        ({"steps_for_replacing": 9}, "schedule=constant"),
+        ({"schedule": "constant", "k": 0.1}, "schedule=linear"),
+        ({"finetune_lr": 1e-4}, "finetune_epochs above 0"),
+        ({"finetune_all": True}, "finetune_epochs above 0"),
+    ],
+)
+def test_settings_that_do_nothing_are_refused(keys, wants):
+    with pytest.raises(ValidationError, match=f"{list(keys)[-1]} does nothing without {wants}"):
+        theseus(**keys)
+
+
+def test_no_steps_have_no_last_rate():
+    (phase,) = theseus(layers=2).resolve(classifier().config).phases()
+    assert phase.warnings(0) == []
 
 
 # -- draws -----------------------------------------------------------------------------------------
