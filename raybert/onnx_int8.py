@@ -12,8 +12,8 @@ products read under one scale, such as what queries, keys and values are made of
 
 On a CPU with AVX2 and no VNNI instructions, ONNX Runtime's unsigned-by-signed kernels add pairs of
 products in 16 bits, which saturate when both activations and both weights are near their largest.
-The parity check of `raybert.export` sees such a model there and refuses it; elsewhere the export
-notes that its products may.
+Where that changes logits by more than rounding, the parity check of `raybert.export` refuses such a
+model there; the export notes on any machine that its products may.
 """
 
 from __future__ import annotations
