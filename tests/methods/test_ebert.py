@@ -348,6 +348,7 @@ def test_a_trace_is_of_whole_products(eager_to_skip):
     first, other = ([rows[key][[row]] for key in ("input_ids", "attention_mask")] for row in (0, 2))
     with torch.no_grad():
         traced = torch.jit.trace(model, first)
+        assert isinstance(traced, torch.jit.ScriptModule)
         assert torch.allclose(traced(*other)[0], model(*other)[0], atol=1e-5)
 
 

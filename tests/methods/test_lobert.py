@@ -718,8 +718,14 @@ def test_a_student_that_learns_from_labels_alone_is_told_of(kd, said):
 
 
 def test_a_narrow_feed_forward_needs_no_moment_that_tucker_cannot_use():
-    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
-    config = BertConfig(**sizes, num_attention_heads=2, vocab_size=30, max_position_embeddings=16)
+    config = BertConfig(
+        vocab_size=30,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
     model = AutoModelForSequenceClassification.from_config(config).eval()
     batch = {"input_ids": torch.arange(5, 25).view(2, 10)}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])

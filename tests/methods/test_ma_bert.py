@@ -418,6 +418,7 @@ def test_a_warm_up_is_of_the_phase_that_it_is_asked_for_in():
     model.train()
     phase.on_step(model, At(0, 50, 0, 0))
     norm = power_norms(model)[0]
+    assert norm.real is not None
     norm.real.mask = None
     sizes = []
     for step in (1, 2, 3):
