@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -73,6 +74,8 @@ def read_config(name: str) -> Any:
             f"{name} is not a model folder: it holds no config.json. Give the folder that "
             "save_pretrained wrote, or a run folder with a finished model."
         )
+    if not path.exists():
+        _check_hub_name(name)
     try:
         place = str(path) if path.exists() else name
         # Said outright: else transformers may ask whether to run the folder's own code.
@@ -89,6 +92,17 @@ def read_config(name: str) -> Any:
             "(MiniLM and TinyBERT are bert)."
         )
     return checked_config(name, config)
+
+
+def _check_hub_name(name: str) -> None:
+    """Refuse what is no folder, nor can be a model of the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(
+            f"model {name!r} cannot be read: there is no such folder, and no model of the Hugging "
+            "Face Hub can be called so. Give an existing folder, or the name of a model on the Hub."
+        ) from None
 
 
 def check_head(name: str, config: Any, task: Any) -> None:

@@ -255,6 +255,9 @@ def make_search(
     looked = _look(recipe, space, samples)
     plans = [sample.plan for sample in looked if sample.plan is not None]
     if not plans:
+        reasons = {sample.reason for sample in looked}
+        if len(reasons) == 1:  # of the recipe, not of the space
+            raise UserError(reasons.pop())
         raise UserError(
             f"none of {len(looked)} samples of space {space.name} can be run; the last: "
             f"{looked[-1].reason}"

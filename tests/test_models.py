@@ -389,6 +389,12 @@ def test_the_blank_structure_counts_like_the_real_one(methods, name, kind):
     assert config.num_hidden_layers == 2
 
 
+@pytest.mark.parametrize("name", ["runs/mrpc/teacher", "./teacher", "/nowhere/at/all", "a b"])
+def test_what_is_no_folder_and_no_hub_name_is_told_apart_from_one_that_is_not_there(name):
+    with pytest.raises(UserError, match="no such folder, and no model of the Hugging Face Hub"):
+        read_config(name)
+
+
 def test_a_hub_name_that_cannot_be_reached_is_named():
     with pytest.raises(UserError, match="'nobody/nothing' cannot be read"):
         read_config("nobody/nothing")

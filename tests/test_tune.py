@@ -1464,6 +1464,11 @@ def test_a_population_must_be_looked_at_on_the_way(toy, teacher, tmp_path, metho
         make_search(recipe, None, Settings(scheduler="pbt"))
 
 
+def test_a_mistake_of_the_recipe_is_not_blamed_on_the_space(toy, tmp_path):
+    with pytest.raises(UserError, match=r"^model 'runs/not/there' cannot be read"):
+        search_of(toy, "runs/not/there", tmp_path / "s")
+
+
 def test_a_space_in_which_nothing_runs_is_refused(toy, teacher, tmp_path):
     axes = {"method.lobert.attention_rank": ray_tune.choice([16, 31])}
     with pytest.raises(UserError, match=r"none of 5 samples.*use rank <= 15"):
