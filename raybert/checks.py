@@ -219,19 +219,22 @@ def memory_needed(recipe: Recipe, config: Any, before: dict, after: dict) -> int
     """Bytes a worker needs, roughly.
 
     Weights, gradients and Adam's two moments; the teacher's weights; activations, and with them
-    eager attention's maps and the logits over a vocabulary, where there are any.
+    eager attention's maps and the logits over a vocabulary, where there are any. Calibration comes
+    before gradients and moments, and may hold more than they do.
     """
     train, length = recipe.train, recipe.data.max_length
     trained = max(before["parameters"]["total"], after["parameters"]["total"])
     beside = recipe.method or (recipe.teacher and recipe.kd.active)
-    weights = 16 * trained + (4 * before["parameters"]["total"] if beside else 0)
+    taught = 4 * before["parameters"]["total"] if beside else 0
+    calibration = [method.calibration_bytes(config, length) for method in recipe.method]
     rows = -(-train.batch_size // (recipe.fewest * train.accumulation))
     a_token = config.num_hidden_layers * 22 * config.hidden_size
     if recipe.kd.attention:
         a_token += config.num_hidden_layers * 4 * config.num_attention_heads * length
     if recipe.task == "mlm":
         a_token += 3 * config.vocab_size
-    return weights + rows * length * a_token * 4
+    training = 12 * trained + rows * length * a_token * 4
+    return 4 * trained + taught + max(training, *calibration, 0)
 
 
 def check_memory(memory: int, recipe: Recipe, alone: bool) -> None:
@@ -245,9 +248,9 @@ def check_memory(memory: int, recipe: Recipe, alone: bool) -> None:
         free, total = (gpus * size for size in torch.cuda.mem_get_info())
     room, there = (free, "are free") if alone else (total, "are all there is")
     if memory * workers > room:
+        calibrated = "calibration_rows or " if recipe.method else ""
         raise UserError(
             f"this run needs about {memory * workers / 2**30:.1f} GiB and {room / 2**30:.1f} GiB "
-            f"{there}. Use a smaller train.batch_size, a larger train.accumulation, or "
-            "train.zero 1 "
-            "or 2 on several workers."
+            f"{there}. Use a smaller {calibrated}train.batch_size, a larger train.accumulation, or "
+            "train.zero 1 or 2 on several workers."
         )

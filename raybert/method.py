@@ -80,6 +80,11 @@ class MethodConfig(Section):
         """What the user should know before training, of settings that work against the method."""
         return []
 
+    def calibration_bytes(self, model_config: Any, length: int) -> int:
+        """What calibration holds beside the weights, of rows of ``length`` tokens, where it is more
+        than a batch's."""
+        return 0
+
     def check_model(self, make: Callable[[], Any]) -> None:
         """Refuse settings that name parts which the model has not.
 

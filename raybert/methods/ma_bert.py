@@ -34,9 +34,20 @@ from raybert.surgery import (
     layer_holder,
     self_attention,
     set_activation,
+    sizes,
     swap,
 )
-from raybert.warm_start import Fit, Sample, Values, layer_norms, put, random_net, record
+from raybert.warm_start import (
+    QUERIES,
+    ROWS,
+    Fit,
+    Sample,
+    Values,
+    layer_norms,
+    put,
+    random_net,
+    record,
+)
 
 LENGTH = 128
 """N where neither the method nor the recipe's data says otherwise; the paper's."""
@@ -106,6 +117,22 @@ class MABERT(MethodConfig):
     def leaves_trace(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the structure changes: that of an MA-BERT that is trained on does not."""
         return not self.continues
+
+    @property
+    def fits(self) -> bool:
+        """Whether new parts are fitted to the model's own."""
+        return self.warm_start and not self.continues
+
+    def calibration_bytes(self, model_config: Any, length: int) -> int:
+        """All rows at once: what each layer gives of them, the feed-forward under way, a step of
+        the layers' fit and the queries of the nets'."""
+        if not self.fits:
+            return 0
+        size = sizes(model_config)
+        a_token = (size["layers"] + 6) * size["hidden"] + 2 * size["inner"]
+        fitted = 22 * size["hidden"] + 3 * size["heads"] * length
+        queries = 3 * size["layers"] * QUERIES
+        return 4 * length * (self.calibration_rows * a_token + ROWS * fitted + queries)
 
     def bind(self, recipe: Any) -> MABERT:
         """Take N from the recipe's data.
@@ -213,8 +240,7 @@ class Transfer(Phase):
     def __init__(self, method: MABERT) -> None:
         self.method = method
         self.epochs, self.lr = method.epochs, method.lr
-        fits = method.warm_start and not method.continues
-        self.calibration = method.calibration_rows if fits else 0
+        self.calibration = method.calibration_rows if method.fits else 0
         self.values: Values = {}  # from `initialise` to `prepare`
         self.step: int | None = None
         self.real = RealTokens()

@@ -14,9 +14,11 @@ from conftest import OTHER, make_tokenizer, one_and_two
 from methods.test_conformance import finished, outputs, predecessor, rows
 from test_export import difference, operators, padded
 from torch import nn
+from transformers import BertConfig
 
 import raybert
-from raybert import warm_start
+from raybert import checks, warm_start
+from raybert.checks import check_memory, memory_needed
 from raybert.cli import main
 from raybert.compressed import longest_input
 from raybert.config import KDConfig
@@ -396,6 +398,24 @@ def test_calibration_rows_go_through_attention_a_few_at_a_time(monkeypatch):
         facts = phase.initialise(model, [batch])
         found.append([value for part in facts.values() for value in part.values()])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_calibration_that_memory_has_no_room_for_is_refused_before_training(monkeypatch, tmp_path):
+    encoder = BertConfig(num_hidden_layers=12)
+    needs = {
+        rows: MABERT(calibration_rows=rows).calibration_bytes(encoder, 128) for rows in (256, 4096)
+    }
+    # What the layers give of all rows alone.
+    assert needs[256] > 12 * 256 * 128 * 768 * 4
+    assert needs[4096] > 10 * needs[256]
+    assert MABERT(warm_start=False).calibration_bytes(encoder, 128) == 0
+    counted = {"parameters": {"total": 10**6}}
+    recipe = recipe_from({"method": [{"name": "ma_bert", "calibration_rows": 4096}]})
+    needed = memory_needed(recipe, encoder, counted, counted)
+    assert needed > needs[4096]
+    monkeypatch.setattr(checks, "own_memory", lambda: (needed - 1, needed - 1))
+    with pytest.raises(UserError, match=r"Use a smaller calibration_rows or train\.batch_size"):
+        check_memory(needed, recipe, alone=True)
 
 
 def test_moments_that_are_known_need_no_warm_up():
