@@ -77,7 +77,8 @@ def assemble(
     position = result["position"]
     config = read_config(str(final))
     # Of a compressed model that the run started from, the same is to be said as before.
-    methods = [*finished(config), *recipe.method]
+    own = {method.name for method in recipe.method}
+    methods = [*(one for one in finished(config) if one.name not in own), *recipe.method]
     notes = [*plan.notes, *result["notes"]]
     notes += [text for method in methods for text in method.remarks()]
     report = build(
@@ -86,7 +87,7 @@ def assemble(
         kind=plan.data.task.kind,
         metric=plan.data.task.main,
         model=encoder_name(recipe),
-        methods=[method.model_dump(mode="json") for method in recipe.method],
+        methods=[method.model_dump(mode="json") for method in methods],
         seed=recipe.train.seed,
         workers=recipe.workers,
         student=models["student"],
@@ -102,7 +103,7 @@ def assemble(
         length=measured["length"],
         latency=measured["latency"],
         speedup=measured["speedup"],
-        simulated=[method.name for method in recipe.method if method.simulated],
+        simulated=[method.name for method in methods if method.simulated],
         notes=list(dict.fromkeys(notes)),
         facts=position["facts"],
     )
@@ -133,7 +134,11 @@ def _exported(
         raise UserError(
             f"the model is finished and its report written, but it is not exported: {error}"
         ) from None
-    return with_export(report, read_export(recipe.folder / "onnx"))
+    exported = with_export(report, read_export(recipe.folder / "onnx"))
+    for note in exported.notes:
+        if note not in report.notes:
+            tell(f"note: {note}")
+    return exported
 
 
 def publish(folder: Path, report: RunReport) -> None:

@@ -24,6 +24,7 @@ from raybert.compressed import longest_input
 from raybert.errors import UserError
 from raybert.int8 import Int8Embedding, Quantised
 from raybert.latency import Backend, latency, speedups
+from raybert.models import PROBE
 from raybert.tables import escape_markdown, markdown_table
 from raybert.timer import token_ids
 
@@ -76,15 +77,15 @@ def parameters(model: torch.nn.Module) -> dict[str, int]:
 
 
 def disk_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of a model folder: ``weights``, its ``*.safetensors``; ``embeddings``, the tables in
-    them; ``total``, all its files.
+    """Bytes of a model folder: ``weights``, its ``*.safetensors`` but for the stored probe;
+    ``embeddings``, the tables in them; ``total``, all its files.
 
     Raises:
         UserError: there is no such folder, or it holds no safetensors file.
     """
     folder = Path(folder)
     files = [file for file in folder.rglob("*") if file.is_file()]
-    shards = list(folder.glob("*.safetensors"))
+    shards = [file for file in folder.glob("*.safetensors") if file.name != PROBE]
     weights = sum(file.stat().st_size for file in shards)
     if not weights:
         raise UserError(f"{folder} holds no *.safetensors file; give a model folder.")

@@ -203,25 +203,37 @@ def _own_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from raybert.export import export, format_export, read_export
-    from raybert.storage import pull
+    from contextlib import nullcontext
 
-    run = pull(Path(args.model).expanduser() / "recipe.yaml")
-    folder = export(
-        args.model,
-        _own_recipe(args) if run or args.words else None,
-        out=args.out,
-        against=args.against,
-        int8=args.int8,
-        time=not args.no_latency,
-        threads=args.threads,
-        overwrite=args.overwrite,
-        tell=_tell,
-    )
-    if run and not args.out:
-        from raybert.artifact import add_export
+    from raybert.artifact import add_export
+    from raybert.export import export, format_export, is_own, read_export
+    from raybert.folders import owned
+    from raybert.storage import path_of, pull
 
-        add_export(Path(args.model).expanduser())
+    place = path_of(args.model)
+    run = pull(place / "recipe.yaml")
+    recipe = _own_recipe(args) if run or args.words else None
+    with owned(place) if run and not args.out else nullcontext():
+        folder = export(
+            args.model,
+            recipe,
+            out=args.out,
+            against=args.against,
+            int8=args.int8,
+            time=not args.no_latency,
+            threads=args.threads,
+            overwrite=args.overwrite,
+            tell=_tell,
+        )
+        if run and not args.out:
+            assert recipe is not None
+            if is_own(place, recipe, args.against):
+                add_export(place)
+            else:
+                _tell(
+                    "the run's own report is left as it was: another teacher, task or data was "
+                    "named for this export"
+                )
     print(format_export(read_export(folder)))
     _print(f"export  {folder}")
     return 0

@@ -26,6 +26,7 @@ from raybert.errors import UserError
 from raybert.folders import whole
 from raybert.grid import may_saturate
 from raybert.int8 import Int8Linear
+from raybert.integer import Int8Product
 from raybert.latency import latency, speedups
 from raybert.models import (
     PROBE,
@@ -39,6 +40,7 @@ from raybert.models import (
 )
 from raybert.parity import OnnxModel, logit_parity, metric_parity, probe_batches, real_batches
 from raybert.qa import question_room
+from raybert.recipe_file import load_recipe
 from raybert.storage import check_writable, path_of, pull, push
 from raybert.surgery import family
 from raybert.tables import escape_markdown, markdown_table, score
@@ -89,7 +91,7 @@ def export(
         UserError: a package or file is missing, the model cannot be exported, or its graph does not
             compute the same; nothing was written.
     """
-    need_packages()
+    need_packages(int8)
     from raybert.onnx_trace import to_onnx
 
     folder = model_folder(model)
@@ -130,15 +132,27 @@ def export(
 # -- before ----------------------------------------------------------------------------------------
 
 
-def need_packages() -> None:
+LEAST = ("1.23", "1.24")
+"""The first ONNX Runtime with the operators of exported graphs, and with those of ``qdq``."""
+
+
+def need_packages(int8: Int8 = "fused") -> None:
     """Refuse to export without the packages that it takes.
 
     Raises:
-        UserError: one is not installed.
+        UserError: one is not installed, or is too old.
     """
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'export needs {" and ".join(missing)}; run: pip install "raybert[onnx]"')
+    import onnxruntime
+
+    there, least = onnxruntime.__version__, LEAST[int8 == "qdq"]
+    if [int(part) for part in there.split(".")[:2]] < [int(part) for part in least.split(".")]:
+        raise UserError(
+            f"onnxruntime is {there}, and {least} is the first with the operators of such graphs; "
+            f'run: pip install "onnxruntime>={least}"'
+        )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -181,6 +195,20 @@ def _teacher(model: Path, recipe: Recipe | None, against: str | Path | None) -> 
             f"{error} Name another teacher with --against, or leave the timing out with "
             "--no-latency."
         ) from None
+
+
+def is_own(run: Path, recipe: Recipe, against: str | Path | None) -> bool:
+    """Whether an export of a run is of the run's own rows and teacher, as its report is.
+
+    Args:
+        run: its folder.
+        recipe: that it was exported with.
+        against: the teacher that it was exported beside, if one was named.
+    """
+    made = load_recipe(str(run / "recipe.yaml"))
+    if (recipe.task, recipe.data) != (made.task, made.data):
+        return False
+    return against is None or _teacher(run, recipe, against) == _teacher(run, made, None)
 
 
 def _probe(folder: Path) -> list[dict[str, Any]]:
@@ -253,13 +281,22 @@ def saturating(network: Any) -> list[str]:
         if isinstance(module, Int8Linear) and module.scheme.inputs != "float"
     ]
     number = sum(may_saturate(layer.matrix()[0]) for layer in layers)
-    if not number:
-        return []
-    return [
-        f"The products of {number} of {len(layers)} matrices can leave 16 bits, which processors "
-        "without VNNI instructions (AVX2, first AVX-512) cut off: compare scores on the processor "
-        "that the model will run on. Those of method.q8bert.weight_bits=7 cannot, anywhere."
-    ]
+    can = (
+        "can leave 16 bits, which processors without VNNI instructions (AVX2, first AVX-512) cut "
+        "off: compare scores on the processor that the model will run on."
+    )
+    found = []
+    if number:
+        found.append(
+            f"The products of {number} of {len(layers)} matrices {can} Those of "
+            "method.q8bert.weight_bits=7 cannot, anywhere."
+        )
+    if any(isinstance(module, Int8Product) for module in network.modules()):
+        found.append(
+            f"Products of two activations, which q8bert.integer_only does in integers, {can} So it "
+            "is with any weight_bits."
+        )
+    return found
 
 
 def _write_graph(graph: Any, file: Path) -> None:
@@ -282,6 +319,9 @@ def _settings(network: Any, tokenizer: Any, recipe: Recipe | None, data: TaskDat
         "token_types": "token_type_ids" in tokenizer.model_input_names,
         "pad_id": tokenizer.pad_token_id,
         "mask_id": tokenizer.mask_token_id,
+        "mask": tokenizer.mask_token,
+        "longest": longest,
+        "pairs": data is not None and data.task.text_pair is not None,
     }
     if kind in ("classification", "multilabel"):
         settings["labels"] = [config.id2label[i] for i in range(config.num_labels)]
@@ -368,13 +408,15 @@ def _write_report(partial: Path, found: Mapping[str, Any]) -> None:
 
 
 def _readme(found: Mapping[str, Any]) -> str:
-    second = {"qa": ' "a context"'}.get(found["model"]["kind"], "")
+    model, least = found["model"], LEAST[found["int8"] == "qdq"]
+    asked = f"a text with {model['mask']} in it" if model["kind"] == "mlm" else "a text"
+    second = ' "a context"' if model["kind"] == "qa" else ' "a second text"' * model["pairs"]
     return (
         f"# Exported model\n\n"
-        f"Written by raybert {__version__}. `model.onnx` runs in ONNX Runtime 1.23 or later, on "
-        f"any batch size and length.\n\n"
-        f"```bash\npip install onnxruntime numpy tokenizers\n"
-        f'python inference.py "a text"{second}\n```\n\n{format_export(found)}'
+        f"Written by raybert {__version__}. `model.onnx` runs in ONNX Runtime {least} or later, on "
+        f"any batch size, and rows of up to {model['longest']} tokens.\n\n"
+        f'```bash\npip install "onnxruntime>={least}" numpy tokenizers\n'
+        f'python inference.py "{asked}"{second}\n```\n\n{format_export(found)}'
     )
 
 

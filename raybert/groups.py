@@ -129,7 +129,7 @@ def on_front(groups: Sequence[Group]) -> list[bool]:
     costs = []
     for group in groups:
         means = [
-            group.spread(lambda r: -r.student.score),
+            group.spread(lambda r: -r.ranked_score),
             group.spread(lambda r: float(r.student.bytes.weights)),
             _clock(group, groups, places),
         ]

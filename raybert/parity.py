@@ -20,8 +20,10 @@ from raybert.compressed import finished
 from raybert.data import TaskData
 from raybert.errors import UserError
 from raybert.evaluate import predict
+from raybert.integer import Int8Product
 from raybert.metrics import score
 from raybert.surgery import model_inputs
+from raybert.trust import first_sentence
 
 Batch = dict[str, Tensor]
 
@@ -35,6 +37,8 @@ then."""
 TIPPED = 0.25
 """Largest share of rows in which rounding may tip a decision over, of models that decide by the
 sample: by less, `MethodConfig.rounding`, their logits may then differ."""
+
+OTHER_VERSION = "Another version of torch or onnxruntime may help."
 
 POINTS = 0.1
 """Largest difference of a float32 model's metric, in points of 100."""
@@ -54,9 +58,16 @@ class OnnxModel(nn.Module):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        self.session = onnxruntime.InferenceSession(
-            str(file), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(file), options, providers=["CPUExecutionProvider"]
+            )
+        # It raises a dozen types of its own.
+        except Exception as error:
+            raise UserError(
+                f"onnxruntime {onnxruntime.__version__} does not load the exported graph: "
+                f"{first_sentence(error)} A newer one may."
+            ) from None
         self.names = [entry.name for entry in self.session.get_inputs()]
 
     def forward(self, **inputs: Tensor) -> Any:
@@ -133,14 +144,7 @@ def logit_parity(
         raise UserError(
             f"the exported graph gives other logits than the model: they differ by "
             f"{max(rows):.2g}, at most {allowed:.2g} is rounding (logits reach {scale:.2g}). "
-            "Nothing was written. "
-            + (
-                "On a CPU without VNNI instructions pairs of integer products saturate where "
-                "weights are large: those of method.q8bert.weight_bits=7 never do. Train with "
-                "that, or export and run on another machine."
-                if integer
-                else "Another version of torch or onnxruntime may help."
-            )
+            "Nothing was written. " + (_saturated(model) if integer else OTHER_VERSION)
         )
     return {
         "largest_difference": max(rows),
@@ -149,6 +153,21 @@ def logit_parity(
         "tipped": tipped,
         "shapes": shapes,
     }
+
+
+def _saturated(model: PreTrainedModel) -> str:
+    """What may be done where a graph of integers gives other logits."""
+    text = "On a CPU without VNNI instructions pairs of integer products saturate where "
+    if any(isinstance(module, Int8Product) for module in model.modules()):
+        return text + (
+            "levels are large, and those of two activations, which q8bert.integer_only does in "
+            "integers, with any weight_bits. Export and run on another machine, or train without "
+            "integer_only."
+        )
+    return text + (
+        "weights are large: those of method.q8bert.weight_bits=7 never do. Train with that, or "
+        "export and run on another machine."
+    )
 
 
 def _apart(found: Any, wanted: Any, mask: Tensor) -> tuple[Tensor, float]:
@@ -189,6 +208,6 @@ def metric_parity(
         raise UserError(
             f"the exported graph scores {100 * scores['onnx'][main]:.2f} {main} on the dev rows "
             f"and the model {100 * scores['torch'][main]:.2f}; at most {POINTS} point apart was "
-            "wanted. Nothing was written. Another version of torch or onnxruntime may help."
+            f"wanted. Nothing was written. {OTHER_VERSION}"
         )
     return {"split": "dev", "rows": rows, "metric": main, **scores}

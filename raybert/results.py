@@ -164,6 +164,13 @@ class RunReport(Part):
         return timed and self.onnx is not None and self.onnx.int8 is not None
 
     @property
+    def ranked_score(self) -> float:
+        """What a front ranks it by: of what PyTorch only simulates, the score of the graph."""
+        if self.simulated and self.onnx is not None and self.onnx.metrics:
+            return self.onnx.metrics.get(self.metric, self.student.score)
+        return self.student.score
+
+    @property
     def elsewhere(self) -> dict[str, Any] | None:
         """The machine that ONNX Runtime was timed on, where it is another than ``hardware``."""
         if self.onnx is None or not any(row.backend == "onnx" for row in self.latency):
@@ -314,8 +321,16 @@ def _scored(
     }
 
 
+APART = 1.0
+"""Points of 100 between the scores of a model and of its graph, from which on it is noted."""
+
+
+_APART = "ONNX Runtime scores"
+
+
 def with_export(report: RunReport, found: Mapping[str, Any]) -> RunReport:
-    """A run's report with what an ``export.json`` says: size, metrics and latency in ONNX Runtime.
+    """A run's report with what an ``export.json`` says: size, metrics and latency in ONNX Runtime;
+    and a note where they score differently.
 
     Args:
         report: the run's report; rows of an earlier export are replaced.
@@ -336,7 +351,15 @@ def with_export(report: RunReport, found: Mapping[str, Any]) -> RunReport:
         "metrics": found["metrics"]["onnx"] if found["metrics"] else None,
         "hardware": found["hardware"],
     }
-    data = {**report.model_dump(), **rows, "onnx": exported}
+    notes = [note for note in report.notes if not note.startswith(_APART)]
+    scored = exported["metrics"][report.metric] if exported["metrics"] else report.student.score
+    if 100 * abs(scored - report.student.score) > APART:
+        notes.append(
+            f"{_APART} {report.metric} {scored:.3f} on the dev rows, and PyTorch "
+            f"{report.student.score:.3f}: the graph's integers are not the model's on "
+            "this processor"
+        )
+    data = {**report.model_dump(), **rows, "notes": notes, "onnx": exported}
     return validated(data, f"the report of {report.name}")
 
 

@@ -21,6 +21,7 @@ from raybert import timer
 from raybert.bench import bench, disk_bytes, flops, format_bench, hardware, parameters
 from raybert.errors import UserError
 from raybert.latency import ROUNDS, Child, ForkServer, alternate, latency, speedups
+from raybert.models import PROBE
 from raybert.timer import token_ids
 
 HIDDEN, INNER, VOCAB, POSITIONS = 32, 64, 101, 64
@@ -142,9 +143,11 @@ def test_disk_bytes_tell_weights_from_the_rest(tmp_path: Path) -> None:
     save_file({**tables, "bert.pooler.dense.weight": torch.zeros(2, 3)}, first)
     save_file({"classifier.bias": torch.zeros(7)}, second)
     (tmp_path / "config.json").write_text("{}")
+    save_file({"input_ids": torch.zeros(2, 2)}, tmp_path / PROBE)
+    probe = (tmp_path / PROBE).stat().st_size
     weights = first.stat().st_size + second.stat().st_size
     found = disk_bytes(tmp_path)
-    assert found == {"weights": weights, "embeddings": 20, "total": weights + 2}
+    assert found == {"weights": weights, "embeddings": 20, "total": weights + probe + 2}
     with pytest.raises(UserError, match=r"no \*\.safetensors"):
         disk_bytes(tmp_path / "nowhere")
 

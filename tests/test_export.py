@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ from raybert import parity
 from raybert.cli import main
 from raybert.errors import UserError
 from raybert.export import export
+from raybert.folders import owned
 from raybert.grid import may_saturate
 from raybert.int8 import Int8Linear, Scheme, backend
 from raybert.models import HEADS, load, write_probe
@@ -477,6 +480,15 @@ def test_products_that_some_processors_cut_off_are_told() -> None:
     assert "weight_bits=7" in said
 
 
+def test_products_of_activations_are_told_whatever_the_weights_bits() -> None:
+    chain = [{"name": "ma_bert"}, {"name": "q8bert", "weight_bits": 7, "integer_only": True}]
+    model = finished(chain, "bert", "classification").model
+    (said,) = export_module.saturating(model)
+    assert "Products of two activations" in said
+    with pytest.raises(UserError, match="train without integer_only"):
+        parity.logit_parity(model, Wrong(model, 1e6), [padded(model, 2, 5)], integer=True)
+
+
 def test_inputs_that_stay_floats_are_cut_off_nowhere() -> None:
     model = finished([{"name": "q8bert", "mode": "none"}], "bert", "classification").model
     model.bert.encoder.layer[0].output.dense.weight[0, :2] = 100
@@ -528,6 +540,50 @@ def test_missing_packages_are_named(teacher: Path, tmp_path: Path, monkeypatch) 
     )
     with pytest.raises(UserError, match=r'needs onnx; run: pip install "raybert\[onnx\]"'):
         export(teacher, out=tmp_path / "onnx", tell=lambda text: None)
+
+
+@pytest.mark.parametrize(("int8", "taken"), [("fused", True), ("qdq", False)])
+def test_a_runtime_that_is_too_old_is_refused_before_anything(int8, taken, monkeypatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    refused = pytest.raises(UserError, match=r"onnxruntime is 1\.23\.2, and 1\.24 is the first")
+    with contextlib.nullcontext() if taken else refused:
+        export_module.need_packages(int8)
+
+
+def test_a_graph_that_the_runtime_does_not_load_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(UserError, match="does not load the exported graph"):
+        parity.OnnxModel(tmp_path / "model.onnx")
+
+
+def copied_run(teacher: Path, folder: Path) -> Path:
+    """A run of the toy task, to be exported into."""
+    shutil.copytree(teacher, folder)
+    return folder
+
+
+def test_an_export_beside_another_teacher_leaves_the_runs_report(
+    teacher: Path, tmp_path: Path, capsys
+) -> None:
+    run = copied_run(teacher, tmp_path / "run")
+    before = (run / "report.json").read_bytes()
+    words = ["measure.batches=[1]", "measure.length=8", "measure.seconds=0.02"]
+    assert main(["export", str(run), *words, "--against", str(teacher)]) == 0
+    assert (run / "report.json").read_bytes() == before
+    assert "the run's own report is left as it was" in "".join(capsys.readouterr())
+    assert main(["export", str(run), *words, "--overwrite"]) == 0
+    assert read_run(run).report.onnx is not None
+
+
+def test_two_exports_of_a_run_are_not_made_at_once(
+    teacher: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("raybert.folders.PATIENCE", 0.1)
+    run = copied_run(teacher, tmp_path / "run")
+    with owned(run):
+        assert main(["export", str(run), "--no-latency"]) == 1
+    assert "another process is working in" in "".join(capsys.readouterr())
+    assert not (run / "onnx").exists()
 
 
 # -- inference.py for every kind -------------------------------------------------------------------
@@ -598,6 +654,13 @@ def test_masked_words(tmp_path: Path) -> None:
         assert list(found.values()) == pytest.approx(best.values.tolist(), abs=1e-5)
     with pytest.raises(ValueError, match="MASK"):
         run(["the film"])
+    out = tmp_path / "m" / "onnx"
+    assert 'inference.py "a text with [MASK] in it"' in (out / "README.md").read_text()
+    refused = subprocess.run(
+        [sys.executable, "inference.py", "the film"], cwd=out, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "error: no [MASK] in the text" in refused.stderr
 
 
 def test_answers_are_raybert_s(tmp_path: Path) -> None:
@@ -636,3 +699,4 @@ def test_answers_are_raybert_s(tmp_path: Path) -> None:
     assert [answer["answer"] for answer in answers] == wanted
     for answer, context in zip(answers, contexts, strict=True):
         assert context[answer["start"] :].startswith(answer["answer"])
+    assert json.dumps(run(["was it"], [""]), allow_nan=False)

@@ -582,6 +582,22 @@ def test_simulated_compression_is_on_a_front_once_its_graph_was_timed() -> None:
     assert on_front([Group("q8bert", (Run(report, ""),))]) == [False]
 
 
+def test_what_is_simulated_is_ranked_by_the_score_of_its_graph() -> None:
+    rows = [timed("student", 50, 1), timed("teacher", 40, 1)]
+    method = {"methods": [{"name": "q8bert"}], "latency": rows}
+    good, bad = ({"f1": score, "accuracy": score} for score in (0.826, 0.5))
+    simulated = a_report(simulated=["q8bert"], **method)
+    noted = with_export(simulated, exported(metrics={"onnx": bad}))
+    assert (noted.ranked_score, noted.student.score) == (0.5, 0.83)
+    (note,) = [note for note in noted.notes if note not in simulated.notes]
+    assert "ONNX Runtime scores f1 0.500 on the dev rows, and PyTorch 0.830" in note
+    assert note in model_card(noted, "", plain=False)
+    again = with_export(noted, exported(metrics={"onnx": good}))
+    assert (again.ranked_score, again.notes) == (0.826, simulated.notes)
+    real = with_export(a_report(**method), exported(metrics={"onnx": bad}))
+    assert real.ranked_score == 0.83
+
+
 def test_not_measurable_is_said_so() -> None:
     report = a_report(0.83, teacher=measured(0.80, 90), latency=[], speedup=[])
     assert report.retained is None

@@ -21,6 +21,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 import raybert
 from raybert.artifact import evaluate_model
 from raybert.errors import UserError
+from raybert.groups import group_runs
 from raybert.plan import make_plan, resolve_paths
 from raybert.recipe_file import dump_recipe, load_recipe, recipe_from
 from raybert.results import read_run
@@ -206,8 +207,10 @@ def test_what_is_trained_on_is_still_called_compressed(toy, teacher, tmp_path):
         card = (folder / "model" / "README.md").read_text()
         assert "library_name: raybert" in card
         assert "raybert.load(folder)" in card
-        said = json.loads((folder / "report.json").read_text())["notes"]
-        assert sum("what is computed depends on the sample" in text for text in said) == 1
+        report = read_run(folder).report
+        said = sum("what is computed depends on the sample" in text for text in report.notes)
+        assert (said, report.chain) == (1, "ebert")
+        assert not group_runs([read_run(folder)])[0].is_teacher
 
 
 def test_a_report_that_was_lost_is_written_anew_and_nothing_trained(toy, tmp_path):

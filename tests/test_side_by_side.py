@@ -89,7 +89,7 @@ def test_failing_exports_end_no_comparison_and_are_made_up_for_in_turns(
     keys = {"teacher": str(teacher), "train": {"max_steps": 1}, "measure": measure}
     comparison = make_comparison(toy(tmp_path / "out", **keys, export="onnx"), ["theseus", "ebert"])
 
-    def refused():
+    def refused(int8):
         raise UserError("the graph is wrong.")
 
     with monkeypatch.context() as patch:

@@ -1,6 +1,7 @@
 """Run the model in this folder: `python inference.py "a text" ["a second text"]`.
 
-Needs Python 3.10, onnxruntime (1.23 or later), numpy and tokenizers, and nothing else. As a module:
+Needs Python 3.10, onnxruntime (README.md says from which version on), numpy and tokenizers, and
+nothing else. As a module:
 
     from inference import Model
 
@@ -156,7 +157,8 @@ class Model:
                 best = float(scores[start, end])
                 span = window.offsets[start][0], window.offsets[end][1]
         if best == -np.inf or (self.settings["no_answer"] and null > best):
-            return {"answer": "", "start": None, "score": best - null}
+            score = None if best == -np.inf else best - null  # none of the context was read
+            return {"answer": "", "start": None, "score": score}
         text = context[slice(*span)]
         shift = len(text) - len(text.lstrip())
         return {"answer": text.strip(), "start": span[0] + shift, "score": best - null}
@@ -189,7 +191,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     args = parser.parse_args()
     model = Model(threads=args.threads)
-    answers = model([args.text], None if args.second is None else [args.second])
+    try:
+        answers = model([args.text], None if args.second is None else [args.second])
+    except ValueError as error:
+        parser.error(str(error))
     print(json.dumps(answers[0], indent=1, ensure_ascii=False))
 
 
