@@ -581,7 +581,7 @@ def test_two_exports_of_a_run_are_not_made_at_once(
     monkeypatch.setattr("raybert.folders.PATIENCE", 0.1)
     run = copied_run(teacher, tmp_path / "run")
     with owned(run):
-        assert main(["export", str(run), "--no-latency"]) == 1
+        assert main(["export", str(run), "--no-latency"]) == 2
     assert "another process is working in" in "".join(capsys.readouterr())
     assert not (run / "onnx").exists()
 
