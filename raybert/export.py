@@ -26,7 +26,7 @@ from raybert.errors import UserError
 from raybert.folders import whole
 from raybert.grid import may_saturate
 from raybert.int8 import Int8Linear
-from raybert.integer import Int8Product
+from raybert.integer import products_may_saturate
 from raybert.latency import latency, speedups
 from raybert.models import (
     PROBE,
@@ -291,10 +291,10 @@ def saturating(network: Any) -> list[str]:
             f"The products of {number} of {len(layers)} matrices {can} Those of "
             "method.q8bert.weight_bits=7 cannot, anywhere."
         )
-    if any(isinstance(module, Int8Product) for module in network.modules()):
+    if products_may_saturate(network):
         found.append(
-            f"Products of two activations, which q8bert.integer_only does in integers, {can} So it "
-            "is with any weight_bits."
+            f"Products of two activations, which q8bert.integer_only does in integers, {can} With "
+            "method.q8bert.weight_bits=7 they have 7 bits on one side, and cannot, anywhere."
         )
     return found
 

@@ -46,7 +46,13 @@ LOW, HIGH = levels(8)
 
 @torch.library.custom_op("raybert::product_int8", mutates_args=())
 def product_int8(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, unsigned: bool
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    unsigned: bool,
+    bits: int,
 ) -> Tensor:
     """``(q(a) @ q(b)) * (a_scale * b_scale) + bias``, the product in whole numbers.
 
@@ -57,6 +63,7 @@ def product_int8(
         b_scale: float32 scalar.
         bias: float32 [N].
         unsigned: whether levels of ``a`` are 0 ... 255.
+        bits: of a level of ``b``.
 
     Returns:
         [..., M, N] of ``a``'s type.
@@ -64,12 +71,12 @@ def product_int8(
     # Sums of fewer than 512 products of bytes are exact in float32.
     left = to_levels(a, a_scale, *levels(8, unsigned))
     with torch.autocast(a.device.type, enabled=False):  # which would round them
-        out = (left @ to_levels(b, b_scale, LOW, HIGH)) * (a_scale * b_scale)
+        out = (left @ to_levels(b, b_scale, *levels(bits))) * (a_scale * b_scale)
     return (out if bias is None else out + bias).to(a.dtype)
 
 
 @product_int8.register_fake
-def _(a, b, a_scale, b_scale, bias, unsigned):
+def _(a, b, a_scale, b_scale, bias, unsigned, bits):
     return a.new_empty((*a.shape[:-1], b.shape[-1]))
 
 
@@ -116,12 +123,14 @@ def _(x, weight, weight_scale, bias, input_scale, output_scale):
 class FakeQuantProduct(nn.Module):
     """``a @ b + bias`` that computes as the `Int8Product` it will become.
 
-    ``unsigned``: ``a`` comes from a ReLU.
+    ``unsigned``: ``a`` comes from a ReLU. ``bits``: of a level of ``b``, which stands where kernels
+    have weights: of 7 no two products leave 16 bits (see `raybert.grid.may_saturate`).
     """
 
-    def __init__(self, unsigned: bool) -> None:
+    def __init__(self, unsigned: bool, bits: int = 8) -> None:
         super().__init__()
-        self.left_range, self.right_range = Range(8, True, unsigned), Range(8, True)
+        self.bits = bits
+        self.left_range, self.right_range = Range(8, True, unsigned), Range(bits, True)
         self.active = True
 
     def forward(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -136,7 +145,7 @@ class FakeQuantProduct(nn.Module):
 
     def finished(self) -> Int8Product:
         """The product of integers."""
-        new = Int8Product(self.left_range.unsigned)
+        new = Int8Product(self.left_range.unsigned, self.bits)
         new.left_scale = self.left_range.average.scale
         new.right_scale = self.right_range.average.scale
         return new
@@ -148,16 +157,22 @@ class Int8Product(Scaled):
     left_scale: Tensor
     right_scale: Tensor
 
-    def __init__(self, unsigned: bool) -> None:
+    def __init__(self, unsigned: bool, bits: int = 8) -> None:
         super().__init__()
-        self.unsigned = unsigned
+        self.unsigned, self.bits = unsigned, bits
         self.register_buffer("left_scale", torch.ones(()))
         self.register_buffer("right_scale", torch.ones(()))
         self._scales += ["left_scale", "right_scale"]
 
     def forward(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """a [..., M, K], b [..., K, N] and bias [N] -> [..., M, N]."""
-        return product_int8(a, b, self.left_scale, self.right_scale, bias, self.unsigned)
+        scales = self.left_scale, self.right_scale
+        return product_int8(a, b, *scales, bias, self.unsigned, self.bits)
+
+
+def products_may_saturate(model: nn.Module) -> bool:
+    """Whether sums of two integer products of activations can leave 16 bits."""
+    return any(isinstance(module, Int8Product) and module.bits > 7 for module in model.modules())
 
 
 # -- norms -----------------------------------------------------------------------------------------

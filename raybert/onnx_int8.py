@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from raybert.grid import FLOOR
+from raybert.grid import FLOOR, levels
 from raybert.onnx_graph import CONTRIB, Graph, Translation, dims_of
 
 SIGNED, UNSIGNED = np.uint8(128), np.uint8(0)
@@ -206,13 +206,17 @@ def on_grid(t: Translation, node: Node) -> None:
 
 
 def product_int8(t: Translation, node: Node) -> None:
-    """``raybert::product_int8(a, b, a_scale, b_scale, bias, unsigned)``; see `raybert.integer`."""
+    """``raybert::product_int8(a, b, a_scale, b_scale, bias, unsigned, bits)``; see
+    `raybert.integer`."""
     graph, sides = t.graph, []
     parts: Any = node.args
     left = UNSIGNED if parts[5] else SIGNED
     for value, scale, zero in ((parts[0], parts[2], left), (parts[1], parts[3], RIGHT)):
         own = number(t, scale)
         name = graph.shaped(quantised(t, value, own, zero), dims_of(value.meta["val"]))
+        if zero is RIGHT and parts[6] < 8:
+            ends = [graph.constant(end, np.int8) for end in levels(parts[6])]
+            name = graph.mark(graph.once("Clip", [name, *ends]), dims_of(value.meta["val"]))
         sides.append(_side(graph, name, own, zero))
     (a, a_scale, a_zero), (b, b_scale, b_zero) = sides
     if t.int8 == "fused":

@@ -20,7 +20,6 @@ from raybert.compressed import finished
 from raybert.data import TaskData
 from raybert.errors import UserError
 from raybert.evaluate import predict
-from raybert.integer import Int8Product
 from raybert.metrics import score
 from raybert.surgery import model_inputs
 from raybert.trust import first_sentence
@@ -37,6 +36,12 @@ then."""
 TIPPED = 0.25
 """Largest share of rows in which rounding may tip a decision over, of models that decide by the
 sample: by less, `MethodConfig.rounding`, their logits may then differ."""
+
+SATURATED = (
+    "On a CPU without VNNI instructions pairs of integer products saturate where weights are "
+    "large: those of method.q8bert.weight_bits=7 never do. Train with that, or export and run on "
+    "another machine."
+)
 
 OTHER_VERSION = "Another version of torch or onnxruntime may help."
 
@@ -144,7 +149,7 @@ def logit_parity(
         raise UserError(
             f"the exported graph gives other logits than the model: they differ by "
             f"{max(rows):.2g}, at most {allowed:.2g} is rounding (logits reach {scale:.2g}). "
-            "Nothing was written. " + (_saturated(model) if integer else OTHER_VERSION)
+            "Nothing was written. " + (SATURATED if integer else OTHER_VERSION)
         )
     return {
         "largest_difference": max(rows),
@@ -153,21 +158,6 @@ def logit_parity(
         "tipped": tipped,
         "shapes": shapes,
     }
-
-
-def _saturated(model: PreTrainedModel) -> str:
-    """What may be done where a graph of integers gives other logits."""
-    text = "On a CPU without VNNI instructions pairs of integer products saturate where "
-    if any(isinstance(module, Int8Product) for module in model.modules()):
-        return text + (
-            "levels are large, and those of two activations, which q8bert.integer_only does in "
-            "integers, with any weight_bits. Export and run on another machine, or train without "
-            "integer_only."
-        )
-    return text + (
-        "weights are large: those of method.q8bert.weight_bits=7 never do. Train with that, or "
-        "export and run on another machine."
-    )
 
 
 def _apart(found: Any, wanted: Any, mask: Tensor) -> tuple[Tensor, float]:

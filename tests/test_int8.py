@@ -300,6 +300,6 @@ def test_autocast_does_not_round_whole_numbers(monkeypatch):
             assert torch.equal(linear_int8(x, weight, *scales, None), plain)
     a, b = torch.randn(2, 3, 64, generator=draw), torch.randn(2, 64, 5, generator=draw)
     steps = torch.tensor(0.02), torch.tensor(0.03)
-    plain = product_int8(a, b, *steps, None, False)
+    plain = product_int8(a, b, *steps, None, False, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(product_int8(a, b, *steps, None, False), plain)
+        assert torch.equal(product_int8(a, b, *steps, None, False, 8), plain)

@@ -83,7 +83,8 @@ class Q8BERT(MethodConfig):
     integer_only: bool = Field(
         default=False,
         description="After ma_bert: integers all the way from the embeddings to the head, also "
-        "products of activations, ReLU, residuals and norms.",
+        "products of activations, ReLU, residuals and norms. Of weight_bits below 8 the right side "
+        "of a product of activations has 7.",
     )
     start_step: NonNegativeInt = Field(
         default=0,
@@ -418,8 +419,11 @@ class Quantise(Phase):
         """What takes a module's place while training."""
         if isinstance(module, nn.Linear):
             return FakeQuantLinear(module, self.method.scheme(tied=tied, **role), tied)
-        role = {"unsigned": False, **role}
-        return FakeQuantNorm(module) if isinstance(module, PowerNorm) else FakeQuantProduct(**role)
+        if isinstance(module, PowerNorm):
+            return FakeQuantNorm(module)
+        # Of no fewer than 7 bits, which are for processors and not for storage.
+        bits = min(8, max(7, self.method.weight_bits))
+        return FakeQuantProduct(**{"unsigned": False, **role}, bits=bits)
 
     def on_step(self, model: nn.Module, at: At) -> None:
         """Where a new step begins, take what the last one saw into the moving averages."""
