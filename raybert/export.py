@@ -409,12 +409,13 @@ def _write_report(partial: Path, found: Mapping[str, Any]) -> None:
 
 def _readme(found: Mapping[str, Any]) -> str:
     model, least = found["model"], LEAST[found["int8"] == "qdq"]
-    asked = f"a text with {model['mask']} in it" if model["kind"] == "mlm" else "a text"
-    second = ' "a context"' if model["kind"] == "qa" else ' "a second text"' * model["pairs"]
+    asked = f"a text with {model.get('mask')} in it" if model["kind"] == "mlm" else "a text"
+    pairs = model.get("pairs")  # which older exports, timed anew, do not tell
+    second = ' "a context"' if model["kind"] == "qa" else ' "a second text"' if pairs else ""
     return (
         f"# Exported model\n\n"
         f"Written by raybert {__version__}. `model.onnx` runs in ONNX Runtime {least} or later, on "
-        f"any batch size, and rows of up to {model['longest']} tokens.\n\n"
+        f"any batch size, and rows of up to {model.get('longest', model['max_length'])} tokens.\n\n"
         f'```bash\npip install "onnxruntime>={least}" numpy tokenizers\n'
         f'python inference.py "{asked}"{second}\n```\n\n{format_export(found)}'
     )
