@@ -515,6 +515,25 @@ def test_only_what_it_is_is_told_of_a_metric() -> None:
     assert rows["perplexity"] == ["12.250", "12.500"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "int8", "said"),
+    [
+        ({}, None, ('inference.py "a text"\n', "onnxruntime>=1.23", "up to 64 tokens")),
+        ({"pairs": True, "longest": 512}, "qdq", ('"a second text"', "1.24", "up to 512 tokens")),
+        ({"kind": "qa", "pairs": True}, None, ('inference.py "a text" "a context"\n',)),
+        ({"kind": "mlm", "mask": "<mask>"}, None, ('"a text with <mask> in it"\n',)),
+    ],
+)
+def test_the_folder_says_how_it_is_run(changes, int8, said) -> None:
+    found = {
+        "parity": {"largest_difference": 1e-6, "shapes": [[1, 1]], "scale": 2.0},
+        "model": {"kind": "classification", "max_length": 64, **changes},
+        **{"int8": int8, "bytes": 1000, "notes": [], "metrics": None, "latency": []},
+    }
+    text = export_module._readme(found)
+    assert all(words in text for words in said)
+
+
 def test_what_was_stored_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
     model = toy("bert", "classification").bfloat16()
     saved(tmp_path, model.float())
