@@ -29,6 +29,9 @@ OWN = 3
 """Samples in place of a repeat that are Optuna's own; then random ones: it proposes the likeliest
 point, and that a trial of it failed changes nothing."""
 
+FAILS = 5
+"""Failed trials, and none that was evaluated, after which no more are started."""
+
 REPEATS = 100
 """Samples in a row that may repeat recipes that were drawn, before a space counts as exhausted."""
 
@@ -295,7 +298,7 @@ class Draws(Searcher):
         self.source, self.ledger, self.recipe = source, ledger, recipe
         self.check, self.limit, self._say = check, limit, tell
         self.until = until
-        self.number = self.count = self.skipped = 0
+        self.number = self.count = self.skipped = self.failed = 0
         self.ahead: list[dict[str, Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -306,7 +309,7 @@ class Draws(Searcher):
         """The next trial's config; see `Searcher.suggest`."""
         if self.ahead:
             return self.ahead.pop()
-        while self.count < self.limit and not self.hopeless and time.time() < self.until:
+        while self.count < self.limit and not self._ends and time.time() < self.until:
             known = self.ledger.get(self.number)
             if known is None:
                 known = self._draw()
@@ -328,6 +331,16 @@ class Draws(Searcher):
         """Whether hardly a sample can be run. A grid is walked to its end: its mistakes lie side by
         side."""
         return self.skipped >= SKIPS and not self.source.ends
+
+    @property
+    def broken(self) -> bool:
+        """Whether it is hardly the samples' fault: several trials have failed, and none, of this
+        start or an earlier one, was ever evaluated."""
+        return self.failed >= FAILS and not any(trial.curve for trial in self.ledger.trials)
+
+    @property
+    def _ends(self) -> bool:
+        return self.hopeless or self.broken
 
     def has_next(self) -> bool:
         """Whether there is anything to run: Tune does without a search that has not."""
@@ -369,6 +382,14 @@ class Draws(Searcher):
 
     def told(self, trial: Trial) -> None:
         """A trial has ended."""
+        if trial.state == "failed":
+            self.failed += 1
+            if self.failed == FAILS and self.broken:
+                self._say(
+                    f"note: {FAILS} trials have failed before any was evaluated, so that no more "
+                    "are started; mend the reason, and the same command goes on (--retry-failed: "
+                    "with these too)"
+                )
         results = trial.results if trial.state in ("finished", "stopped") else None
         self.source.tell(trial.number, results)
 

@@ -27,7 +27,7 @@ from ray import tune as ray_tune
 from ray.tune.search import Searcher
 
 from raybert.cli import main
-from raybert.draws import SKIPS, Draws, Optuna, Plain, as_grid, make_source
+from raybert.draws import FAILS, SKIPS, Draws, Optuna, Plain, as_grid, make_source
 from raybert.errors import TransientError, UserError
 from raybert.finalists import Finished, choose, finalists_of, parse_loss, read_finished, rule
 from raybert.ledger import Ledger, Trial, run_folder
@@ -487,6 +487,25 @@ def test_a_space_of_few_recipes_ends_when_all_were_drawn(tmp_path, algorithm):
     assert [trial.number for trial in draws.ledger.trials] == [0, 1, 2, 3]
     assert not draws.hopeless
     assert "hardly more than these 4" in told[0]
+
+
+@pytest.mark.parametrize(("evaluated", "drawn"), [(None, FAILS), (1, 16)])
+def test_where_every_trial_fails_at_once_no_more_are_started(tmp_path, evaluated, drawn):
+    axes, told, found = {"train.lr": ray_tune.uniform(1e-5, 1e-3)}, [], []
+    source = Plain(make_space(axes, "given", BASE), 0)
+    draws = Draws(source, Ledger(tmp_path), BASE, lambda values: "", 16, told.append)
+    while (config := draws.suggest("x")) != Searcher.FINISHED:
+        trial = draws.ledger.get(config["number"])
+        assert trial is not None
+        trial.state, trial.reason = "failed", "no room on the device"
+        trial.curve = [[50.0, 0.5]] if trial.number == evaluated else []
+        draws.ledger.write(trial)
+        draws.told(trial)
+        found.append(trial)
+    assert len(found) == drawn
+    assert sum("have failed before any was evaluated" in text for text in told) == (drawn == FAILS)
+    again = Draws(source, Ledger(tmp_path), BASE, lambda values: "", 16, told.append)
+    assert again.has_next() == (drawn == FAILS), "another start tries again"
 
 
 def test_optuna_does_not_take_its_favourite_for_the_end_of_a_space(tmp_path):
