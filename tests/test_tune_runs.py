@@ -78,7 +78,7 @@ def ended(folder: Path) -> int:
 
 def logs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The lines that each trial has logged which has a checkpoint."""
-    begun = {path.parents[1] for path in folder.glob("trials/*/checkpoints/phase*")}
+    begun = {path.parents[1] for path in folder.glob("trials/*/checkpoints/phase*-step*")}
     return {
         run.name: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in begun
